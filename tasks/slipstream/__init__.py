@@ -1,0 +1,1 @@
+"""slipstream: makes trained models fast and puts them into production safely."""

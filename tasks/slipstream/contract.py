@@ -1,0 +1,116 @@
+"""The step contract: what goes into a step and what comes out, in every runtime.
+
+`slipstream step NAME --spec SPEC --inputs IN.json --outputs OUT.json`: IN is a `StepInput`, OUT a `StepOutput`.
+Both are small; bytes travel through the MLflow artefact store and are named here by URI and sha256.
+"""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Answer = Literal["pass", "fail", "inconclusive"]
+
+
+class Document(BaseModel):
+    """Base of everything that is written as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Artifact(Document):
+    """A folder in the MLflow artefact store."""
+
+    uri: str
+    """`models:/m-…` or `runs:/…`."""
+    path: str
+    """Folder below the URI whose content the digest covers."""
+    sha256: str
+    """Digest of the folder, as `digests.folder` computes it."""
+    size_bytes: int
+    """Sum of the sizes of its files."""
+    model_id: str | None = None
+    """MLflow logged model, where it is one."""
+
+
+class Verdict(Document):
+    """A gate's answer and the evidence for it. Only `pass` passes."""
+
+    gate: str
+    answer: Answer
+    reason: str
+    """One sentence with the numbers in it."""
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+    unit: str = ""
+    n: int = 0
+    """Observations behind the estimate."""
+
+    @property
+    def passed(self) -> bool:
+        return self.answer == "pass"
+
+
+class Cell(Document):
+    """A recipe, or a recipe on a target: the key under which outputs are found again."""
+
+    recipe: str
+    target: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.recipe if self.target is None else f"{self.recipe}@{self.target}"
+
+
+class StepOutput(Document):
+    """What a step hands on."""
+
+    step: str
+    cell: Cell | None = None
+    identity: str
+    run_id: str
+    """MLflow run in which the work was done; an earlier one when `reused`."""
+    reused: bool = False
+    artifact: Artifact | None = None
+    metrics: dict[str, float] = {}
+    verdicts: tuple[Verdict, ...] = ()
+    details: dict[str, Any] = {}
+    """Small, step-specific facts, documented in the step's module."""
+
+
+class StepInput(Document):
+    """What a step is given: the pipeline run it belongs to, its cell, and the outputs that it builds on."""
+
+    run_key: str
+    """Name of the pipeline run, the same as Airflow's run id."""
+    pipeline_run_id: str
+    """MLflow parent run."""
+    cell: Cell | None = None
+    upstream: tuple[StepOutput, ...] = ()
+    params: dict[str, Any] = {}
+    """Run-time choices, such as the registry version that started the run."""
+
+    def output_of(self, step: str, cell: Cell | None = None) -> StepOutput | None:
+        """The upstream output of `step` for `cell`; None when there is none."""
+        return next((o for o in self.upstream if o.step == step and o.cell == cell), None)
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values, equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def combine(verdicts: tuple[Verdict, ...]) -> Answer:
+    """One fail fails; otherwise one inconclusive, or no verdict at all, is inconclusive."""
+    answers = {v.answer for v in verdicts}
+    if "fail" in answers:
+        return "fail"
+    return "pass" if answers == {"pass"} else "inconclusive"

@@ -1,0 +1,141 @@
+"""Data sets: the splits that the user's loader returns, their identity, and the calibration draw."""
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream import digests
+from slipstream.errors import DataError, SpecError
+from slipstream.home import Home
+from slipstream.spec import Call, Spec
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples with labels.
+
+    `inputs` is (N, …) in the dtype and layout that the model takes at batch N; `labels` is (N,) int64.
+    """
+
+    inputs: npt.NDArray[Any]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over shape, dtype and bytes of inputs and labels."""
+        total = hashlib.sha256()
+        for array in (self.inputs, self.labels):
+            total.update(f"{array.shape}{array.dtype}".encode())
+            total.update(np.ascontiguousarray(array).data)
+        return total.hexdigest()
+
+    def sample_digests(self) -> list[bytes]:
+        """A 16-byte digest for each sample's input, to tell whether two splits share one."""
+        rows = np.ascontiguousarray(self.inputs).reshape(len(self), -1)
+        return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
+
+    def take(self, indices: npt.NDArray[np.intp]) -> "Split":
+        """The samples at `indices`, in that order."""
+        return Split(self.inputs[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of one data set, and the names of its classes (empty when the loader gives none)."""
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...] = ()
+
+    def digests(self) -> dict[str, str]:
+        """Digest of each split."""
+        return {"train": self.train.digest, "test": self.test.digest}
+
+    def calibration(self, samples: int, seed: int) -> npt.NDArray[np.intp]:
+        """Indices into `train` of a calibration set, stratified by chance alone, that shares no sample with `test`.
+
+        Raises DataError when the training split has too few samples of its own.
+        """
+        held_out = set(self.test.sample_digests())
+        own = np.array([i for i, d in enumerate(self.train.sample_digests()) if d not in held_out], dtype=np.intp)
+        if len(own) < samples:
+            raise DataError(
+                f"calibration wants {samples} samples, but the training split has only {len(own)} that are not "
+                "also in the test split; lower quantize.samples or give more training data"
+            )
+        return np.sort(np.random.default_rng(seed).choice(own, samples, replace=False))
+
+
+def user_function(call: Call) -> Callable[..., Any]:
+    """Import a function from the user's code. Raises SpecError when it is not there."""
+    module_name, _, name = call.function.partition(":")
+    code = str(Home.from_environment().code)
+    if code not in sys.path:
+        sys.path.insert(0, code)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise SpecError(f"{call.function}: cannot import {module_name} from {code}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise SpecError(f"{call.function}: {module_name} has no function {name}")
+    found: Callable[..., Any] = function
+    return found
+
+
+def user_code_digest(call: Call | None) -> str | None:
+    """Digest of the file that a user function lies in, with its parameters; part of a step's identity."""
+    if call is None:
+        return None
+    module = sys.modules[user_function(call).__module__]
+    return hashlib.sha256(
+        f"{digests.file(Path(str(module.__file__)))}{sorted(call.params.items())}".encode()
+    ).hexdigest()
+
+
+def load(spec: Spec) -> Data:
+    """Load the spec's data set and check it. Raises DataError."""
+    if isinstance(spec.data, Call):
+        data = user_function(spec.data)(**spec.data.params)
+        if not isinstance(data, Data):
+            raise DataError(f"data: {spec.data.function} returned {type(data).__name__}, not slipstream.data.Data")
+    else:
+        data = Data(train=_read(spec.data.train), test=_read(spec.data.test))
+    for name, split in (("train", data.train), ("test", data.test)):
+        _check(name, split)
+    return data
+
+
+def _read(uri: str) -> Split:
+    from slipstream import storage
+
+    path = storage.fetch(uri)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Split(arrays["inputs"], arrays["labels"])
+    except (ValueError, KeyError, OSError) as error:
+        raise DataError(f"{uri}: not an .npz file with arrays `inputs` and `labels`: {error}") from error
+
+
+def _check(name: str, split: Split) -> None:
+    if len(split) == 0:
+        raise DataError(f"data: split {name} is empty")
+    if len(split.inputs) != len(split.labels):
+        raise DataError(f"data: split {name} has {len(split.inputs)} inputs but {len(split.labels)} labels")
+    if split.labels.dtype != np.int64 or split.labels.ndim != 1:
+        raise DataError(
+            f"data: labels of split {name} must be (N,) int64, not {split.labels.shape} {split.labels.dtype}"
+        )
+    if np.issubdtype(split.inputs.dtype, np.floating) and not np.isfinite(split.inputs).all():
+        raise DataError(f"data: inputs of split {name} hold NaN or infinity")

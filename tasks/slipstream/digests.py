@@ -1,0 +1,49 @@
+"""Digests of files, folders and source code: how slipstream knows that a thing is the thing."""
+
+import hashlib
+import importlib.metadata
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+
+def file(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def folder(path: Path) -> str:
+    """sha256 over the relative names and digests of all files below a folder; times and modes do not count."""
+    total = hashlib.sha256()
+    for entry in sorted(p for p in path.rglob("*") if p.is_file()):
+        total.update(f"{entry.relative_to(path).as_posix()}\0{file(entry)}\n".encode())
+    return total.hexdigest()
+
+
+def folder_size(path: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+@cache
+def source(*parts: str) -> str:
+    """Digest of this package's own code: files or folders named relative to it, such as `engines`."""
+    total = hashlib.sha256()
+    for part in parts:
+        path = PACKAGE / part
+        for entry in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            total.update(f"{entry.relative_to(PACKAGE).as_posix()}\0{file(entry)}\n".encode())
+    return total.hexdigest()
+
+
+def versions(*distributions: str) -> dict[str, str]:
+    """Installed versions of distributions; `absent` for one that is not installed."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found

@@ -1,0 +1,78 @@
+"""Every error that slipstream raises on purpose, and the exit code that each one means.
+
+    SlipstreamError              exit 1   something went wrong; a retry may help
+    ├── Unavailable              exit 1   a service did not answer (MLflow, Airflow, S3, a model server)
+    ├── InputError               exit 2   what was given is wrong; a retry will not help
+    │   ├── SpecError                     the spec: file, field, mend
+    │   ├── DataError                     a data set
+    │   ├── ModelError                    a model, checkpoint or candidate
+    │   ├── EngineError                   an engine that cannot be built or may not be loaded here
+    │   └── RegistryError                 the registry is not in the state that the evidence was taken in
+    └── GateFailed               exit 3   a gate said no (or could not say yes); a retry will not help
+
+A message says what is wrong, where, and what to do. `cli.main` exits with the code; `dags/runtime.py`
+reads it and decides whether Airflow retries.
+"""
+
+from typing import ClassVar
+
+EXIT_RETRY = 1
+EXIT_INPUT = 2
+EXIT_GATE = 3
+
+
+class SlipstreamError(Exception):
+    """Root of all errors raised on purpose."""
+
+    exit_code: ClassVar[int] = EXIT_RETRY
+    headline: ClassVar[str] = "Failed"
+
+
+class Unavailable(SlipstreamError):
+    """A service that the step needs did not answer; nothing was lost, try again."""
+
+    headline = "Service unavailable"
+
+
+class InputError(SlipstreamError):
+    """What was given is wrong and stays wrong on a retry."""
+
+    exit_code = EXIT_INPUT
+    headline = "Bad input"
+
+
+class SpecError(InputError):
+    """The spec does not say something that can be run."""
+
+    headline = "Bad spec"
+
+
+class DataError(InputError):
+    """A data set is missing, malformed, or not the one that earlier steps used."""
+
+    headline = "Bad data"
+
+
+class ModelError(InputError):
+    """A model, checkpoint or candidate cannot be used."""
+
+    headline = "Bad model"
+
+
+class EngineError(InputError):
+    """An engine cannot be built, or its fingerprint forbids loading it on this machine."""
+
+    headline = "Bad engine"
+
+
+class RegistryError(InputError):
+    """The registry is not in the state that the evidence was taken in."""
+
+    headline = "Registry changed"
+
+
+class GateFailed(SlipstreamError):
+    """A gate answered fail or inconclusive; neither is a pass."""
+
+    exit_code = EXIT_GATE
+    headline = "Gate failed"

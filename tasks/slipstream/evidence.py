@@ -1,0 +1,103 @@
+"""What `validate` measured of one engine: the `evidence` in the details of its output.
+
+Select, report and the terminal table all read this; every figure says its unit, and a figure that was not
+measured is None, never zero.
+"""
+
+from slipstream.contract import Document, StepOutput, Verdict, combine
+from slipstream.spec import BASELINE
+
+
+class Interval(Document):
+    """An estimate with its confidence bounds."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class Latency(Document):
+    """Latency of single requests, batch 1, as LoadGen issued them."""
+
+    scenario: str
+    """`SingleStream` or `Server`."""
+    n: int
+    """Queries."""
+    p50_ms: float
+    p90_ms: float | None = None
+    p99_ms: float | None = None
+    """None where there were too few queries for LoadGen's early-stopping rule at 99 % confidence."""
+    rate_per_s: float
+    """Completed queries a second (SingleStream), or the offered Poisson rate (Server)."""
+    quantiles_ms: tuple[float, ...] = ()
+    """101 evenly spaced quantiles, for drawing the distribution."""
+
+
+class Noise(Document):
+    """How quiet the machine was."""
+
+    clean_rounds: int
+    rounds: int
+    others_cores: float
+    """Median number of cores that other processes used during the rounds."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the judgement had to use rounds in which others were busy."""
+        return self.clean_rounds < self.rounds
+
+
+class EngineEvidence(Document):
+    """All that stage 1 knows of an engine."""
+
+    metric: str
+    samples: int
+    baseline_quality: float
+    """Metric of the baseline run by its own framework in FP32, in percent."""
+    engine_quality: float
+    """Metric of the built engine on the same samples, in percent."""
+    drop_pp: Interval
+    """Drop against the baseline in percentage points; `high` is the one-sided bound that the gate uses."""
+    worst_class: str
+    worst_class_drop_pp: float
+    latency: Latency
+    server: Latency | None = None
+    eager: Latency | None = None
+    """The baseline by its own framework, in the same interleaved run."""
+    reference: Latency | None = None
+    """The baseline's FP32 engine on the same target, in the same interleaved run."""
+    speedup_eager: Interval | None = None
+    speedup_reference: Interval | None = None
+    size_bytes: int
+    memory_mib: float | None = None
+    noise: Noise
+    hardware: str
+
+
+class Row(Document):
+    """One line of the engine table."""
+
+    cell: str
+    evidence: EngineEvidence | None
+    """None when the cell produced none: it failed, or is missing."""
+    verdicts: tuple[Verdict, ...]
+    status: str
+    """`reference`, `passed`, `rejected`, `inconclusive` or `missing`."""
+    release: bool = False
+
+
+def evidence_of(output: StepOutput) -> EngineEvidence:
+    """The evidence in a validate output."""
+    return EngineEvidence.model_validate(output.details["evidence"])
+
+
+def row_of(cell: str, output: StepOutput | None) -> Row:
+    """The table's line for an expected cell; a cell without output is `missing`, and missing never passes."""
+    if output is None:
+        missing = Verdict(gate="present", answer="inconclusive", reason="the cell produced no evidence: a step failed")
+        return Row(cell=cell, evidence=None, verdicts=(missing,), status="missing")
+    if output.cell is not None and output.cell.recipe == BASELINE:
+        status = "reference"
+    else:
+        status = {"pass": "passed", "fail": "rejected", "inconclusive": "inconclusive"}[combine(output.verdicts)]
+    return Row(cell=cell, evidence=evidence_of(output), verdicts=output.verdicts, status=status)

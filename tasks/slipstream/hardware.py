@@ -1,0 +1,34 @@
+"""What this machine is: part of the identity of engines and measurements, and named beside every figure."""
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "i8mm")
+
+
+@cache
+def describe() -> dict[str, str]:
+    """CPU model, the instruction sets that engines choose kernels by, usable cores, memory, system."""
+    info = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    if info.exists():
+        for line in info.read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "cpu_features": " ".join(f for f in CPU_FEATURES if f in flags),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory_gib": str(round(memory / 2**30)),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def sentence() -> str:
+    """The same, for people: `AMD EPYC, 2 cores, avx512_vnni …`."""
+    d = describe()
+    return f"{d['cpu']}, {d['cores']} cores, {d['memory_gib']} GiB, {d['cpu_features'] or 'no vector extensions'}"

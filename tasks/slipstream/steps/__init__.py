@@ -1,0 +1,40 @@
+"""The steps: one module for each container command. This table is all that the rest knows of them."""
+
+from dataclasses import dataclass
+
+FRAMEWORK = "framework"
+"""Placeholder for the environment of the spec's framework."""
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where a step runs and what its identity covers."""
+
+    environment: str
+    """Environment (containers/NAME) that the step needs."""
+    sources: tuple[str, ...] = ()
+    """Parts of this package, beside its own module, that decide its result."""
+    cached: bool = True
+    """Whether an equal identity means an equal result; false for steps that act on the world."""
+
+
+STEPS: dict[str, StepInfo] = {
+    "check": StepInfo(FRAMEWORK, cached=False),
+    "retrain": StepInfo(FRAMEWORK, ("frameworks", "data.py")),
+    "distill": StepInfo(FRAMEWORK, ("frameworks", "data.py")),
+    "prune": StepInfo(FRAMEWORK, ("frameworks", "data.py")),
+    "quantize": StepInfo(FRAMEWORK, ("frameworks", "data.py")),
+    "build": StepInfo(FRAMEWORK, ("engines",)),
+    "validate": StepInfo(FRAMEWORK, ("engines", "measure", "data.py")),
+    "select": StepInfo("serve", cached=False),
+    "trial": StepInfo("serve", cached=False),
+    "rollout": StepInfo("serve", cached=False),
+    "report": StepInfo("serve", cached=False),
+    "rollback": StepInfo("serve", cached=False),
+}
+
+
+def environment_of(step: str, framework: str) -> str:
+    """The environment in which a step runs, for a spec of this framework."""
+    environment = STEPS[step].environment
+    return framework if environment == FRAMEWORK else environment

@@ -1,0 +1,256 @@
+"""MLflow: one parent run for each pipeline run, a child for each step, logged models with their lineage.
+
+A finished step is found again by the tag `slipstream.identity`. That tag is written last, after every artefact,
+so that a step killed at any moment is never mistaken for a finished one.
+"""
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelInput,
+    LoggedModelOutput,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
+from mlflow.models import ModelSignature
+
+from slipstream import digests, hardware
+from slipstream.contract import Artifact, Cell, StepOutput
+from slipstream.data import Data
+from slipstream.errors import ModelError
+from slipstream.home import Home
+from slipstream.spec import Spec, dump
+
+log = logging.getLogger(__name__)
+
+IDENTITY = "slipstream.identity"
+WORK = "slipstream.work"
+RUN_KEY = "slipstream.run_key"
+STEP = "slipstream.step"
+CELL = "slipstream.cell"
+OUTPUT = "output.json"
+
+
+def experiment_name(spec_name: str) -> str:
+    """MLflow experiment that holds a spec's runs."""
+    return f"slipstream/{spec_name}"
+
+
+@dataclass
+class StepRun:
+    """The MLflow run of a step under way."""
+
+    client: MlflowClient
+    run_id: str
+    experiment_id: str
+    _last_beat: float = field(default=0.0, repr=False)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters; values are cut at MLflow's limit of 6,000 characters."""
+        self.client.log_batch(self.run_id, params=[Param(k, str(v)[:6000]) for k, v in values.items()])
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log metrics at a step (an epoch, a round)."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags."""
+        self.client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in values.items()])
+
+    def progress(self, done: int, total: int, **figures: float) -> None:
+        """Say how far the step is; `slipstream run --watch` draws its bars from this. At most two writes a second."""
+        now = time.monotonic()
+        if now - self._last_beat < 0.5 and done < total:
+            return
+        self._last_beat = now
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        log.info("%d/%d  %s", done, total, shown)
+        self.metrics({"progress": done / max(total, 1), **figures}, step=done)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Log one file."""
+        self.client.log_artifact(self.run_id, str(path), folder)
+
+    def dataset(self, data: Data, name: str, source: str) -> None:
+        """Link the splits to this run, by digest."""
+        inputs = [
+            DatasetInput(
+                Dataset(f"{name}-{split}", digest[:36], "code", f'{{"source": "{source}"}}'),
+                [InputTag("mlflow.data.context", split)],
+            )
+            for split, digest in data.digests().items()
+        ]
+        self.client.log_inputs(self.run_id, datasets=inputs)
+
+    def uses(self, model_ids: Iterable[str]) -> None:
+        """Link the logged models that this step builds on."""
+        models = [LoggedModelInput(m) for m in model_ids]
+        if models:
+            self.client.log_inputs(self.run_id, models=models)
+
+    def log_model(
+        self,
+        folder: Path,
+        name: str,
+        signature: ModelSignature,
+        parents: Iterable[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Log a candidate or engine folder as an MLflow model. The folder's name becomes part of the path.
+
+        `parents` are the logged models it was made from; they are linked in both directions that MLflow shows.
+        """
+        sha256, size = digests.folder(folder), digests.folder_size(folder)
+        parents = list(parents)
+        tags = {"slipstream.sha256": sha256, "slipstream.kind": folder.name}
+        tags |= {"slipstream.parent": parents[-1]} if parents else {}
+        with mlflow.start_run(run_id=self.run_id):
+            info = mlflow.pyfunc.log_model(
+                name=name,
+                loader_module="slipstream.pyfunc",
+                data_path=str(folder),
+                signature=signature,
+                pip_requirements=[f"slipstream=={digests.versions('slipstream')['slipstream']}"],
+                metadata={**(metadata or {}), "sha256": sha256, "hardware": hardware.describe()},
+                tags=tags,
+            )
+        self.uses(parents)
+        # log_model ends the fluent run; the step is still under way.
+        self.client.update_run(self.run_id, status="RUNNING")
+        return Artifact(
+            uri=f"models:/{info.model_id}",
+            path=f"data/{folder.name}",
+            sha256=sha256,
+            size_bytes=size,
+            model_id=info.model_id,
+        )
+
+    def produces(self, model_id: str, step: int = 0) -> None:
+        """Link a logged model of an earlier run as this run's output."""
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
+
+
+class Tracking:
+    """The runs of one spec."""
+
+    def __init__(self, spec: Spec, client: MlflowClient | None = None) -> None:
+        self.spec = spec
+        self.client = client or MlflowClient()
+        self._experiment_id: str | None = None
+
+    @property
+    def experiment_id(self) -> str:
+        """The spec's experiment, created when it is not there."""
+        if self._experiment_id is None:
+            name = experiment_name(self.spec.name)
+            found = self.client.get_experiment_by_name(name)
+            self._experiment_id = found.experiment_id if found else str(self.client.create_experiment(name))
+        return self._experiment_id
+
+    def pipeline_run(self, run_key: str) -> str:
+        """The parent run of a pipeline run; created, with the spec as its artefact, by the first step that asks."""
+        found = self.search({RUN_KEY: run_key, STEP: "pipeline"})
+        if found:
+            return str(found[0].info.run_id)
+        tags = {RUN_KEY: run_key, STEP: "pipeline", "slipstream.spec": self.spec.name}
+        run = self.client.create_run(self.experiment_id, tags=tags, run_name=run_key)
+        self.client.log_text(run.info.run_id, dump(self.spec), "spec.yaml")
+        self.client.log_dict(run.info.run_id, hardware.describe(), "hardware.json")
+        return str(run.info.run_id)
+
+    def search(self, tags: Mapping[str, str], order: str = "attributes.start_time DESC") -> list[Run]:
+        """Runs of this spec that carry all these tags, newest first."""
+        condition = " and ".join(f"tags.`{k}` = '{v}'" for k, v in tags.items())
+        return list(self.client.search_runs([self.experiment_id], condition, order_by=[order], max_results=1000))
+
+    def find(self, identity: str) -> StepOutput | None:
+        """The output of a finished step with this identity, whose artefacts are still there."""
+        for run in self.search({IDENTITY: identity}):
+            if run.info.status == "FINISHED":
+                return self.output(run.info.run_id)
+        return None
+
+    def output(self, run_id: str) -> StepOutput:
+        """The output document of a finished step."""
+        return StepOutput.model_validate(mlflow.artifacts.load_dict(f"runs:/{run_id}/{OUTPUT}"))
+
+    def start(self, run_key: str, step: str, cell: Cell | None, identity: str) -> StepRun:
+        """The child run for a step: a new one, or the one that a killed attempt left behind."""
+        parent = self.pipeline_run(run_key)
+        left = [r for r in self.search({WORK: identity, RUN_KEY: run_key}) if IDENTITY not in r.data.tags]
+        if left:
+            run_id = left[0].info.run_id
+            self.client.update_run(run_id, status="RUNNING")
+            log.info("resuming MLflow run %s", run_id)
+        else:
+            name = f"{step} {cell.key}" if cell else step
+            tags = {WORK: identity, RUN_KEY: run_key, STEP: step, "mlflow.parentRunId": parent}
+            tags |= {CELL: cell.key} if cell else {}
+            run_id = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
+        return StepRun(self.client, str(run_id), self.experiment_id)
+
+    def finish(self, run: StepRun, output: StepOutput, *, cache: bool) -> None:
+        """Write the output, then the identity that makes it findable, then the status."""
+        run.metrics({**output.metrics, "progress": 1.0})
+        run.tags({f"gate.{v.gate}": f"{v.answer}: {v.reason}"[:4900] for v in output.verdicts})
+        self.client.log_dict(run.run_id, output.model_dump(mode="json"), OUTPUT)
+        self.client.update_run(run.run_id, status="FINISHED")
+        if cache:
+            run.tags({IDENTITY: output.identity})
+
+    def fail(self, run: StepRun, reason: str) -> None:
+        """Mark a step's run as failed; it is never found as finished."""
+        run.tags({"slipstream.error": reason[:4900]})
+        self.client.update_run(run.run_id, status="FAILED")
+
+    def reuse(self, run_key: str, output: StepOutput) -> StepOutput:
+        """Record in this pipeline run that an earlier result stands in for the step."""
+        run = self.start(run_key, output.step, output.cell, f"reused:{output.identity}")
+        run.tags({"slipstream.reused_from": output.run_id})
+        if output.artifact and output.artifact.model_id:
+            run.produces(output.artifact.model_id)
+        reused = output.model_copy(update={"reused": True})
+        self.finish(run, reused, cache=False)
+        return reused
+
+
+def fetch(artifact: Artifact) -> Path:
+    """The artefact's folder on this machine: from the cache, or downloaded, and verified by its digest.
+
+    Raises ModelError when what arrives is not what was logged.
+    """
+    cached = Home.from_environment().cache / artifact.sha256 / Path(artifact.path).name
+    if cached.is_dir():
+        return cached
+    cached.parent.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent.parent) as aside:
+        got = Path(mlflow.artifacts.download_artifacts(f"{artifact.uri}/{artifact.path}", dst_path=aside))
+        found = digests.folder(got)
+        if found != artifact.sha256:
+            raise ModelError(
+                f"{artifact.uri}/{artifact.path}: sha256 {found[:12]}… is not {artifact.sha256[:12]}… that was "
+                "logged; the artefact store is damaged or was tampered with"
+            )
+        staged = Path(aside) / "staged"
+        staged.mkdir()
+        shutil.move(str(got), staged / cached.name)
+        try:
+            staged.rename(cached.parent)
+        except OSError:  # another step was first; its copy passed the same check
+            log.debug("cache entry %s appeared meanwhile", cached.parent)
+    return cached

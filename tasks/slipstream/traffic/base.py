@@ -1,0 +1,80 @@
+"""The traffic seam: who deploys releases and splits the traffic between them.
+
+Envoy on one machine, KServe on Kubernetes, a fake for tests; all pass the same contract tests
+(tests/traffic/contract.py). Stages 2 and 3 know only this protocol.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from slipstream.contract import Document
+
+
+class Release(Document):
+    """One engine, deployed under a model's name."""
+
+    model: str
+    """Registered model; also the name in the Open Inference Protocol."""
+    name: str
+    """Name among the model's releases: `v3` for registry version 3, `baseline` before the first release."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}--{self.name}"
+
+
+class Routes(Document):
+    """The traffic of one model."""
+
+    weights: dict[str, int]
+    """Release name → share in percent; the shares sum to 100, or there are none before the first deployment."""
+    mirror: str | None = None
+    """Release that gets a copy of every request; its answers are not sent to anyone."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the splitter itself counted for a release since it started counting."""
+
+    requests: int
+    errors: int
+    """Responses with status 5xx, and requests that got no response."""
+    memory_mib: float
+    """Resident memory of the release's server."""
+
+
+class TrafficController(Protocol):
+    """Deploys and splits. Every method can be repeated with the same arguments and then changes nothing."""
+
+    def deploy(self, release: Release, engine: Path) -> None:
+        """Serve an engine folder as `release` and return when it is ready. Raises Unavailable."""
+        ...
+
+    def retire(self, release: Release) -> None:
+        """Stop a release's server. Refused (RegistryError) while it has traffic."""
+        ...
+
+    def deployed(self, model: str) -> set[str]:
+        """Names of the model's deployed releases that answer as ready."""
+        ...
+
+    def routes(self, model: str) -> Routes:
+        """The traffic as it is now: what the splitter has really loaded, not what was last asked for."""
+        ...
+
+    def set_routes(self, model: str, routes: Routes) -> None:
+        """Change the traffic and return when the splitter has loaded it. Drops no request. Raises Unavailable."""
+        ...
+
+    def observe(self, release: Release) -> Observation:
+        """Counters of a release."""
+        ...
+
+    def endpoint(self, model: str) -> str:
+        """Base URL at which clients reach the model, such as http://127.0.0.1:8080."""
+        ...
+
+    def answers(self, release: Release) -> Path:
+        """JSON-lines log of the release's answers, as serving/server.py writes it."""
+        ...
