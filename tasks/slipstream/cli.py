@@ -4,11 +4,15 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slipstream.errors import SlipstreamError
+
+if TYPE_CHECKING:  # what a command needs is imported when it runs
+    from slipstream.home import Home
+    from slipstream.watch.start import Started
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed (a retry may help), 2 bad input (a retry will not help), 3 a gate said no."
 
@@ -41,6 +45,83 @@ def schema() -> None:
 
 
 @app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="Run key, MLflow run id, or name of a spec (its latest run).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show what became of a run: every engine with its evidence, the release, and where to look."""
+    from slipstream.report.show import show
+
+    show(run, as_json=as_json)
+
+
+@app.command()
+def run(
+    spec: SpecFile,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show the run live until it ends.")] = False,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A choice of the trigger form: max_drop, recipes, stop_after, …"),
+    ] = None,
+) -> None:
+    """Publish a spec and start a run of it in Airflow; prints the run's id."""
+    from slipstream.home import Home
+    from slipstream.watch import start
+
+    home = Home.from_environment()
+    started = start.start(home, spec, start.choices(param or []))
+    typer.echo(started.run_id)
+    if watch:
+        _follow(home, started)
+
+
+@app.command()
+def watch(
+    name: Annotated[str, typer.Argument(help="Name of a published spec.")],
+    run_id: Annotated[str, typer.Argument(help="Id of a run, as `slipstream run` printed it.")],
+) -> None:
+    """Show a run live until it ends; ends with the run's exit code."""
+    from slipstream import catalog
+    from slipstream.home import Home
+    from slipstream.watch.start import Started
+
+    home = Home.from_environment()
+    _follow(home, Started(catalog.read(home.specs / f"{name}.yaml"), catalog.dag_id(name), run_id))
+
+
+def _follow(home: "Home", started: "Started") -> None:
+    from rich.console import Console
+
+    from slipstream.watch.follow import follow
+
+    if code := follow(home, started, Console()):
+        raise typer.Exit(code)
+
+
+@app.command()
+def bench(
+    spec: SpecFile,
+    out: Annotated[Path | None, typer.Option(help="Write the table here, and a .json beside it.")] = None,
+    run: Annotated[str, typer.Option(help="Run key; `latest` is the newest with validated engines.")] = "latest",
+) -> None:
+    """Measure all engines of a run and the eager baseline in one interleaved run; print the table."""
+    import os
+    import subprocess
+
+    from slipstream import spec as specs
+    from slipstream.home import Home
+    from slipstream.platform import addresses
+    from slipstream.steps import environment_of
+
+    home = Home.from_environment()
+    python = home.python(environment_of("validate", specs.load(spec).model.framework))
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or addresses.load(home).mlflow
+    command = [str(python), "-m", "slipstream.bench", str(spec), "--run", run, *(["--out", str(out)] if out else [])]
+    if code := subprocess.run(command, env=os.environ | {"MLFLOW_TRACKING_URI": uri}, check=False).returncode:
+        raise typer.Exit(code)
+
+
+@app.command()
 def step(
     name: Annotated[str, typer.Argument(help="Step, such as quantize.")],
     spec: Annotated[Path, typer.Option(help="Spec file.")],
@@ -63,6 +144,49 @@ def step(
         raise InputError(f"{inputs}: not an IN document: {error}") from error
     output = run_step(name, specs.load(spec), given)
     write_atomically(outputs, output.model_dump_json(indent=2))
+
+
+@app.command()
+def up(
+    new_ports: Annotated[bool, typer.Option(help="Where a remembered port is taken, choose another one.")] = False,
+) -> None:
+    """Start the embedded platform (Airflow, MLflow, Envoy, model servers); harmless when it runs."""
+    from slipstream.home import Home
+    from slipstream.platform import console
+
+    console.up(Home.from_environment(), new_ports=new_ports)
+
+
+@app.command()
+def down() -> None:
+    """Stop the embedded platform; data, ports and releases are kept for the next `up`."""
+    from slipstream.home import Home
+    from slipstream.platform import console
+
+    console.down(Home.from_environment())
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show every service; exits 0 only when all are healthy."""
+    from slipstream.home import Home
+    from slipstream.platform import console
+
+    if not console.status(Home.from_environment(), as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def logs(
+    service: Annotated[str | None, typer.Argument(help="Service as `status` names it; all when left out.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing what is added.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines of each log to start with.")] = 50,
+) -> None:
+    """Print the logs of the platform's services."""
+    from slipstream.home import Home
+    from slipstream.platform import console
+
+    console.logs(Home.from_environment(), service, lines, follow)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ class Artifact(Document):
     """A folder in the MLflow artefact store."""
 
     uri: str
-    """`models:/m-…` or `runs:/…`."""
+    """Location in the artefact store, such as `mlflow-artifacts:/3/models/m-…/artifacts`."""
     path: str
     """Folder below the URI whose content the digest covers."""
     sha256: str
@@ -86,8 +86,8 @@ class StepInput(Document):
 
     run_key: str
     """Name of the pipeline run, the same as Airflow's run id."""
-    pipeline_run_id: str
-    """MLflow parent run."""
+    pipeline_run_id: str = ""
+    """MLflow parent run; `run_step` looks it up from the run key."""
     cell: Cell | None = None
     upstream: tuple[StepOutput, ...] = ()
     params: dict[str, Any] = {}

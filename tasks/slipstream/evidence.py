@@ -38,8 +38,8 @@ class Noise(Document):
 
     clean_rounds: int
     rounds: int
-    others_cores: float
-    """Median number of cores that other processes used during the rounds."""
+    others_cores: float | None
+    """Median number of cores that other processes used during the rounds; None where /proc does not tell."""
 
     @property
     def noisy(self) -> bool:

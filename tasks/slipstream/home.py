@@ -65,11 +65,14 @@ class Home:
         return self.root / "platform.json"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write aside, flush to disk, rename: a reader sees the old text or the new, never half of either."""
+def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write aside, flush to disk, rename: a reader sees the old text or the new, never half of either.
+
+    `mode` is what the file is created with, before the umask; 0o600 for what holds secrets.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
+    with open(aside, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -15,7 +15,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -28,7 +30,17 @@ TECHNIQUES: tuple[Technique, ...] = ("distill", "prune", "quantize")
 BASELINE = "baseline"
 """Name of the implicit recipe with no techniques: the reference for every gate."""
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
+NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
+REGISTRY = r"^models:/[A-Za-z0-9_.-]+@[A-Za-z0-9_-]+$"
+SCHEDULE = r"^(@(hourly|daily|weekly|monthly|quarterly|yearly)|[-\w*,/]+( +[-\w*,/#]+){4})$"
+PATTERNS = {
+    NAME: "a name of lower-case letters, digits and hyphens, at most 40 of them",
+    REGISTRY: "of the form models:/NAME@ALIAS, such as models:/fashion-resnet@source",
+    SCHEDULE: "a preset such as @weekly, nor a cron expression of five fields such as `0 3 * * 1`",
+}
+"""What a pattern means, for the error that quotes it."""
+
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 def _function(value: str) -> str:
@@ -51,7 +63,7 @@ def _uri(value: str) -> str:
 
 
 FunctionName = Annotated[str, AfterValidator(_function)]
-Percent = Annotated[float, BeforeValidator(_percent), Field(ge=0, le=100)]
+Percent = Annotated[float, BeforeValidator(_percent, json_schema_input_type=float | str), Field(ge=0, le=100)]
 FileUri = Annotated[str, AfterValidator(_uri)]
 
 
@@ -74,13 +86,13 @@ def _call(value: object) -> object:
     return {"function": value} if isinstance(value, str) else value
 
 
-UserFunction = Annotated[Call, BeforeValidator(_call)]
+UserFunction = Annotated[Call, BeforeValidator(_call, json_schema_input_type=str | Call)]
 
 
 class Model(Section):
     """Where the trained model comes from."""
 
-    registry: Annotated[str, Field(pattern=r"^models:/[A-Za-z0-9_.-]+@[A-Za-z0-9_-]+$")]
+    registry: Annotated[str, Field(pattern=REGISTRY)]
     """Registered model and alias, such as `models:/fashion-resnet@source`. Moving the alias starts a run."""
     framework: Literal["torch"] = "torch"
     """Framework of the trained model."""
@@ -107,6 +119,21 @@ class DataFiles(Section):
     """Training split, local path or s3:// URI. Calibration samples are drawn from it."""
     test: FileUri
     """Held-out split. Gates are judged on it and on nothing else."""
+
+
+FILES, FUNCTION = "<files>", "<function>"
+
+
+def _data_kind(value: object) -> str:
+    """Decides which of the two is meant, so that a mistake in one is not also reported as one in the other."""
+    given = value.keys() if isinstance(value, Mapping) else ()
+    files = isinstance(value, DataFiles) or ({"train", "test"} & set(given) and "function" not in given)
+    return FILES if files else FUNCTION
+
+
+DataSource = Annotated[
+    Annotated[DataFiles, Tag(FILES)] | Annotated[UserFunction, Tag(FUNCTION)], Discriminator(_data_kind)
+]
 
 
 class Objective(Section):
@@ -197,6 +224,9 @@ class Guardrails(Section):
     """Largest share of failed requests, in percent."""
     max_disagreement: Percent = 10.0
     """Largest share of requests that champion and challenger answer differently, in percent (upper bound)."""
+    max_accuracy_drop: Annotated[float, Field(gt=0, le=100)] = 5.0
+    """Largest drop of the quality metric against the champion in the small-scale test, in percentage points (upper
+    bound). Wider than `objective.max_drop`, which stage 1 judges on all samples: here are only `shadow` of them."""
     max_p99_ratio: Annotated[float, Field(gt=0)] = 2.0
     """Largest ratio of the challenger's p99 latency to the champion's, measured side by side."""
     max_p99_ms: Annotated[float, Field(gt=0)] = 250.0
@@ -210,7 +240,7 @@ class SmallScaleTest(Section):
 
     shadow: Annotated[int, Field(ge=50, le=1_000_000)] = 500
     """Requests that are mirrored to the challenger; the two answers are compared in pairs."""
-    share: Annotated[float, BeforeValidator(_percent), Field(gt=0, le=50)] = 5.0
+    share: Annotated[float, BeforeValidator(_percent, json_schema_input_type=float | str), Field(gt=0, le=50)] = 5.0
     """Share of traffic that the challenger then answers, in percent."""
     requests: Annotated[int, Field(ge=50, le=10_000_000)] = 2000
     """Requests sent while the challenger has that share."""
@@ -241,10 +271,10 @@ class Spec(Section):
     """One model, from trained to released."""
 
     name: Name
-    """Name of the spec: DAG `optimize-NAME`, MLflow experiment `slipstream/NAME`."""
+    """Name of the spec; its DAG is `optimize-NAME`. The MLflow experiment is named after the registered model."""
     model: Model
     """Where the trained model comes from."""
-    data: DataFiles | UserFunction
+    data: DataSource
     """A function that returns the splits, or files."""
     objective: Objective = Objective()
     """How good it must stay, how fast it must get."""
@@ -264,7 +294,7 @@ class Spec(Section):
     """Stage 3."""
     guardrails: Guardrails = Guardrails()
     """Limits for stages 2 and 3."""
-    schedule: str | None = None
+    schedule: Annotated[str, Field(pattern=SCHEDULE)] | None = None
     """Cron expression or preset such as `@weekly`; none means only by hand or by the alias."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice."""
@@ -329,12 +359,21 @@ def json_schema() -> dict[str, Any]:
 
 
 def _explain(source: str, error: Mapping[str, Any]) -> str:
-    field = ".".join(str(part) for part in error["loc"] if part not in ("function-before", "DataFiles", "Call"))
-    field = re.sub(r"\.?function-[a-z]+\[[^\]]*\]", "", field)
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        message = "unknown key; remove it or check its spelling (`slipstream schema` lists all keys)"
-    elif error["type"] == "missing":
-        message = "missing; this key is required"
-    where = f"{source}: {field}" if field else source
-    return f"{where}: {message}"
+    """One line: file, field, what is wrong there and what to do."""
+    field = ".".join(str(part) for part in error["loc"] if part not in (FILES, FUNCTION, "[key]"))
+    return f"{source}: {field}: {_message(error)}" if field else f"{source}: {_message(error)}"
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    kind, value = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return "unknown key; remove it or check its spelling (`slipstream schema` lists all keys)"
+    if kind == "missing":
+        return "missing; this key is required"
+    if kind in ("model_type", "dict_type"):
+        return f"must be a mapping of keys to values, not {value!r}"
+    if kind == "string_pattern_mismatch":
+        return f"{value!r} is not {PATTERNS[error['ctx']['pattern']]}"
+    if kind == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    return str(error["msg"]).replace("Input should be", "must be").replace("String should", "must") + f", not {value!r}"

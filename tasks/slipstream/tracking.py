@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -26,28 +26,34 @@ from mlflow.entities import (
     Run,
     RunTag,
 )
-from mlflow.models import ModelSignature
 
 from slipstream import digests, hardware
 from slipstream.contract import Artifact, Cell, StepOutput
 from slipstream.data import Data
-from slipstream.errors import ModelError
+from slipstream.errors import EXIT_RETRY, ModelError
 from slipstream.home import Home
 from slipstream.spec import Spec, dump
+
+if TYPE_CHECKING:  # needs pandas, which the core environment lacks
+    from mlflow.models import ModelSignature
 
 log = logging.getLogger(__name__)
 
 IDENTITY = "slipstream.identity"
 WORK = "slipstream.work"
 RUN_KEY = "slipstream.run_key"
+SPEC = "slipstream.spec"
 STEP = "slipstream.step"
 CELL = "slipstream.cell"
+ERROR = "slipstream.error"
+EXIT_CODE = "slipstream.exit_code"
+REUSED = "slipstream.reused_from"
 OUTPUT = "output.json"
 
 
-def experiment_name(spec_name: str) -> str:
-    """MLflow experiment that holds a spec's runs."""
-    return f"slipstream/{spec_name}"
+def experiment_name(model: str) -> str:
+    """MLflow experiment of a registered model. Specs for the same model share it, and so each other's results."""
+    return f"slipstream/{model}"
 
 
 @dataclass
@@ -107,7 +113,7 @@ class StepRun:
         self,
         folder: Path,
         name: str,
-        signature: ModelSignature,
+        signature: "ModelSignature",
         parents: Iterable[str] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> Artifact:
@@ -133,7 +139,7 @@ class StepRun:
         # log_model ends the fluent run; the step is still under way.
         self.client.update_run(self.run_id, status="RUNNING")
         return Artifact(
-            uri=f"models:/{info.model_id}",
+            uri=str(self.client.get_logged_model(info.model_id).artifact_location),
             path=f"data/{folder.name}",
             sha256=sha256,
             size_bytes=size,
@@ -146,7 +152,7 @@ class StepRun:
 
 
 class Tracking:
-    """The runs of one spec."""
+    """The runs of one spec, in the experiment of its model."""
 
     def __init__(self, spec: Spec, client: MlflowClient | None = None) -> None:
         self.spec = spec
@@ -157,7 +163,7 @@ class Tracking:
     def experiment_id(self) -> str:
         """The spec's experiment, created when it is not there."""
         if self._experiment_id is None:
-            name = experiment_name(self.spec.name)
+            name = experiment_name(self.spec.model.name)
             found = self.client.get_experiment_by_name(name)
             self._experiment_id = found.experiment_id if found else str(self.client.create_experiment(name))
         return self._experiment_id
@@ -167,20 +173,24 @@ class Tracking:
         found = self.search({RUN_KEY: run_key, STEP: "pipeline"})
         if found:
             return str(found[0].info.run_id)
-        tags = {RUN_KEY: run_key, STEP: "pipeline", "slipstream.spec": self.spec.name}
+        tags = {RUN_KEY: run_key, STEP: "pipeline", SPEC: self.spec.name}
         run = self.client.create_run(self.experiment_id, tags=tags, run_name=run_key)
         self.client.log_text(run.info.run_id, dump(self.spec), "spec.yaml")
         self.client.log_dict(run.info.run_id, hardware.describe(), "hardware.json")
         return str(run.info.run_id)
 
-    def search(self, tags: Mapping[str, str], order: str = "attributes.start_time DESC") -> list[Run]:
+    def search(self, tags: Mapping[str, str]) -> list[Run]:
         """Runs of this spec that carry all these tags, newest first."""
+        return self._search({SPEC: self.spec.name, **tags})
+
+    def _search(self, tags: Mapping[str, str]) -> list[Run]:
         condition = " and ".join(f"tags.`{k}` = '{v}'" for k, v in tags.items())
-        return list(self.client.search_runs([self.experiment_id], condition, order_by=[order], max_results=1000))
+        order = ["attributes.start_time DESC"]
+        return list(self.client.search_runs([self.experiment_id], condition, order_by=order, max_results=1000))
 
     def find(self, identity: str) -> StepOutput | None:
-        """The output of a finished step with this identity, whose artefacts are still there."""
-        for run in self.search({IDENTITY: identity}):
+        """The output of a finished step with this identity, in this spec's runs or another's for the same model."""
+        for run in self._search({IDENTITY: identity}):
             if run.info.status == "FINISHED":
                 return self.output(run.info.run_id)
         return None
@@ -199,29 +209,33 @@ class Tracking:
             log.info("resuming MLflow run %s", run_id)
         else:
             name = f"{step} {cell.key}" if cell else step
-            tags = {WORK: identity, RUN_KEY: run_key, STEP: step, "mlflow.parentRunId": parent}
+            tags = {SPEC: self.spec.name, WORK: identity, RUN_KEY: run_key, STEP: step, "mlflow.parentRunId": parent}
             tags |= {CELL: cell.key} if cell else {}
             run_id = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
         return StepRun(self.client, str(run_id), self.experiment_id)
 
-    def finish(self, run: StepRun, output: StepOutput, *, cache: bool) -> None:
-        """Write the output, then the identity that makes it findable, then the status."""
+    def record(self, run: StepRun, output: StepOutput) -> None:
+        """Write the output; a gate that says no does so too, since the evidence for a no is evidence."""
         run.metrics({**output.metrics, "progress": 1.0})
         run.tags({f"gate.{v.gate}": f"{v.answer}: {v.reason}"[:4900] for v in output.verdicts})
         self.client.log_dict(run.run_id, output.model_dump(mode="json"), OUTPUT)
+
+    def finish(self, run: StepRun, output: StepOutput, *, cache: bool) -> None:
+        """Write the output, then the identity that makes it findable, then the status."""
+        self.record(run, output)
         self.client.update_run(run.run_id, status="FINISHED")
         if cache:
             run.tags({IDENTITY: output.identity})
 
-    def fail(self, run: StepRun, reason: str) -> None:
+    def fail(self, run: StepRun, reason: str, exit_code: int = EXIT_RETRY) -> None:
         """Mark a step's run as failed; it is never found as finished."""
-        run.tags({"slipstream.error": reason[:4900]})
+        run.tags({ERROR: reason[:4900], EXIT_CODE: exit_code})
         self.client.update_run(run.run_id, status="FAILED")
 
     def reuse(self, run_key: str, output: StepOutput) -> StepOutput:
         """Record in this pipeline run that an earlier result stands in for the step."""
         run = self.start(run_key, output.step, output.cell, f"reused:{output.identity}")
-        run.tags({"slipstream.reused_from": output.run_id})
+        run.tags({REUSED: output.run_id})
         if output.artifact and output.artifact.model_id:
             run.produces(output.artifact.model_id)
         reused = output.model_copy(update={"reused": True})

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
+from slipstream import digests
 from slipstream.contract import Document
 from slipstream.engines import ENGINES
-from slipstream.errors import EngineError
+from slipstream.errors import DataError, EngineError
 from slipstream.spec import Target
 
 MANIFEST = "engine.json"
@@ -83,14 +84,43 @@ def read_manifest(folder: Path) -> EngineManifest:
         raise EngineError(f"{folder}: not an engine folder: {error}") from error
 
 
+def require_batch(batch: npt.NDArray[Any], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+    """Raise DataError unless `batch` is (N, *shape) of `dtype` with N ≥ 1; NumPy would broadcast or cast silently."""
+    if batch.shape[1:] != shape or batch.ndim != len(shape) + 1 or batch.shape[0] < 1 or batch.dtype != dtype:
+        wanted = "×".join(("N", *map(str, shape)))
+        raise DataError(f"the engine takes {wanted} {dtype} with N at least 1, not {batch.shape} {batch.dtype}")
+
+
+def build_engine(candidate: Path, target: Target, folder: Path) -> EngineManifest:
+    """Build a candidate folder for a target into `folder`, with its manifest. Raises EngineError, ModelError."""
+    from slipstream.frameworks import base as frameworks
+
+    engine = engine_for(target.engine)
+    engine.check(target)
+    given = frameworks.read_manifest(candidate)
+    folder.mkdir(parents=True)
+    engine.build(candidate, target, folder)
+    manifest = EngineManifest(
+        engine=target.engine,
+        target=target,
+        fingerprint=engine.fingerprint(target),
+        candidate_sha256=digests.folder(candidate),
+        input_shape=given.input_shape,
+        input_dtype=given.input_dtype,
+        output_shape=given.output_shape,
+        files={f.relative_to(folder).as_posix(): digests.file(f) for f in sorted(folder.rglob("*")) if f.is_file()},
+        quantized=given.quantized,
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
+    return manifest
+
+
 def load_engine(folder: Path) -> Runner:
     """Load an engine after its files and its fingerprint have been checked.
 
     Raises EngineError, naming each fact that differs, when it was built for other hardware or versions, and
     when a file is not the one that was built.
     """
-    from slipstream import digests
-
     manifest = read_manifest(folder)
     engine = engine_for(manifest.engine)
     engine.check(manifest.target)

@@ -5,17 +5,22 @@ A candidate folder holds `candidate.json` (a `CandidateManifest`), `model.onnx`,
 """
 
 import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from slipstream.contract import Document
+from slipstream.data import Data, Split
 from slipstream.errors import ModelError
 from slipstream.spec import Call
 
 MANIFEST = "candidate.json"
 ONNX = "model.onnx"
+WEIGHTS = "weights.safetensors"
 INPUT, OUTPUT = "input", "output"
 """Tensor names in every ONNX file and in the Open Inference Protocol."""
 
@@ -48,14 +53,112 @@ class Eager(Protocol):
         ...
 
 
+class Progress(Protocol):
+    """Where training says how far it is; `tracking.StepRun` is one."""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Record figures of an epoch."""
+        ...
+
+    def progress(self, done: int, total: int, **figures: float) -> None:
+        """Say how far the step is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What training in a step works with."""
+
+    data: Data
+    seed: int
+    folder: Path
+    """Checkpoints; the same folder again when a killed step is tried again."""
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One training with a one-cycle learning rate (Smith and Topin 2018)."""
+
+    epochs: int
+    learning_rate: float
+    """Peak of the cycle."""
+    batch_size: int = 128
+    epochs_before: int = 0
+    """Epochs of the step that earlier rounds did; metrics and progress count on from there."""
+    epochs_in_step: int | None = None
+    """Epochs of the whole step; None when this training is all of it."""
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """A teacher's answers for the training split, and how they enter the loss (Hinton et al. 2015)."""
+
+    logits: npt.NDArray[np.float32]
+    """(N, classes), in the order of the training split."""
+    temperature: float
+    weight: float
+    """Share of the soft loss."""
+
+
+class Pruner(Protocol):
+    """A network that loses channels, round by round."""
+
+    network: Any
+
+    def prune(self, sparsity: float, round_to: int) -> None:
+        """Remove channels until the share `sparsity` of those at the start is gone; widths stay multiples."""
+        ...
+
+    def figures(self) -> dict[str, float]:
+        """`sparsity` (share of the architecture's channels that is gone), `macs` of one sample, `parameters`."""
+        ...
+
+    def save(self, folder: Path, samples: Split) -> "CandidateManifest":
+        """Write the network, with what was removed from it, as a candidate folder."""
+        ...
+
+
 class Framework(Protocol):
-    """What differs between PyTorch, Keras and the others."""
+    """What differs between PyTorch, Keras and the others. A network is the framework's own object."""
 
     distributions: tuple[str, ...]
     """PyPI distributions whose versions belong to the identity of what it makes."""
 
     def load_eager(self, candidate: Path, threads: int | None = None) -> Eager:
         """The candidate, run by the framework itself in FP32: the baseline that people know."""
+        ...
+
+    def build(self, architecture: Call, seed: int) -> Any:
+        """The untrained network. Raises ModelError when the function does not return one."""
+        ...
+
+    def load(self, candidate: Path) -> Any:
+        """The trained network of a candidate folder. Raises ModelError when the weights do not fit."""
+        ...
+
+    def load_weights(self, weights: Path, architecture: Call) -> Any:
+        """A network with weights from a safetensors file. Raises ModelError when they do not fit."""
+        ...
+
+    def save(self, network: Any, architecture: Call, samples: Split, folder: Path) -> "CandidateManifest":
+        """Write a candidate folder. `samples` are a few real ones on which its ONNX form must agree."""
+        ...
+
+    def logits(self, network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """(N, …) inputs to (N, classes) outputs."""
+        ...
+
+    def train(self, function: Call, job: Job) -> Any:
+        """The network that the user's train function makes of the data."""
+        ...
+
+    def fit(self, network: Any, job: Job, schedule: Schedule, name: str, soft: SoftTargets | None = None) -> None:
+        """Train in place on the training split, resuming from the checkpoint `name` where there is one."""
+        ...
+
+    def pruner(self, candidate: Path) -> Pruner:
+        """A pruner for a candidate's network."""
         ...
 
 

@@ -1,8 +1,18 @@
 """Where the embedded platform listens. Written by `slipstream up`; ports are looked up once and remembered."""
 
+import base64
+import hashlib
+import secrets
+import socket
+from urllib.parse import urlsplit
+
 from slipstream.contract import Document
 from slipstream.errors import Unavailable
 from slipstream.home import Home, write_atomically
+
+PORTS = range(18_000, 21_000)
+"""Below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes a remembered port, and below
+those of the model servers (traffic/envoy.py)."""
 
 
 class Addresses(Document):
@@ -46,3 +56,60 @@ def load_secrets(home: Home) -> Secrets:
         return Secrets.model_validate_json((home.root / "secrets.json").read_text())
     except OSError as error:
         raise Unavailable(f"no platform under {home.root}; start it with `slipstream up`") from error
+
+
+def choose(home: Home, taken: set[int]) -> Addresses:
+    """The remembered addresses, made and saved at the first call; ports in `taken` are replaced by free ones."""
+    known = load(home) if home.addresses_file().exists() else None
+    urls = known.model_dump() if known else {}
+    avoid = taken | {port_of(url) for url in urls.values()}
+    # Each home starts elsewhere, so that a stopped platform does not find its ports with another one.
+    start = int.from_bytes(hashlib.sha256(str(home.root).encode()).digest()[:4]) % len(PORTS)
+    candidates = (p for p in (*PORTS[start:], *PORTS[:start]) if p not in avoid and is_free(p))
+    for name in Addresses.model_fields:
+        if name not in urls or port_of(urls[name]) in taken:
+            urls[name] = f"http://127.0.0.1:{next(candidates)}"
+    chosen = Addresses(**urls)
+    if chosen != known:
+        save(home, chosen)
+    return chosen
+
+
+def port_of(url: str) -> int:
+    """Port of a base URL."""
+    port = urlsplit(url).port
+    assert port is not None, url
+    return port
+
+
+def is_free(port: int) -> bool:
+    """Whether a server can listen on 127.0.0.1 at this port now."""
+    with socket.socket() as probe:
+        # As servers do it: connections of an ended server that still wait to time out are not in the way.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def ensure_secrets(home: Home) -> Secrets:
+    """The secrets, made at the first call and kept in a file that only its owner can read."""
+    path = home.root / "secrets.json"
+    if not path.exists():
+        made = Secrets(
+            airflow_user="admin",
+            airflow_password=secrets.token_urlsafe(12),
+            airflow_jwt_secret=secrets.token_urlsafe(48),
+            airflow_fernet_key=_fernet_key(),
+            webhook_secret=secrets.token_urlsafe(32),
+            mlflow_webhook_key=_fernet_key(),
+        )
+        write_atomically(path, made.model_dump_json(indent=2), mode=0o600)
+    return load_secrets(home)
+
+
+def _fernet_key() -> str:
+    """32 random bytes in URL-safe base64, as the `cryptography` package wants a Fernet key."""
+    return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()

@@ -1,9 +1,44 @@
-"""Programs under supervisord: the one place that starts and stops long-lived processes."""
+"""Programs under supervisord: the one place that starts and stops long-lived processes.
 
-from dataclasses import dataclass, field
+One supervisord for each SLIPSTREAM_HOME. Each program is a file under `supervisor/programs/`, so it comes back
+with the next `slipstream up`, also after a restart of the machine. Starting, changing or stopping one program
+never touches another: supervisord's own comparison of files and running groups says what changed, and only the
+named group is acted upon.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import socket
+import stat
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from slipstream.home import Home
+from slipstream.errors import Unavailable
+from slipstream.home import Home, write_atomically
+
+MARK = "SLIPSTREAM_SUPERVISED"
+"""Set to the home in everything that supervisord starts; how orphans are found. Not SLIPSTREAM_HOME: a user's shell
+may carry that one."""
+
+PRIVATE = 0o600
+ALIVE = frozenset({"STARTING", "RUNNING", "BACKOFF"})
+"""States in which supervisord itself keeps a program up, or is about to try again."""
+
+_SOCKET_PATH_LIMIT = 90
+"""Longest socket path in the home: Linux allows 107 bytes, and supervisord first binds PATH.PID beside it."""
+_BAD_NAME = 10  # supervisor.xmlrpc.Faults
+_NOT_RUNNING = 70
 
 
 @dataclass(frozen=True)
@@ -26,21 +61,300 @@ class ProcessState:
     pid: int | None
 
 
+ABSENT = ProcessState("ABSENT", None)
+
+
 def start(home: Home, program: Program) -> None:
-    """Write the program's file and start it; nothing changes when it already runs as given. Raises Unavailable."""
-    raise NotImplementedError
+    """Write the program's file and start it; nothing changes when it already runs as given.
+
+    Returns once the process exists, not when it is ready. Starts supervisord where it does not run. Raises
+    Unavailable.
+    """
+    with _locked(home):
+        _write(home, program)
+        if not _ensure_running(home):
+            _apply(home, program.name)
+        _wait_for_process(home, program.name)
 
 
 def stop(home: Home, name: str) -> None:
     """Stop a program and remove its file; fine when it is not there."""
-    raise NotImplementedError
+    with _locked(home):
+        for suffix in (".ini", ".json"):
+            (_programs(home) / f"{name}{suffix}").unlink(missing_ok=True)
+        if running_pid(home) is not None:
+            with _calls(home) as call:
+                _remove(call, name)
 
 
 def state(home: Home, name: str) -> ProcessState:
     """A program's state; `ABSENT` when it is unknown or supervisord is down."""
-    raise NotImplementedError
+    return states(home).get(name, ABSENT)
+
+
+def states(home: Home) -> dict[str, ProcessState]:
+    """Every program that supervisord knows; empty when it is down."""
+    if running_pid(home) is None:
+        return {}
+    try:
+        with _calls(home) as call:
+            return {p["name"]: ProcessState(p["statename"], p["pid"] or None) for p in call.getAllProcessInfo()}
+    except Unavailable:
+        return {}
 
 
 def log_file(home: Home, name: str) -> Path:
     """Where a program's output goes."""
     return home.root / "logs" / f"{name}.log"
+
+
+def ensure_running(home: Home) -> None:
+    """Start supervisord, and with it every program that has a file, unless it runs. Raises Unavailable."""
+    with _locked(home):
+        _ensure_running(home)
+
+
+def restart(home: Home, name: str) -> None:
+    """Start a program that stopped or gave up; nothing changes when it is up. Raises Unavailable."""
+    with _locked(home), _calls(home) as call:
+        if state(home, name).state not in ALIVE:
+            call.startProcess(name, False)
+
+
+def shutdown(home: Home, first: tuple[str, ...] = (), wait_s: float = 60) -> None:
+    """Stop the programs, those of `first` before the others, then supervisord. Their files stay. Raises Unavailable."""
+    with _locked(home):
+        pid = running_pid(home)
+        if pid is None:
+            return
+        with _calls(home) as call:
+            for name in first:
+                _stop_group(call, name)
+            call.stopAllProcesses()
+            call.shutdown()
+        deadline = time.monotonic() + wait_s
+        while Path(f"/proc/{pid}").exists():
+            if time.monotonic() > deadline:
+                raise Unavailable(f"supervisord (pid {pid}) of {home.root} did not stop within {wait_s:.0f} s")
+            time.sleep(0.05)
+
+
+def running_pid(home: Home) -> int | None:
+    """Process id of this home's supervisord, asked over its socket: a stale pid file or socket deceives nobody."""
+    path = str(socket_path(home))
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(5)
+        try:
+            probe.connect(path)
+        except OSError:
+            return None
+    try:
+        with _calls(home) as call:
+            return int(call.getPID())
+    except Unavailable:
+        return None
+
+
+def socket_path(home: Home) -> Path:
+    """Where supervisord listens: in the home, or under /tmp when the home's path is too long for a socket.
+
+    Derived from the home alone, so that a shell, a cron job and a step agree on it with nothing to remember.
+    """
+    inside = _folder(home) / "supervisor.sock"
+    if len(os.fsencode(inside)) <= _SOCKET_PATH_LIMIT:
+        return inside
+    key = hashlib.sha256(os.fsencode(home.root)).hexdigest()[:16]
+    return Path("/tmp") / f"slipstream-{os.getuid()}-{key}" / "supervisor.sock"  # noqa: S108 (checked in _private_folder)
+
+
+def base_environment(home: Home) -> dict[str, str]:
+    """What every program inherits: the caller's environment (credentials, proxies), less another Airflow's settings."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW")}
+    return kept | {
+        MARK: str(home.root),
+        "SLIPSTREAM_HOME": str(home.root),
+        "SLIPSTREAM_ENVS": str(home.envs),
+        "SLIPSTREAM_CODE": str(home.code),
+    }
+
+
+def _ensure_running(home: Home) -> bool:
+    """Whether supervisord had to be started."""
+    if running_pid(home) is not None:
+        return False
+    if os.environ.get(MARK) == str(home.root):
+        # The programs are orphans now, the caller among them; starting them a second time would only collide.
+        raise Unavailable(f"supervisord of {home.root} is gone; `slipstream up` cleans up and starts it again")
+    _private_folder(socket_path(home).parent)
+    _programs(home).mkdir(parents=True, exist_ok=True)
+    log_file(home, "supervisord").parent.mkdir(parents=True, exist_ok=True)
+    config = _folder(home) / "supervisord.ini"
+    write_atomically(config, _render_daemon(home), PRIVATE)
+    done = subprocess.run(
+        [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)],
+        env=base_environment(home),
+        cwd=home.root,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    if done.returncode != 0 or running_pid(home) is None:
+        detail = (done.stderr.strip() or done.stdout.strip() or f"see {log_file(home, 'supervisord')}")[-2000:]
+        raise Unavailable(f"supervisord does not start in {home.root}: {detail}")
+    return True
+
+
+def _apply(home: Home, name: str) -> None:
+    """Bring the running group in line with the program's file; touch no other."""
+    with _calls(home) as call:
+        [[added, changed, _]] = call.reloadConfig()
+        if name in changed:
+            _remove(call, name)
+        if name in added or name in changed:
+            call.addProcessGroup(name)
+        elif state(home, name).state not in ALIVE:
+            call.startProcess(name, False)
+
+
+def _remove(call: Any, name: str) -> None:
+    _stop_group(call, name)
+    with _ignored(_BAD_NAME):
+        call.removeProcessGroup(name)
+
+
+def _stop_group(call: Any, name: str) -> None:
+    with _ignored(_BAD_NAME, _NOT_RUNNING):
+        call.stopProcessGroup(name)
+
+
+def _wait_for_process(home: Home, name: str, seconds: float = 10) -> None:
+    """supervisord forks on its next tick; until then a fresh group reads as stopped."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        now = state(home, name)
+        if now.pid is not None or now.state in ("BACKOFF", "FATAL"):
+            return
+        time.sleep(0.02)
+    raise Unavailable(f"{name} did not start; see {log_file(home, name)}")
+
+
+def _write(home: Home, program: Program) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", program.name):
+        raise Unavailable(f"{program.name!r} cannot name a program; use letters, digits, '.', '_' and '-'")
+    executable = Path(program.command[0])
+    if executable.is_absolute() and not os.access(executable, os.X_OK):
+        raise Unavailable(f"{program.name}: {executable} is not there; `make setup` installs the environments")
+    folder = _programs(home)
+    log_file(home, program.name).parent.mkdir(parents=True, exist_ok=True)
+    description = json.dumps(asdict(program), default=str, indent=2)
+    write_atomically(folder / f"{program.name}.json", description, PRIVATE)
+    # The ini comes last: with it the program exists.
+    write_atomically(folder / f"{program.name}.ini", _render_program(home, program, description), PRIVATE)
+
+
+def _render_program(home: Home, program: Program, description: str) -> str:
+    # The interpreter below every environment: a release stays the same whichever environment deployed it.
+    python = str(Path(sys.executable).resolve())
+    launcher = [python, "-IS", str(Path(__file__).with_name("launch.py"))]
+    command = shlex.join([*launcher, str(_programs(home) / f"{program.name}.json")])
+    # The digest makes a changed description a changed group in supervisord's eyes.
+    digest = hashlib.sha256(description.encode()).hexdigest()
+    return f"""\
+[program:{program.name}]
+command = {_literal(command)}
+environment = SLIPSTREAM_PROGRAM="{digest}"
+autostart = true
+autorestart = true
+startsecs = 2
+startretries = 10
+stopsignal = TERM
+stopwaitsecs = {program.stop_wait_s}
+stopasgroup = true
+killasgroup = true
+redirect_stderr = true
+stdout_logfile = {_literal(str(log_file(home, program.name)))}
+stdout_logfile_maxbytes = 10MB
+stdout_logfile_backups = 3
+"""
+
+
+def _render_daemon(home: Home) -> str:
+    folder = _literal(str(_folder(home)))
+    return f"""\
+[supervisord]
+identifier = slipstream
+directory = {folder}
+logfile = {_literal(str(log_file(home, "supervisord")))}
+logfile_maxbytes = 10MB
+logfile_backups = 3
+pidfile = {folder}/supervisord.pid
+childlogdir = {folder}
+umask = 077
+
+[unix_http_server]
+file = {_literal(str(socket_path(home)))}
+chmod = 0600
+
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
+
+[include]
+files = programs/*.ini
+"""
+
+
+def _literal(value: str) -> str:
+    """supervisord expands %(name)s in every value."""
+    return value.replace("%", "%%")
+
+
+def _folder(home: Home) -> Path:
+    return home.root / "supervisor"
+
+
+def _programs(home: Home) -> Path:
+    return _folder(home) / "programs"
+
+
+def _private_folder(path: Path) -> None:
+    """Make a folder that only this user can enter. Raises Unavailable when somebody else's lies there."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise Unavailable(f"{path} must be a folder of this user, and is not; remove it")
+    path.chmod(0o700)
+
+
+@contextmanager
+def _locked(home: Home) -> Iterator[None]:
+    """One change at a time: supervisord holds one list of read but not yet applied groups for everybody."""
+    _folder(home).mkdir(parents=True, exist_ok=True)
+    with (_folder(home) / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _calls(home: Home) -> Iterator[Any]:
+    """supervisord's XML-RPC interface. Raises Unavailable."""
+    from supervisor.xmlrpc import SupervisorTransport  # loads asyncore; `slipstream --help` need not
+
+    transport = SupervisorTransport(None, None, f"unix://{socket_path(home)}")
+    try:
+        # The address is a dummy: the transport only looks at the socket.
+        yield xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
+    except (OSError, xmlrpc.client.Error) as error:
+        raise Unavailable(f"supervisord of {home.root}: {error}") from error
+    finally:
+        transport.close()
+
+
+@contextmanager
+def _ignored(*codes: int) -> Iterator[None]:
+    try:
+        yield
+    except xmlrpc.client.Fault as fault:
+        if fault.faultCode not in codes:
+            raise

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 
 from slipstream import data, digests
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict, combine, digest
-from slipstream.errors import DataError, GateFailed, SlipstreamError
+from slipstream.errors import EXIT_RETRY, DataError, GateFailed, SlipstreamError
 from slipstream.home import Home
 from slipstream.spec import Spec
 from slipstream.steps import STEPS
@@ -131,12 +131,13 @@ def run_step(step: str, spec: Spec, inputs: StepInput) -> StepOutput:
         log.info("%s: unchanged, reusing MLflow run %s", step, earlier.run_id)
         return tracking.reuse(inputs.run_key, earlier)
     run = tracking.start(inputs.run_key, step, inputs.cell, key)
+    inputs = inputs.model_copy(update={"pipeline_run_id": tracking.pipeline_run(inputs.run_key)})
     context = Context(spec, inputs, step, key, tracking, run, Home.from_environment())
     try:
         output = module.run(context)
     except BaseException as error:
         reason = str(error) if isinstance(error, SlipstreamError) else f"{type(error).__name__}: {error}"
-        tracking.fail(run, reason)
+        tracking.fail(run, reason, getattr(error, "exit_code", EXIT_RETRY))
         raise
     tracking.finish(run, output, cache=STEPS[step].cached)
     return output

@@ -17,7 +17,8 @@ class Release(Document):
     model: str
     """Registered model; also the name in the Open Inference Protocol."""
     name: str
-    """Name among the model's releases: `v3` for registry version 3, `baseline` before the first release."""
+    """Name among the model's releases, which stands for one engine for ever: `v3` for registry version 3,
+    `baseline-1a2b3c4d` (from the engine's digest) for the unchanged model before the first release."""
 
     @property
     def key(self) -> str:
@@ -48,7 +49,10 @@ class TrafficController(Protocol):
     """Deploys and splits. Every method can be repeated with the same arguments and then changes nothing."""
 
     def deploy(self, release: Release, engine: Path) -> None:
-        """Serve an engine folder as `release` and return when it is ready. Raises Unavailable."""
+        """Serve an engine folder as `release` and return when it is ready.
+
+        Raises Unavailable, or RegistryError when the name stands for another engine.
+        """
         ...
 
     def retire(self, release: Release) -> None:

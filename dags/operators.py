@@ -1,0 +1,144 @@
+"""A step as an Airflow task. What it builds on comes from `slipstream.flow`, where it runs from `runtime`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import BaseOperator
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+import runtime
+from slipstream import catalog, flow, spec
+from slipstream.contract import StepInput, StepOutput
+from slipstream.errors import InputError
+from slipstream.home import Home, write_atomically
+from slipstream.spec import TECHNIQUES, Spec
+
+OUTPUT = "output"
+"""XCom key of a step's OUT document. The return value is only for what Airflow maps over, since it maps over
+nothing else: `check` returns the recipes, `retrain` the cells."""
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """What a task knows of its run, read from Airflow's context."""
+
+    context: Any
+
+    @property
+    def key(self) -> str:
+        """The run's name, in Airflow, in MLflow and on disk."""
+        return str(self.context["run_id"])
+
+    @property
+    def spec_name(self) -> str:
+        """Name of the spec that the DAG was made from."""
+        return str(self.context["dag"].dag_id).removeprefix(catalog.dag_id(""))
+
+    @property
+    def spec_path(self) -> Path:
+        """The run's own copy of the spec, with the choices of the trigger form applied."""
+        return flow.run_folder(Home.from_environment(), self.spec_name, self.key) / "spec.yaml"
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Stages that the trigger form left out."""
+        return flow.skipped_stages(self.context["params"].get("stop_after", "none"))
+
+    def snapshot(self) -> None:
+        """Freeze the spec for this run, so that a spec published meanwhile changes only later runs."""
+        params = self.context["params"]
+        published = catalog.read(Home.from_environment().specs / f"{self.spec_name}.yaml")
+        chosen = flow.with_choices(published, max_drop=params["max_drop"], recipes=params["recipes"])
+        write_atomically(self.spec_path, spec.dump(chosen))
+
+    def outputs(self, steps: Sequence[str]) -> list[StepOutput]:
+        """All outputs that these steps have left so far; those of failed and skipped tasks are not there."""
+        pulled = self.context["ti"].xcom_pull(task_ids=list(steps), key=OUTPUT)
+        return [StepOutput.model_validate(value) for value in pulled if value is not None]
+
+    def choices(self) -> dict[str, Any]:
+        """The run-time choices that a step may need."""
+        params = self.context["params"]
+        return {k: params.get(k) for k in ("source_version", "recipes")} | {"skip_stages": list(self.skipped)}
+
+
+class StepOperator(BaseOperator):
+    """Runs the step that the task is named after; for a recipe (`int8`), a cell (`int8@server`), or the whole run."""
+
+    template_fields = ("cell",)
+    ui_color = "#e8f0fe"
+
+    def __init__(self, *, cell: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cell = cell
+
+    def execute(self, context: Any) -> list[str] | None:
+        """Run the step, hand on its output, and return what the tasks after it are mapped over."""
+        run = PipelineRun(context)
+        try:
+            if self.task_id == "check":
+                run.snapshot()
+            chosen = spec.load(run.spec_path)
+            inputs = self._inputs(run, chosen)
+        except InputError as error:
+            raise AirflowFailException(f"{error.headline}: {error}") from error
+        output = runtime.run_step(self.task_id, run.spec_path, inputs)
+        context["ti"].xcom_push(OUTPUT, output)
+        return {"check": list(chosen.recipes), "retrain": flow.cells(chosen)}.get(self.task_id)
+
+    def on_kill(self) -> None:
+        """Airflow ends the task: end the step's processes too."""
+        runtime.stop_step()
+
+    def _inputs(self, run: PipelineRun, chosen: Spec) -> StepInput:
+        """The IN document. Raises AirflowSkipException when the step has nothing to do in this run."""
+        cell = None if self.cell is None else flow.cell_of(self.cell)
+        if cell is not None and self.task_id in TECHNIQUES and self.task_id not in chosen.techniques(cell.recipe):
+            raise AirflowSkipException(f"recipe {cell.recipe} does not {self.task_id}")
+        outputs = run.outputs(flow.earlier(self.task_id))
+        skip_unless_wanted(run, self.task_id, outputs)
+        return StepInput(
+            run_key=run.key,
+            cell=cell,
+            upstream=flow.upstream(self.task_id, chosen, cell, outputs),
+            params=run.choices(),
+        )
+
+
+def skip_unless_wanted(run: PipelineRun, task: str, outputs: Sequence[StepOutput]) -> None:
+    """Skip stages that the form left out, and stages 2 and 3 when the best engine already serves."""
+    stage = flow.stage_of(task)
+    if stage in run.skipped:
+        raise AirflowSkipException(f"{stage.replace('_', ' ')} is skipped: stop_after was chosen in the trigger form")
+    select = next((o for o in outputs if o.step == "select"), None)
+    if stage in ("small_scale_test", "full_rollout") and select and select.details.get("already_champion"):
+        raise AirflowSkipException("the best engine is the champion already; there is nothing to test or to roll out")
+
+
+def ask_only_if_wanted(context: Any) -> None:
+    """Hook of the approval task: nobody is asked about a rollout that will not happen."""
+    run = PipelineRun(context)
+    skip_unless_wanted(run, "approval", run.outputs(["select"]))
+
+
+def settle(context: Any) -> str:
+    """The run's last word: raises AirflowFailException unless everything happened that should have.
+
+    Airflow takes a run's state from its leaves, and a leaf that runs after failures would end it green; a mapped
+    task that never came to be has no state at all. So states and expected cells are both compared here.
+    """
+    run, ti = PipelineRun(context), context["ti"]
+    states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[run.key]).get(run.key, {})
+    failed = sorted(k for k, v in states.items() if v == "failed" and k != ti.task_id)
+    blocked = sorted(k for k, v in states.items() if v == "upstream_failed")
+    judged = {o.cell.key for o in run.outputs(["validate"]) if o.cell}
+    missing = [c for c in flow.cells(spec.load(run.spec_path)) if c not in judged] if run.spec_path.exists() else []
+    problems = {"failed": failed, "not reached": blocked, "cells without evidence": missing}
+    if any(problems.values()):
+        raise AirflowFailException(
+            "; ".join(f"{what}: {', '.join(which)}" for what, which in problems.items() if which)
+        )
+    return json.dumps({"cells": sorted(judged), "stages skipped": list(run.skipped)})

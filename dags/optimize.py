@@ -1,0 +1,180 @@
+"""One DAG for each published spec: optimize, then three stages that say whether the result goes live.
+
+Read `pipeline` from top to bottom; it is the Airflow graph. What each step builds on is `slipstream.flow`, what it
+does is `slipstream.steps`, where it runs is `runtime`.
+"""
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk import DAG, Param, TaskGroup, get_parsing_context, task, task_group
+from airflow.sdk.exceptions import AirflowFailException
+
+from operators import StepOperator, ask_only_if_wanted, settle
+from slipstream import catalog, flow
+from slipstream.errors import SpecError
+from slipstream.home import Home
+from slipstream.spec import Spec
+
+NAMED = {"map_index_template": "{{ task.cell }}"}
+"""Mapped tasks show their recipe or cell instead of a number."""
+
+# A step that was killed or found a service down is tried again after some 15 and 30 s; what is wrong stays wrong
+# and is not (runtime.py).
+RETRIES = {
+    "retries": 2,
+    "retry_delay": timedelta(seconds=15),
+    "retry_exponential_backoff": True,
+    "max_retry_delay": timedelta(minutes=2),
+}
+
+
+def pipeline(spec: Spec) -> DAG:
+    """The DAG of a spec."""
+    with DAG(
+        dag_id=catalog.dag_id(spec.name),
+        description=f"{spec.model.name}: {len(spec.recipes)} recipes × {len(spec.targets)} targets "
+        f"(spec {catalog.fingerprint(spec)})",
+        doc_md=describe(spec),
+        params=trigger_form(spec),
+        schedule=spec.schedule,
+        start_date=datetime(2026, 1, 1),
+        catchup=False,
+        max_active_runs=1,
+        default_args=RETRIES,
+        tags=["slipstream", spec.model.name],
+    ) as dag:
+        recipes = StepOperator(task_id="check")
+
+        with TaskGroup("optimize", prefix_group_id=False) as optimize:
+            cells = StepOperator(task_id="retrain")
+            engines = StepOperator.partial(task_id="build", trigger_rule="all_done", **NAMED).expand(cell=cells.output)
+            cells >> candidate.expand(recipe=recipes.output) >> engines
+
+        with TaskGroup("accuracy_validation", prefix_group_id=False) as accuracy_validation:
+            validated = StepOperator.partial(
+                task_id="validate", trigger_rule="all_done", pool="machine", **NAMED
+            ).expand(cell=cells.output)
+            validated >> StepOperator(task_id="select", trigger_rule="all_done")
+
+        with TaskGroup("small_scale_test", prefix_group_id=False) as small_scale_test:
+            StepOperator(task_id="trial", pool="release")
+
+        with TaskGroup("full_rollout", prefix_group_id=False) as full_rollout:
+            rollout = StepOperator(task_id="rollout", pool="release")
+            if spec.rollout.approval:
+                approval(spec) >> rollout
+
+        report = StepOperator(task_id="report", trigger_rule="all_done")
+
+        recipes >> optimize >> accuracy_validation >> small_scale_test >> full_rollout >> report >> outcome()
+    return dag
+
+
+@task_group(prefix_group_id=False)
+def candidate(recipe: str) -> None:
+    """One recipe: the techniques that it names, in their order; the others are skipped."""
+    distill = StepOperator(task_id="distill", cell=recipe, **NAMED)
+    prune = StepOperator(task_id="prune", cell=recipe, trigger_rule="none_failed", **NAMED)
+    quantize = StepOperator(task_id="quantize", cell=recipe, trigger_rule="none_failed", **NAMED)
+    distill >> prune >> quantize
+
+
+def approval(spec: Spec) -> ApprovalOperator:
+    """A person says yes before traffic moves. No answer within a day is a no, and a no fails the run visibly."""
+    return ApprovalOperator(
+        task_id="approval",
+        subject=f"Roll out a new release of {spec.model.name}?",
+        body="{% set chosen = ti.xcom_pull(task_ids='select', key='output').details %}"
+        "**{{ chosen.winner }}** passed the accuracy validation and the small-scale test. "
+        f"Approve to move the traffic in steps of {', '.join(f'{s} %' for s in spec.rollout.steps)}.",
+        defaults="Reject",
+        response_timeout=timedelta(days=1),
+        fail_on_reject=True,
+        pre_execute=ask_only_if_wanted,
+        retries=0,
+    )
+
+
+@task(trigger_rule="all_done", retries=0)
+def outcome(**context: Any) -> str:
+    """Green only if everything happened that should have."""
+    return settle(context)
+
+
+def trigger_form(spec: Spec) -> dict[str, Param]:
+    """What may be chosen for a single run; everything else is the spec's to say."""
+    return {
+        "max_drop": Param(
+            spec.objective.max_drop,
+            type="number",
+            exclusiveMinimum=0,
+            maximum=100,
+            title="Allowed drop",
+            description=f"Largest allowed drop of {spec.objective.metric} in percentage points.",
+        ),
+        "recipes": Param(
+            list(spec.recipes),
+            type="array",
+            items={"type": "string", "enum": list(spec.recipes)},
+            examples=list(spec.recipes),
+            minItems=1,
+            uniqueItems=True,
+            title="Recipes",
+            description="Recipes to try.",
+        ),
+        "stop_after": Param(
+            "none",
+            type="string",
+            enum=list(flow.STOP_AFTER),
+            values_display={s: s.replace("_", " ") for s in flow.STOP_AFTER},
+            title="Stop after",
+            description="Skip the stages after this one.",
+        ),
+        "source_version": Param(
+            None,
+            type=["null", "string"],
+            pattern="^[0-9]+$",
+            title="Source version",
+            description=f"Version of {spec.model.name} to optimize, instead of the one that the spec leads to.",
+        ),
+    }
+
+
+def describe(spec: Spec) -> str:
+    """The DAG's page in the Airflow UI."""
+    recipes = "\n".join(f"| `{name}` | {' → '.join(steps) or 'as it is'} |" for name, steps in spec.recipes.items())
+    targets = "\n".join(f"| `{n}` | {t.engine}, {t.device}, {t.threads} threads |" for n, t in spec.targets.items())
+    return (
+        f"Makes **{spec.model.name}** faster; {spec.objective.metric} may drop by at most {spec.objective.max_drop} "
+        f"points.\n\nStarts by its schedule ({spec.schedule or 'none'}), by this form, or when the alias "
+        f"`{spec.model.alias}` moves.\n\n| recipe | techniques |\n| --- | --- |\n{recipes}\n\n"
+        f"| target | engine |\n| --- | --- |\n{targets}\n"
+    )
+
+
+def broken(name: str, error: SpecError) -> DAG:
+    """Stands in for a spec that cannot be read: its DAG stays in the list and says what to mend."""
+    with DAG(
+        dag_id=catalog.dag_id(name),
+        dag_display_name=f"optimize-{name} (broken spec)",
+        description=str(error).splitlines()[0],
+        doc_md=f"The spec cannot be read. Mend it and publish it again.\n\n```\n{error}\n```",
+        schedule=None,
+        tags=["slipstream", "broken spec"],
+    ) as dag:
+
+        @task(task_id="spec")
+        def say() -> None:
+            raise AirflowFailException(str(error))
+
+        say()
+    return dag
+
+
+wanted = get_parsing_context().dag_id  # a task process needs only its own DAG
+for spec_name, found in catalog.published(Home.from_environment()):
+    if wanted in (None, catalog.dag_id(spec_name)):
+        made = pipeline(found) if isinstance(found, Spec) else broken(spec_name, found)
+        globals()[made.dag_id] = made

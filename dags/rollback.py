@@ -1,0 +1,57 @@
+"""The way back by hand: `previous` serves again. `slipstream rollback MODEL` does the same from a terminal."""
+
+from datetime import datetime
+from typing import Any
+
+from airflow.sdk import DAG, Param
+from airflow.sdk.exceptions import AirflowFailException
+
+import runtime
+from operators import OUTPUT, StepOperator
+from slipstream import catalog, flow, spec
+from slipstream.contract import StepInput
+from slipstream.home import Home, write_atomically
+from slipstream.spec import Spec
+
+
+class RollbackOperator(StepOperator):
+    """Runs the step `rollback` for the model that the form names."""
+
+    def execute(self, context: Any) -> None:
+        """Any published spec of the model will do: the step needs its name and nothing that specs differ in."""
+        home, model = Home.from_environment(), context["params"]["model"]
+        chosen = next((s for _, s in catalog.published(home) if isinstance(s, Spec) and s.model.name == model), None)
+        if chosen is None:
+            raise AirflowFailException(f"no published spec is about the model {model!r}")
+        path = flow.run_folder(home, "rollback", context["run_id"]) / "spec.yaml"
+        write_atomically(path, spec.dump(chosen))
+        output = runtime.run_step(self.task_id, path, StepInput(run_key=context["run_id"]))
+        context["ti"].xcom_push(OUTPUT, output)
+
+
+def models() -> list[str]:
+    """Registered models that published specs are about."""
+    specs = [s for _, s in catalog.published(Home.from_environment()) if isinstance(s, Spec)]
+    return sorted({s.model.name for s in specs})
+
+
+with DAG(
+    dag_id="rollback",
+    description="Put the previous release of a model back into production",
+    doc_md=__doc__,
+    params={
+        "model": Param(
+            type="string",
+            title="Model",
+            description="Registered model whose previous release shall serve again.",
+            **({"enum": models()} if models() else {}),
+        )
+    },
+    schedule=None,
+    start_date=datetime(2026, 1, 1),
+    catchup=False,
+    max_active_runs=1,
+    tags=["slipstream"],
+) as dag:
+    # Waits for a rollout under way, and goes before everything else that waits: two must not move traffic at once.
+    RollbackOperator(task_id="rollback", pool="release", priority_weight=1000, retries=2)

@@ -1,0 +1,120 @@
+"""Airflow's REST API, as far as slipstream uses it: find a DAG, start a run once, follow it. Imports no Airflow."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from slipstream.errors import InputError, Unavailable
+from slipstream.home import Home
+from slipstream.platform import addresses
+
+FINAL = ("success", "failed")
+"""States in which a run stays."""
+
+
+@dataclass(frozen=True)
+class TaskInstance:
+    """One task of a run, or one cell of a mapped one."""
+
+    task: str
+    name: str | None
+    """Map name, such as `int8@server`; None for a task that is not mapped."""
+    state: str | None
+    """Airflow's state; None before it is scheduled."""
+    started: str | None
+    """ISO 8601."""
+    seconds: float | None
+    """How long the latest try took, or has taken so far."""
+    tries: int
+    index: int
+
+
+class AirflowApi:
+    """A client with one log-in. Every method raises Unavailable when Airflow does not answer."""
+
+    def __init__(self, base_url: str, user: str, password: str) -> None:
+        self._client = httpx.Client(base_url=base_url, timeout=20)
+        self._login = {"username": user, "password": password}
+
+    @classmethod
+    def of(cls, home: Home) -> "AirflowApi":
+        """The Airflow of the platform that was started for this home."""
+        secrets = addresses.load_secrets(home)
+        return cls(addresses.load(home).airflow, secrets.airflow_user, secrets.airflow_password)
+
+    def dag(self, dag_id: str) -> dict[str, Any] | None:
+        """A DAG's details; None when Airflow does not know it."""
+        answer = self._ask("GET", f"/dags/{dag_id}", fine=(404,))
+        return None if answer.status_code == httpx.codes.NOT_FOUND else dict(answer.json())
+
+    def wait_for_dag(self, dag_id: str, mark: str, seconds: float = 120) -> None:
+        """Return when Airflow has parsed the DAG whose description holds `mark`. Raises Unavailable after that time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            found = self.dag(dag_id)
+            if found and not found["is_stale"] and mark in (found["description"] or ""):
+                return
+            time.sleep(0.5)
+        raise Unavailable(
+            f"Airflow has not read DAG {dag_id} ({mark}) within {seconds:.0f} s; "
+            "see `slipstream logs airflow-dag-processor`"
+        )
+
+    def unpause(self, dag_id: str) -> None:
+        """Let a DAG run; fine when it does already."""
+        self._ask("PATCH", f"/dags/{dag_id}", {"is_paused": False})
+
+    def trigger(self, dag_id: str, run_id: str, conf: Mapping[str, Any]) -> bool:
+        """Start a run; False when a run with this id was started before. Raises InputError for a refused conf."""
+        body = {"dag_run_id": run_id, "logical_date": None, "conf": dict(conf)}
+        answer = self._ask("POST", f"/dags/{dag_id}/dagRuns", body, fine=(400, 409, 422))
+        if answer.status_code == httpx.codes.CONFLICT:
+            return False
+        if answer.is_error:
+            raise InputError(f"Airflow refuses the run {run_id} of {dag_id}: {answer.json().get('detail')}")
+        return True
+
+    def run(self, dag_id: str, run_id: str) -> dict[str, Any] | None:
+        """A run's details; None when there is no such run."""
+        answer = self._ask("GET", f"/dags/{dag_id}/dagRuns/{run_id}", fine=(404,))
+        return None if answer.status_code == httpx.codes.NOT_FOUND else dict(answer.json())
+
+    def tasks(self, dag_id: str, run_id: str) -> list[TaskInstance]:
+        """All task instances of a run."""
+        found: list[dict[str, Any]] = []
+        while True:
+            query = f"limit=100&offset={len(found)}"
+            page = self._ask("GET", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances?{query}").json()
+            found += page["task_instances"]
+            if len(found) >= page["total_entries"] or not page["task_instances"]:
+                return [_task(entry) for entry in found]
+
+    def _ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, fine: tuple[int, ...] = ()
+    ) -> httpx.Response:
+        """One request, logged in; again with a fresh token when the old one has expired."""
+        try:
+            answer = self._client.request(method, f"/api/v2{path}", json=body)
+            if answer.status_code == httpx.codes.UNAUTHORIZED:
+                token = self._client.post("/auth/token", json=self._login).raise_for_status().json()["access_token"]
+                self._client.headers["Authorization"] = f"Bearer {token}"
+                answer = self._client.request(method, f"/api/v2{path}", json=body)
+            return answer if answer.status_code in fine else answer.raise_for_status()
+        except httpx.HTTPError as error:
+            raise Unavailable(f"Airflow at {self._client.base_url} does not answer {method} {path}: {error}") from error
+
+
+def _task(entry: Mapping[str, Any]) -> TaskInstance:
+    mapped = entry["map_index"] >= 0
+    return TaskInstance(
+        task=entry["task_id"],
+        name=(entry["rendered_map_index"] or str(entry["map_index"])) if mapped else None,
+        state=entry["state"],
+        started=entry["start_date"],
+        seconds=entry["duration"],
+        tries=entry["try_number"],
+        index=entry["map_index"],
+    )

@@ -1,0 +1,120 @@
+"""The plan of a pipeline run, as plain data: its stages, its cells, and what each step builds on.
+
+The DAG turns this into operators and decides nothing itself. A step is given exactly the outputs that it uses,
+since they decide its identity; they are found by key, never by position, so that a failed cell leaves a gap that
+everybody sees.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from slipstream.contract import Cell, StepOutput
+from slipstream.errors import InputError
+from slipstream.home import Home
+from slipstream.spec import BASELINE, TECHNIQUES, Spec, parse
+from slipstream.steps import STEPS
+
+STAGES: dict[str, tuple[str, ...]] = {
+    "optimize": ("check", "retrain", "distill", "prune", "quantize", "build"),
+    "accuracy_validation": ("validate", "select"),
+    "small_scale_test": ("trial",),
+    "full_rollout": ("approval", "rollout"),
+    "report": ("report", "outcome"),
+}
+"""Stages in order, and their tasks. Every task but `approval` and `outcome` is a step."""
+
+STOP_AFTER = ("none", "accuracy_validation", "small_scale_test")
+"""Stages after which a run may end early."""
+
+
+def stage_of(task: str) -> str:
+    """The stage that a task belongs to."""
+    return next(stage for stage, tasks in STAGES.items() if task in tasks)
+
+
+def earlier(task: str) -> list[str]:
+    """The steps that come before a task, and so may have left outputs."""
+    tasks = [t for tasks in STAGES.values() for t in tasks]
+    return [t for t in tasks[: tasks.index(task)] if t in STEPS]
+
+
+def skipped_stages(stop_after: str) -> tuple[str, ...]:
+    """Stages that do not run when the run ends after `stop_after`; the report always runs."""
+    if stop_after == "none":
+        return ()
+    stages = [s for s in STAGES if s != "report"]
+    return tuple(stages[stages.index(stop_after) + 1 :])
+
+
+def run_folder(home: Home, spec_name: str, run_key: str) -> Path:
+    """Folder of a pipeline run. Run ids are unique for each DAG only: two weekly specs start at the same second."""
+    return home.runs / spec_name / run_key
+
+
+def with_choices(spec: Spec, *, max_drop: float | None = None, recipes: Sequence[str] | None = None) -> Spec:
+    """The spec with a trigger form's choices applied. Raises SpecError for a choice that it does not allow."""
+    document = spec.model_dump(mode="json")
+    if max_drop is not None:
+        document["objective"]["max_drop"] = max_drop
+    if recipes is not None:
+        if unknown := sorted(set(recipes) - set(spec.recipes)):
+            raise InputError(f"recipes {', '.join(unknown)}: not in spec {spec.name}; known: {', '.join(spec.recipes)}")
+        document["recipes"] = {name: t for name, t in document["recipes"].items() if name in recipes}
+    return parse(yaml.safe_dump(document, sort_keys=False), f"run of {spec.name}")
+
+
+def cells(spec: Spec) -> list[str]:
+    """Keys of all cells that a run must judge: every recipe on every target, the baseline first."""
+    return [Cell(recipe=r, target=t).key for t in spec.targets for r in (BASELINE, *spec.recipes)]
+
+
+def cell_of(key: str) -> Cell:
+    """The cell of a key such as `int8` or `int8@server`."""
+    recipe, _, target = key.partition("@")
+    return Cell(recipe=recipe, target=target or None)
+
+
+def upstream(step: str, spec: Spec, cell: Cell | None, outputs: Iterable[StepOutput]) -> tuple[StepOutput, ...]:
+    """Exactly those outputs that `step` builds on for `cell`.
+
+    Raises InputError when one is missing: the step that should have made it failed, so there is nothing to work on.
+    """
+    found = {(o.step, o.cell.key if o.cell else None): o for o in outputs}
+    if cell is None and step not in ("check", "retrain"):
+        return tuple(found.values())
+    return tuple(_get(found, *key, needed_by=f"{step} {cell.key}" if cell else step) for key in needs(step, spec, cell))
+
+
+def needs(step: str, spec: Spec, cell: Cell | None) -> list[tuple[str, str | None]]:
+    """Keys (step, cell) of the outputs that a step with a cell, or the start of the flow, builds on."""
+    if step == "check":
+        return []
+    if cell is None:
+        return [("check", None)]
+    if step == "distill":
+        return [("check", None), ("retrain", None)]
+    if step in TECHNIQUES:
+        return [("check", None), _candidate(spec, cell.recipe, before=step)]
+    if step == "build":
+        return [("check", None), _candidate(spec, cell.recipe)]
+    baseline = Cell(recipe=BASELINE, target=cell.target)
+    engines = dict.fromkeys((cell.key, baseline.key))
+    return [("check", None), ("retrain", None), *(("build", key) for key in engines)]
+
+
+def _candidate(spec: Spec, recipe: str, before: str | None = None) -> tuple[str, str | None]:
+    """Key of the recipe's latest model before a technique, or its last one."""
+    order: tuple[str, ...] = TECHNIQUES
+    earlier = order if before is None else order[: order.index(before)]
+    done = [t for t in spec.techniques(recipe) if t in earlier]
+    return (done[-1], recipe) if done else ("retrain", None)
+
+
+def _get(found: Mapping[tuple[str, str | None], StepOutput], step: str, cell: str | None, needed_by: str) -> StepOutput:
+    try:
+        return found[step, cell]
+    except KeyError:
+        made_by = f"{step} {cell}" if cell else step
+        raise InputError(f"{needed_by}: nothing to work on, since {made_by} left no output; see its log") from None

@@ -1,0 +1,239 @@
+"""PyTorch: networks from the user's functions, weights as safetensors, ONNX for the engines.
+
+A candidate folder holds `candidate.json`, `weights.safetensors`, `model.onnx` and, when channels were removed,
+`pruning.json`: the history by which the architecture is cut again before the weights are loaded into it.
+"""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.torch
+import torch
+
+from slipstream.data import Split, user_function
+from slipstream.errors import ModelError
+from slipstream.frameworks import torch_pruner, torch_training
+from slipstream.frameworks.base import (
+    INPUT,
+    MANIFEST,
+    ONNX,
+    OUTPUT,
+    WEIGHTS,
+    CandidateManifest,
+    Job,
+    Schedule,
+    SoftTargets,
+    read_manifest,
+)
+from slipstream.spec import Call
+
+log = logging.getLogger(__name__)
+
+OPSET = 20
+TOLERANCE = 1e-3
+"""Largest accepted difference between ONNX Runtime and eager, as a share of the largest output."""
+NAMED = 5
+"""How many misfitting weights an error lists."""
+
+
+class TorchEager:
+    """A candidate run by PyTorch in FP32."""
+
+    def __init__(self, network: Any, threads: int | None) -> None:
+        self._network = network.eval()
+        if threads is not None:
+            torch.set_num_threads(threads)
+
+    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(N, …) inputs to (N, …) float32 outputs."""
+        if not batch.flags.writeable:  # PyTorch shares memory and warns that it could write
+            batch = batch.copy()
+        with torch.inference_mode():
+            outputs: npt.NDArray[Any] = self._network(torch.from_numpy(batch)).float().numpy()
+        return outputs
+
+
+class TorchFramework:
+    """See frameworks.base.Framework."""
+
+    distributions = ("torch", "torch-pruning", "safetensors", "onnx", "onnxruntime", "numpy")
+
+    def load_eager(self, candidate: Path, threads: int | None = None) -> TorchEager:
+        """The candidate in FP32. `threads` is set for the whole process: PyTorch knows no other way."""
+        return TorchEager(self.load(candidate), threads)
+
+    def build(self, architecture: Call, seed: int) -> Any:
+        """The untrained network. Raises ModelError when the function does not return a torch.nn.Module."""
+        torch_training.seed_everything(seed)
+        network = user_function(architecture)(**architecture.params)
+        return _require_module(network, architecture)
+
+    def load(self, candidate: Path) -> Any:
+        """The trained network. Raises ModelError when the weights do not fit the architecture."""
+        manifest = read_manifest(candidate)
+        if manifest.architecture is None or manifest.quantized:
+            raise ModelError(f"{candidate}: holds only an ONNX form; PyTorch needs the candidate before quantization")
+        network = self.build(manifest.architecture, seed=0)
+        torch_pruner.replay(network, candidate, manifest.input_shape)
+        load_state(network, candidate / WEIGHTS, manifest.architecture)
+        return network.eval()
+
+    def load_weights(self, weights: Path, architecture: Call) -> Any:
+        """A network with weights from a safetensors file. Raises ModelError when they do not fit."""
+        network = self.build(architecture, seed=0)
+        load_state(network, weights, architecture)
+        return network.eval()
+
+    def save(self, network: Any, architecture: Call, samples: Split, folder: Path) -> CandidateManifest:
+        """Write a candidate folder. Raises ModelError for NaN weights, or when ONNX Runtime and PyTorch disagree."""
+        return save(network, architecture, samples, folder)
+
+    def logits(self, network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """(N, …) inputs to (N, classes) outputs."""
+        return torch_training.logits(network, inputs)
+
+    def train(self, function: Call, job: Job) -> Any:
+        """The network that the user's train function returns. Raises ModelError when it returns something else."""
+        torch_training.seed_everything(job.seed)
+        network = user_function(function)(torch_training.Training(job), **function.params)
+        return _require_module(network, function)
+
+    def fit(self, network: Any, job: Job, schedule: Schedule, name: str, soft: SoftTargets | None = None) -> None:
+        """Train in place, resuming from the checkpoint `name`."""
+        torch_training.seed_everything(job.seed)
+        torch_training.fit(network, job, schedule, name, soft=soft)
+
+    def pruner(self, candidate: Path) -> "CandidatePruner":
+        """A pruner for a candidate's network."""
+        return CandidatePruner(self, candidate)
+
+
+class CandidatePruner(torch_pruner.ChannelPruner):
+    """A channel pruner that knows which candidate its network came from."""
+
+    def __init__(self, framework: TorchFramework, candidate: Path) -> None:
+        manifest = read_manifest(candidate)
+        network = framework.load(candidate)  # refuses a candidate without an architecture
+        assert manifest.architecture is not None
+        self._architecture = manifest.architecture
+        whole = torch_pruner.widths(framework.build(self._architecture, seed=0), manifest.input_shape)
+        super().__init__(network, manifest.input_shape, whole, torch_pruner.read_history(candidate))
+
+    def save(self, folder: Path, samples: Split) -> CandidateManifest:
+        """Write the network, with what was removed from it, as a candidate folder."""
+        sparsity = self.figures()["sparsity"]
+        manifest = save(self.network, self._architecture, samples, folder, sparsity=sparsity)
+        torch_pruner.write_history(folder, self.history)
+        return manifest
+
+
+def save(network: Any, architecture: Call, samples: Split, folder: Path, *, sparsity: float = 0.0) -> CandidateManifest:
+    """Write weights, ONNX form and manifest into `folder`, which is made. Raises ModelError."""
+    network = network.eval().to(memory_format=torch.contiguous_format)
+    folder.mkdir(parents=True)
+    state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in network.state_dict().items()}
+    _require_finite(state, "the trained network")
+    safetensors.torch.save_file(state, folder / WEIGHTS)
+    inputs = samples.inputs[:8]
+    outputs = torch_training.logits(network, inputs)
+    _export(network, inputs, folder / ONNX)
+    _require_agreement(folder / ONNX, inputs, outputs)
+    manifest = CandidateManifest(
+        framework="torch",
+        architecture=architecture,
+        input_shape=inputs.shape[1:],
+        input_dtype=str(inputs.dtype),
+        output_shape=outputs.shape[1:],
+        parameters=sum(p.numel() for p in network.parameters()),
+        sparsity=sparsity,
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
+    return manifest
+
+
+def load_state(network: Any, path: Path, architecture: Call) -> None:
+    """Load a safetensors file strictly. Raises ModelError that names what is missing, unexpected or misshapen."""
+    try:
+        given = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error
+    wanted = network.state_dict()
+    shapes = [
+        f"{k} is {tuple(given[k].shape)}, not {tuple(wanted[k].shape)}"
+        for k in wanted
+        if k in given and given[k].shape != wanted[k].shape
+    ]
+    problems = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - wanted.keys()),
+        "of another shape": shapes,
+    }
+    found = [f"{len(names)} {what} ({_list(names)})" for what, names in problems.items() if names]
+    if found:
+        raise ModelError(
+            f"{path}: the weights do not fit {architecture.function}: {'; '.join(found)}; name the architecture "
+            "that they were trained in, with its parameters, under model.architecture"
+        )
+    _require_finite(given, str(path))
+    network.load_state_dict(given)
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+
+
+def _require_finite(state: Mapping[str, Any], where: str) -> None:
+    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise ModelError(f"{where}: NaN or infinity in {_list(bad)}; the training diverged, so nothing is built on it")
+
+
+def _require_module(network: Any, call: Call) -> Any:
+    if not isinstance(network, torch.nn.Module):
+        raise ModelError(f"{call.function} returned {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def _export(network: Any, inputs: npt.NDArray[Any], path: Path) -> None:
+    """Write FP32 ONNX with a dynamic batch.
+
+    By the TorchScript exporter: 0.6 s where dynamo=True takes 10 (and the same bytes for the same weights, without
+    the source paths of this machine); it is deprecated but part of the torch versions that pyproject.toml allows.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (torch.tensor(inputs),),
+            str(path),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+
+
+def _require_agreement(path: Path, inputs: npt.NDArray[Any], eager: npt.NDArray[np.float32]) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for size in {len(inputs), 1}:  # a batch that was frozen at export shows only with another size
+        found = session.run([OUTPUT], {INPUT: inputs[:size]})[0]
+        difference = float(np.abs(found - eager[:size]).max())
+        limit = TOLERANCE * max(float(np.abs(eager).max()), 1.0)
+        if not difference <= limit:
+            raise ModelError(
+                f"{path.name}: ONNX Runtime and PyTorch differ by {difference:.2g} (allowed {limit:.2g}) on real "
+                "samples; the network does something that the export to ONNX does not carry, such as Python control "
+                "flow on values"
+            )
+
+
+FRAMEWORK = TorchFramework()

@@ -1,0 +1,165 @@
+"""Gates: evidence in, verdicts out. A gate never passes for want of data.
+
+A gate passes only when the one-sided confidence bound on the bad side is within the limit. What is missing, NaN or
+too little is `inconclusive`, and that is tested first. Two rules tell `fail` from `inconclusive`:
+
+- a measurement that is over (accuracy, speed-up): fail as soon as the estimate itself is beyond the limit, since
+  no more data will come and the best guess already breaks the promise;
+- a guardrail that is asked again while data arrive (errors, disagreement, p99): fail only when the bound on the good
+  side is beyond the limit as well, so that the first odd request does not abort a rollout.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.contract import Answer, Verdict
+from slipstream.measure import stats
+from slipstream.measure.stats import Bounds
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """A gate's name, its limit and the unit of both; turns bounds into verdicts."""
+
+    name: str
+    limit: float
+    unit: str
+
+    def final(self, value: Bounds, what: str) -> Verdict:
+        """The rule for a measurement that is over."""
+        beyond = value.estimate > self.limit
+        return self._judge(value, what, beyond=beyond)
+
+    def guard(self, value: Bounds, what: str) -> Verdict:
+        """The rule for a guardrail that is asked again while data arrive."""
+        return self._judge(value, what, beyond=value.low > self.limit)
+
+    def _judge(self, value: Bounds, what: str, *, beyond: bool) -> Verdict:
+        if not value.known:
+            return self.verdict("inconclusive", f"{value.n:,} usable observations carry no bound", value)
+        return self.verdict("pass" if value.high <= self.limit else "fail" if beyond else "inconclusive", what, value)
+
+    def verdict(self, answer: Answer, reason: str, value: Bounds) -> Verdict:
+        """A verdict in which an unknown number is None, since JSON has no NaN."""
+        estimate, low, high = (v if math.isfinite(v) else None for v in (value.estimate, value.low, value.high))
+        return Verdict(
+            gate=self.name,
+            answer=answer,
+            reason=reason,
+            estimate=estimate,
+            low=low,
+            high=high,
+            limit=self.limit,
+            unit=self.unit,
+            n=value.n,
+        )
+
+
+def accuracy(
+    baseline_scores: npt.ArrayLike,
+    engine_scores: npt.ArrayLike,
+    max_drop_pp: float,
+    confidence: float,
+    rng: np.random.Generator,
+) -> Verdict:
+    """Non-inferiority, paired on the same samples: the upper bound of the drop is within the allowed drop.
+
+    baseline_scores, engine_scores: (N,) in [0, 1]. Method: see `stats.paired_drop`.
+    """
+    drop = stats.paired_drop(baseline_scores, engine_scores, confidence, rng)
+    return accuracy_of(drop, max_drop_pp, confidence)
+
+
+def accuracy_of(drop: Bounds, max_drop_pp: float, confidence: float) -> Verdict:
+    """The same, from a drop that `stats.paired_drop` has computed already."""
+    pp = drop.scaled(100.0)
+    what = f"drop {pp.estimate:.2f} points, {_bound(confidence)} {pp.high:.2f}, allowed {max_drop_pp:g}, n {pp.n:,}"
+    return _Gate("accuracy", max_drop_pp, "pp").final(pp, what)
+
+
+def latency(latencies_ms: npt.ArrayLike, limit_ms: float, confidence: float, noisy: bool = False) -> Verdict:
+    """p99 of single requests against the objective's limit; needs the 662 queries of LoadGen's rule.
+
+    latencies_ms: (N,). On a noisy machine a breach may be the neighbour's, so that it is inconclusive, never a fail.
+    """
+    verdict = _p99("latency", latencies_ms, limit_ms, confidence, stats.min_queries(0.99))
+    if noisy and verdict.answer == "fail":
+        reason = f"{verdict.reason}; but others used the machine, so this is not held against the engine"
+        return verdict.model_copy(update={"answer": "inconclusive", "reason": reason})
+    return verdict
+
+
+def p99_cap(latencies_ms: npt.ArrayLike, limit_ms: float, confidence: float) -> Verdict:
+    """Hard cap on the p99 latency, in milliseconds; latencies_ms: (N,).
+
+    A few requests suffice for a fail; a pass needs `stats.min_queries(0.99, confidence)`, 473 at 95 %.
+    """
+    return _p99("p99_cap", latencies_ms, limit_ms, confidence, stats.min_queries(0.99, confidence))
+
+
+def p99_ratio(
+    champion_ms: npt.ArrayLike, challenger_ms: npt.ArrayLike, limit: float, confidence: float, rng: np.random.Generator
+) -> Verdict:
+    """The challenger's p99 over the champion's, measured side by side; (N,) and (M,) latencies in milliseconds.
+
+    Each side needs `stats.min_queries(0.99, confidence)` requests, 473 at 95 %.
+    """
+    gate = _Gate("p99_ratio", limit, "×")
+    ratio = stats.percentile_ratio(champion_ms, challenger_ms, 0.99, confidence, rng)
+    needed = stats.min_queries(0.99, confidence)
+    if ratio.n < needed:
+        reason = f"{ratio.n:,} requests are too few for a p99, which needs {needed:,}"
+        return gate.verdict("inconclusive", reason, ratio)
+    what = f"p99 {ratio.estimate:.2f}× the champion's, {_bound(confidence)} {ratio.high:.2f}×, limit {limit:g}×"
+    return gate.guard(ratio, what)
+
+
+def error_rate(errors: int, n: int, max_percent: float, confidence: float) -> Verdict:
+    """Share of failed requests, in percent. Without any failure, a limit of 1 % at 95 % needs 268 requests."""
+    rate = stats.wilson(errors, n, confidence).scaled(100.0)
+    what = f"{errors:,} of {n:,} requests failed, {_bound(confidence)} {rate.high:.2f} %, limit {max_percent:g} %"
+    return _Gate("errors", max_percent, "%").guard(rate, what)
+
+
+def disagreement(different: int, n: int, max_percent: float, confidence: float) -> Verdict:
+    """Share of requests that champion and challenger answered differently, in percent."""
+    rate = stats.wilson(different, n, confidence).scaled(100.0)
+    what = f"{different:,} of {n:,} answers differ, {_bound(confidence)} {rate.high:.2f} %, limit {max_percent:g} %"
+    return _Gate("disagreement", max_percent, "%").guard(rate, what)
+
+
+def speedup(
+    ratio: Bounds, confidence: float, reference: str = "the baseline's FP32 engine on the same target"
+) -> Verdict:
+    """Faster than the reference: the lower bound of the ratio is above 1. Pruned or INT8 engines often are not."""
+    gate = _Gate("speedup", 1.0, "×")
+    what = f"{ratio.estimate:.2f}× {reference}, {_bound(confidence, 'lower')} {ratio.low:.2f}×, from {ratio.n} rounds"
+    if not ratio.known:
+        return gate.verdict("inconclusive", f"{ratio.n} usable rounds say nothing about the speed-up", ratio)
+    if ratio.low > 1.0:
+        return gate.verdict("pass", what, ratio)
+    if ratio.estimate <= 1.0:
+        return gate.verdict("fail", f"not faster: {what}", ratio)
+    return gate.verdict("inconclusive", f"perhaps not faster: {what}", ratio)
+
+
+def _p99(name: str, latencies_ms: npt.ArrayLike, limit_ms: float, confidence: float, needed: int) -> Verdict:
+    gate = _Gate(name, limit_ms, "ms")
+    p99 = stats.percentile_bounds(latencies_ms, 0.99, confidence)
+    if math.isnan(p99.estimate):
+        return gate.verdict("inconclusive", f"no usable latencies among {p99.n:,}", p99)
+    if p99.n < needed and p99.low <= limit_ms:
+        reason = f"{p99.n:,} queries are too few for a p99, which needs {needed:,}"
+        return gate.verdict("inconclusive", reason, p99)
+    high = f"{p99.high:.2f}" if math.isfinite(p99.high) else "unknown"
+    what = f"p99 {p99.estimate:.2f} ms, bounds {p99.low:.2f} and {high} ms, limit {limit_ms:g} ms, n {p99.n:,}"
+    if p99.low > limit_ms:
+        return gate.verdict("fail", what, p99)
+    return gate.guard(p99, what)
+
+
+def _bound(confidence: float, side: str = "upper") -> str:
+    return f"{100 * confidence:g} % {side} bound"

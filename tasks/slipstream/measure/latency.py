@@ -1,0 +1,202 @@
+"""Interleaved latency: every subject is measured in every round, in rotated order, and compared round by round.
+
+Whatever slows the machine for a while (heat, a neighbour) then slows all subjects alike, and cancels in the ratio.
+Rounds in which others were busy are dropped. Where too few clean ones are found, the measurement extends itself,
+then judges on all rounds: the interval becomes wider, and `Comparison.noise` says so.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.evidence import Latency, Noise
+from slipstream.measure import loadgen, noise, stats
+from slipstream.measure.loadgen import Issue
+from slipstream.measure.stats import Bounds
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure. The defaults take 7 to 14 s for three subjects of up to 1 ms."""
+
+    rounds: int = 8
+    """Rounds to start with."""
+    clean_rounds: int = 5
+    """Clean rounds that suffice; with fewer, more rounds follow."""
+    max_rounds: int = 12
+    """Rounds after which it stops asking for clean ones."""
+    block_ms: int = 250
+    """Length of one subject's block in a round; /proc/stat counts in steps of 10 ms, so not much shorter."""
+    warmup_ms: int = 300
+    """Each subject runs this long before the first round: lazy initialisation, caches, clock speed."""
+    block_warmup_ms: int = 20
+    """And this long before each block, since the subject before has filled caches and thread pools."""
+    others_cores: float = 0.15
+    """A round is clean if other processes used less than this."""
+    min_queries: int = stats.min_queries(0.99)
+    """Queries over all clean rounds, for subjects whose p99 is judged, however slow they are."""
+    server_ms: int = 1000
+    """Length of the Server scenario."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: (N,) latencies in milliseconds for each subject, and what others used meanwhile."""
+
+    latencies_ms: Mapping[str, npt.NDArray[np.float64]]
+    others_cores: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rounds of one interleaved run."""
+
+    rounds: tuple[Round, ...]
+    plan: Plan
+
+    @property
+    def clean(self) -> tuple[Round, ...]:
+        """Rounds in which others are known to have been quiet."""
+        limit = self.plan.others_cores
+        return tuple(r for r in self.rounds if r.others_cores is not None and r.others_cores < limit)
+
+    @property
+    def judged(self) -> tuple[Round, ...]:
+        """Rounds that count: the clean ones where they suffice, else all."""
+        return self.clean if len(self.clean) >= self.plan.clean_rounds else self.rounds
+
+    @property
+    def noise(self) -> Noise:
+        """How quiet the machine was during the rounds that count."""
+        others = [r.others_cores for r in self.judged if r.others_cores is not None]
+        return Noise(
+            clean_rounds=len(set(map(id, self.judged)) & set(map(id, self.clean))),
+            rounds=len(self.judged),
+            others_cores=float(np.median(others)) if others else None,
+        )
+
+    def speedup(self, subject: str, reference: str, confidence: float) -> Bounds:
+        """How many times faster the subject is than the reference, from the medians of each round."""
+        medians = [[float(np.median(r.latencies_ms[name])) for r in self.judged] for name in (reference, subject)]
+        return stats.ratio_of_rounds(medians[0], medians[1], confidence)
+
+    def pooled_ms(self, subject: str) -> npt.NDArray[np.float64]:
+        """(N,) latencies of a subject: of the judged rounds, or in noise of the quietest ones that give a p99.
+
+        Rounds are chosen by what others did, never by the latency itself, so that the choice flatters nobody.
+        """
+        if not self.noise.noisy:
+            return np.concatenate([r.latencies_ms[subject] for r in self.judged])
+        quietest = sorted(self.rounds, key=lambda r: np.inf if r.others_cores is None else r.others_cores)
+        pooled: list[npt.NDArray[np.float64]] = []
+        for candidate in quietest:
+            if len(pooled) >= stats.ROUNDS_MIN and sum(map(len, pooled)) >= self.plan.min_queries:
+                break
+            pooled.append(candidate.latencies_ms[subject])
+        return np.concatenate(pooled)
+
+
+def compare(
+    subjects: Mapping[str, Issue],
+    samples: int,
+    plan: Plan,
+    seed: int,
+    *,
+    tails: tuple[str, ...] = (),
+    progress: Callable[[int, int, float | None], None] = lambda done, total, others: None,
+) -> Comparison:
+    """Measure all subjects, interleaved; `samples` is how many inputs LoadGen may choose from.
+
+    `tails` names the subjects whose p99 is wanted: their blocks last until there are enough queries for one.
+    `progress` is told the rounds done, the rounds planned so far, and what others used in the last one.
+    """
+    expected = {name: warm_up(issue, samples, plan.warmup_ms) for name, issue in subjects.items()}
+    rounds: list[Round] = []
+    total = plan.rounds
+    while len(rounds) < total:
+        order = _rotated(tuple(subjects), len(rounds))
+        turn = {name: subjects[name] for name in order}
+        rounds.append(_round(turn, samples, plan, seed=seed + len(rounds), expected_ms=expected, tails=tails))
+        comparison = Comparison(tuple(rounds), plan)
+        if len(rounds) == total and len(comparison.clean) < plan.clean_rounds and total < plan.max_rounds:
+            total += 1
+            log.info("%d clean rounds of %d; others are busy, one more", len(comparison.clean), len(rounds))
+        progress(len(rounds), total, rounds[-1].others_cores)
+    return comparison
+
+
+def _rotated(names: tuple[str, ...], turn: int) -> tuple[str, ...]:
+    """Each subject goes first equally often, and after one full turn each follows another neighbour."""
+    shift = turn % len(names)
+    order = names[shift:] + names[:shift]
+    return order[::-1] if (turn // len(names)) % 2 else order
+
+
+def _round(
+    subjects: Mapping[str, Issue],
+    samples: int,
+    plan: Plan,
+    *,
+    seed: int,
+    expected_ms: Mapping[str, float],
+    tails: tuple[str, ...],
+) -> Round:
+    latencies = {}
+    with noise.watch() as usage:
+        for name, issue in subjects.items():
+            warm_up(issue, samples, plan.block_warmup_ms)
+            latencies[name] = loadgen.single_stream(
+                issue,
+                samples,
+                duration_ms=plan.block_ms,
+                min_queries=-(-plan.min_queries // plan.clean_rounds) if name in tails else 8,
+                expected_ms=expected_ms[name] / 2,
+                seed=seed,
+            ).latencies_ms
+    return Round(latencies, usage.others_cores)
+
+
+def warm_up(issue: Issue, samples: int, duration_ms: float) -> float:
+    """Run a subject for a while, at least three times; returns its fastest run in milliseconds."""
+    fastest, runs, end = np.inf, 0, time.perf_counter() + duration_ms / 1e3
+    while runs < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        issue(runs % samples)
+        fastest = min(fastest, time.perf_counter() - start)
+        runs += 1
+    return float(fastest * 1e3)
+
+
+def summary(scenario: str, latencies_ms: npt.NDArray[np.float64], rate_per_s: float | None = None) -> Latency:
+    """Evidence of one subject. A percentile is given only where LoadGen's rule allows one.
+
+    latencies_ms: (N,), N > 0. `rate_per_s` is the offered rate (Server); else one request follows the other.
+    """
+    n = len(latencies_ms)
+
+    def percentile(p: float) -> float | None:
+        return float(np.quantile(latencies_ms, p, method="higher")) if n >= stats.min_queries(p) else None
+
+    return Latency(
+        scenario=scenario,
+        n=n,
+        p50_ms=float(np.median(latencies_ms)),
+        p90_ms=percentile(0.90),
+        p99_ms=percentile(0.99),
+        rate_per_s=rate_per_s if rate_per_s is not None else 1e3 / float(latencies_ms.mean()),
+        quantiles_ms=tuple(round(float(q), 5) for q in np.quantile(latencies_ms, np.linspace(0, 1, 101))),
+    )
+
+
+def under_load(issue: Issue, samples: int, plan: Plan, seed: int, capacity_per_s: float) -> Latency:
+    """Server scenario: a Poisson load at half of what the subject answers one by one."""
+    rate = capacity_per_s / 2
+    warm_up(issue, samples, plan.block_warmup_ms)
+    block = loadgen.server(issue, samples, duration_ms=plan.server_ms, min_queries=8, rate_per_s=rate, seed=seed)
+    return summary("Server", block.latencies_ms, rate)

@@ -1,0 +1,230 @@
+"""Statistics behind the gates: arrays and a seeded generator in, numbers out.
+
+Every bound is one-sided and holds by itself with the given confidence, because every gate asks a one-sided
+question. `low` and `high` together therefore cover with 1 − 2α. Where the data cannot carry a bound (no
+observations, NaN, too few), the bound is NaN, and a gate turns NaN into `inconclusive`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, stats
+
+Floats = npt.NDArray[np.float64]
+
+RESAMPLES = 4000
+"""Bootstrap resamples; the Monte Carlo error of a 95 % bound is then a few percent of its distance."""
+BOOTSTRAP_MIN = 30
+"""Fewer pairs than this and a bootstrap of the mean covers too little (Efron and Tibshirani 1993, ch. 14)."""
+ROUNDS_MIN = 3
+"""Fewer rounds than this say nothing about their own spread."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """An estimate between its lower and its upper confidence bound; NaN where there is none."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def known(self) -> bool:
+        """Whether estimate and both bounds are finite numbers."""
+        return all(math.isfinite(v) for v in (self.estimate, self.low, self.high))
+
+    def scaled(self, factor: float) -> "Bounds":
+        """The same in another unit, such as percent; `factor` is positive."""
+        return Bounds(self.estimate * factor, self.low * factor, self.high * factor, self.n)
+
+
+def unknown(n: int = 0) -> Bounds:
+    """What is known without usable data."""
+    return Bounds(math.nan, math.nan, math.nan, n)
+
+
+def paired_drop(baseline: npt.ArrayLike, engine: npt.ArrayLike, confidence: float, rng: np.random.Generator) -> Bounds:
+    """Drop of a mean score from baseline to engine on the same samples, as a fraction.
+
+    baseline, engine: (N,) scores in [0, 1], one for each sample, in the same order.
+    Scores that are all 0 or 1 use Tango's score interval, others the BCa bootstrap of the mean difference.
+    """
+    a, b = np.asarray(baseline, dtype=np.float64), np.asarray(engine, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape or a.size == 0 or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return unknown(a.size)
+    if np.isin(a, (0.0, 1.0)).all() and np.isin(b, (0.0, 1.0)).all():
+        return tango(int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum()), a.size, confidence)
+    return bca_mean(a - b, confidence, rng)
+
+
+def tango(lost: int, won: int, n: int, confidence: float) -> Bounds:
+    """Score bounds for the paired difference (lost − won) / n of two proportions.
+
+    lost: samples that only the baseline got right; won: only the engine; n: all samples.
+    Inverts the score test of H0: difference = Δ. The nuisance parameter is its restricted maximum likelihood
+    estimate, which keeps the one-sided error at its nominal level where the Wald interval fails: few discordant
+    pairs, the normal case for an engine (T. Tango, Statistics in Medicine 17:891–908, 1998, eq. 4 and 6).
+    """
+    if n <= 0 or lost < 0 or won < 0 or lost + won > n:
+        return unknown(max(n, 0))
+    z = float(stats.norm.ppf(confidence))
+    estimate = (lost - won) / n
+    low = _root(lambda delta: _tango_z(delta, lost, won, n) - z, -1.0, estimate)
+    high = _root(lambda delta: _tango_z(delta, lost, won, n) + z, estimate, 1.0)
+    return Bounds(estimate, low, high, n)
+
+
+def _tango_z(delta: float, lost: int, won: int, n: int) -> float:
+    """Score statistic of H0: difference = delta; falls as delta grows."""
+    a = 2.0 * n
+    b = -lost - won + (2.0 * n - lost + won) * delta
+    c = -won * delta * (1.0 - delta)
+    q = (math.sqrt(max(b * b - 4.0 * a * c, 0.0)) - b) / (2.0 * a)
+    variance = n * (2.0 * q + delta * (1.0 - delta))
+    numerator = lost - won - n * delta
+    if variance <= 0.0:
+        return math.copysign(math.inf, numerator) if numerator else 0.0
+    return float(numerator / math.sqrt(variance))
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a falling function crosses zero between low and high; the end that it never crosses, otherwise."""
+    if function(low) <= 0.0:
+        return low
+    if function(high) >= 0.0:
+        return high
+    return float(optimize.brentq(function, low, high, xtol=1e-12))
+
+
+def bca_mean(values: npt.ArrayLike, confidence: float, rng: np.random.Generator) -> Bounds:
+    """Bias-corrected and accelerated bootstrap bounds for a mean of values within [−1, 1].
+
+    values: (N,), such as paired differences of scores. Sorted first, so that their order cannot matter. The
+    acceleration of a mean is its skewness over 6·√N (Efron and Tibshirani 1993, eq. 14.15). Without any spread
+    there is nothing to resample; then the bound asks how common a different value may still be (Wilson).
+    """
+    v = np.sort(np.asarray(values, dtype=np.float64))
+    if v.size < BOOTSTRAP_MIN or not np.isfinite(v).all():
+        return unknown(v.size)
+    mean = float(v.mean())
+    deviations = v - mean
+    squares = float((deviations**2).sum())
+    if squares <= 1e-24:
+        margin = wilson(0, v.size, confidence).high
+        return Bounds(mean, max(mean - margin, -1.0), min(mean + margin, 1.0), v.size)
+    means = _resampled_means(v, rng)
+    bias = float(
+        stats.norm.ppf(np.clip(((means < mean).sum() + (means == mean).sum() / 2) / means.size, 1e-6, 1 - 1e-6))
+    )
+    acceleration = float((deviations**3).sum()) / (6.0 * squares**1.5)
+    z = float(stats.norm.ppf(confidence))
+    levels = [_bca_level(bias, acceleration, side) for side in (-z, z)]
+    low, high = (float(q) for q in np.quantile(means, levels))
+    return Bounds(mean, min(low, mean), max(high, mean), v.size)
+
+
+def _bca_level(bias: float, acceleration: float, z: float) -> float:
+    """Quantile of the bootstrap distribution that BCa reads for the normal quantile z."""
+    shifted = bias + z
+    return float(stats.norm.cdf(bias + shifted / (1.0 - acceleration * shifted)))
+
+
+def _resampled_means(values: Floats, rng: np.random.Generator) -> Floats:
+    """(RESAMPLES,) means of samples drawn with replacement, in chunks of at most 2 million draws."""
+    chunk = max(1, 2_000_000 // values.size)
+    sizes = [min(chunk, RESAMPLES - start) for start in range(0, RESAMPLES, chunk)]
+    return np.concatenate([values[rng.integers(0, values.size, (k, values.size))].mean(axis=1) for k in sizes])
+
+
+def wilson(successes: int, n: int, confidence: float) -> Bounds:
+    """Score bounds for a proportion (E. B. Wilson, JASA 22:209–212, 1927)."""
+    if n <= 0 or not 0 <= successes <= n:
+        return unknown(max(n, 0))
+    z = float(stats.norm.ppf(confidence))
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low = 0.0 if successes == 0 else max(centre - half, 0.0)
+    high = 1.0 if successes == n else min(centre + half, 1.0)
+    return Bounds(p, low, high, n)
+
+
+def ratio_of_rounds(reference_ms: npt.ArrayLike, subject_ms: npt.ArrayLike, confidence: float) -> Bounds:
+    """Speed-up: how many times faster the subject is than the reference, from interleaved rounds.
+
+    reference_ms, subject_ms: (R,) median latency of each round; both were measured in the same round, so that
+    what slows the machine for a while slows both. A t interval of the log-ratios, taken back: the estimate is the
+    geometric mean of the per-round ratios (Fleming and Wallace, CACM 29:218–221, 1986, on averaging ratios).
+    """
+    a, b = np.asarray(reference_ms, dtype=np.float64), np.asarray(subject_ms, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape or a.size < ROUNDS_MIN:
+        return unknown(a.size)
+    if not (np.isfinite(a).all() and np.isfinite(b).all() and (a > 0).all() and (b > 0).all()):
+        return unknown(a.size)
+    logs = np.sort(np.log(a / b))
+    mean, error = float(logs.mean()), float(logs.std(ddof=1)) / math.sqrt(logs.size)
+    margin = float(stats.t.ppf(confidence, logs.size - 1)) * error
+    return Bounds(math.exp(mean), math.exp(mean - margin), math.exp(mean + margin), logs.size)
+
+
+def min_queries(percentile: float, confidence: float = 0.99) -> int:
+    """Fewest queries from which a percentile may be told: 64, 130, 662 and 6,636 for p90, p95, p99 and p99.9.
+
+    LoadGen's early-stopping rule: the smallest n with P[Binomial(n, 1 − p) ≤ 1] ≤ 1 − confidence, so that one
+    query above the limit could be tolerated (MLPerf Inference, loadgen/early_stopping.cc).
+    """
+    low, high = 1, 2
+    while stats.binom.cdf(1, high, 1.0 - percentile) > 1.0 - confidence:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if stats.binom.cdf(1, middle, 1.0 - percentile) > 1.0 - confidence else (low, middle)
+    return high
+
+
+def percentile_bounds(values: npt.ArrayLike, percentile: float, confidence: float) -> Bounds:
+    """Distribution-free bounds of a percentile by order statistics; an infinite side means too few values.
+
+    The k-th smallest of n values lies above the percentile p with probability P[Binomial(n, p) < k]
+    (David and Nagaraja, Order Statistics, 2003, section 7.1).
+    """
+    v = np.sort(np.asarray(values, dtype=np.float64))
+    if v.size == 0 or not np.isfinite(v).all():
+        return unknown(v.size)
+    below = stats.binom.cdf(np.arange(v.size), v.size, percentile)  # below[k − 1] = P[X_(k) ≥ quantile]
+    upper = int(np.searchsorted(below, confidence))
+    lower = int(np.searchsorted(below, 1.0 - confidence, side="right")) - 1
+    estimate = float(v[min(math.ceil(percentile * v.size), v.size) - 1])
+    high = float(v[upper]) if upper < v.size else math.inf
+    low = float(v[lower]) if lower >= 0 else -math.inf
+    return Bounds(estimate, low, high, v.size)
+
+
+def percentile_ratio(
+    reference: npt.ArrayLike, subject: npt.ArrayLike, percentile: float, confidence: float, rng: np.random.Generator
+) -> Bounds:
+    """Bootstrap bounds for the ratio subject / reference of a percentile of two independent samples.
+
+    A resample's k-th order statistic is the original's at rank ⌈n·U⌉ with U the k-th order statistic of n
+    uniforms, which is Beta(k, n − k + 1); so no resample need be drawn (Efron 1979, section 3, for the median).
+    """
+    a, b = (np.sort(np.asarray(v, dtype=np.float64)) for v in (reference, subject))
+    n = min(a.size, b.size)
+    if n == 0 or not (np.isfinite(a).all() and np.isfinite(b).all()) or a[0] <= 0 or b[0] <= 0:
+        return unknown(n)
+    drawn = [_resampled_percentiles(v, percentile, rng) for v in (a, b)]
+    low, high = (float(q) for q in np.quantile(drawn[1] / drawn[0], [1.0 - confidence, confidence]))
+    ranks = [math.ceil(percentile * v.size) - 1 for v in (a, b)]
+    return Bounds(float(b[ranks[1]] / a[ranks[0]]), low, high, n)
+
+
+def _resampled_percentiles(ascending: Floats, percentile: float, rng: np.random.Generator) -> Floats:
+    n = ascending.size
+    k = math.ceil(percentile * n)
+    ranks = np.ceil(n * rng.beta(k, n - k + 1, RESAMPLES)).astype(np.intp)
+    drawn: Floats = ascending[np.clip(ranks, 1, n) - 1]
+    return drawn

@@ -1,0 +1,124 @@
+"""Airflow on one machine: its settings, its four processes, its database. Nothing here imports Airflow.
+
+Four programs instead of `airflow standalone`: each has its own log and restarts alone, and standalone leaves its
+children behind when it is terminated.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import httpx
+
+from slipstream.errors import Unavailable
+from slipstream.home import Home, write_atomically
+from slipstream.platform import supervisor
+from slipstream.platform.addresses import Addresses, Secrets, port_of
+from slipstream.platform.supervisor import Program
+
+SCHEDULER = "airflow-scheduler"
+API_SERVER = "airflow-api-server"
+COMMANDS: dict[str, tuple[str, ...]] = {
+    API_SERVER: ("api-server", "--workers", "1"),
+    # Task logs are read from the disk; serving them too would take fixed ports.
+    SCHEDULER: ("scheduler", "--skip-serve-logs"),
+    "airflow-dag-processor": ("dag-processor",),
+    "airflow-triggerer": ("triggerer", "--skip-serve-logs"),
+}
+POOLS = {
+    "machine": "Heavy steps: one at a time, so that none disturbs another one's measurements",
+    "release": "Small-scale tests, rollouts and rollbacks: one at a time (registry protocol)",
+}
+
+
+def settings(home: Home, addresses: Addresses, secrets: Secrets) -> dict[str, str]:
+    """Airflow's configuration, as environment variables."""
+    return {
+        "AIRFLOW_HOME": str(home.root / "airflow"),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(home.code / "dags"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+        "AIRFLOW__CORE__PARALLELISM": "4",  # 32 would be 28 idle workers more
+        # An event that arrives while a DAG is paused is lost.
+        "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+        "AIRFLOW__CORE__FERNET_KEY": secrets.airflow_fernet_key,
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{secrets.airflow_user}:admin",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(_passwords_file(home)),
+        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{addresses.airflow}/execution/",
+        "AIRFLOW__API__BASE_URL": addresses.airflow,
+        "AIRFLOW__API__HOST": "127.0.0.1",
+        "AIRFLOW__API__PORT": str(port_of(addresses.airflow)),
+        "AIRFLOW__API_AUTH__JWT_SECRET": secrets.airflow_jwt_secret,
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home.root}/airflow/airflow.db",
+        "AIRFLOW__LOGGING__COLORED_CONSOLE_LOG": "False",
+        # A spec published now is a DAG within some 5 s, instead of 30 s; a new DAG file too, instead of 300 s.
+        "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
+        "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+        "AIRFLOW__CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "2",
+        # After a crash, tasks without a living process are retried within two minutes, instead of ten.
+        "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "30",
+        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "90",
+        # Process titles would overwrite the environment by which orphans are found.
+        "SPT_NOENV": "1",
+    }
+
+
+def programs(home: Home, environment: dict[str, str]) -> list[Program]:
+    """The four processes. The scheduler gets longer to stop: it waits for the tasks under way."""
+    airflow = str(home.envs / "airflow" / "bin" / "airflow")
+    waits = {SCHEDULER: 30}
+    return [
+        Program(name, (airflow, *command), environment, stop_wait_s=waits.get(name, 15))
+        for name, command in COMMANDS.items()
+    ]
+
+
+def prepare(home: Home, environment: dict[str, str], secrets: Secrets) -> None:
+    """Write the password file; create or migrate the database once for each Airflow version. Raises Unavailable."""
+    passwords = json.dumps({secrets.airflow_user: secrets.airflow_password})
+    if not _passwords_file(home).exists() or _passwords_file(home).read_text() != passwords:
+        write_atomically(_passwords_file(home), passwords, mode=0o600)
+    stamp = home.root / "airflow" / "migrated-to"
+    version = _installed_version(home)
+    if stamp.exists() and stamp.read_text() == version:
+        return
+    for name in COMMANDS:  # an earlier version's processes must not come up while their database changes
+        supervisor.stop(home, name)
+    done = subprocess.run(
+        [str(home.envs / "airflow" / "bin" / "airflow"), "db", "migrate"],
+        env=supervisor.base_environment(home) | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        umask=0o077,
+    )
+    if done.returncode != 0:
+        raise Unavailable(f"`airflow db migrate` failed in {home.root}:\n{done.stderr[-3000:]}")
+    write_atomically(stamp, version)
+
+
+def ensure_pools(addresses: Addresses, secrets: Secrets) -> None:
+    """Create the pools that DAGs name. Raises Unavailable."""
+    try:
+        with httpx.Client(base_url=addresses.airflow, timeout=30) as client:
+            login = {"username": secrets.airflow_user, "password": secrets.airflow_password}
+            token = client.post("/auth/token", json=login).raise_for_status().json()["access_token"]
+            client.headers["Authorization"] = f"Bearer {token}"
+            for name, description in POOLS.items():
+                if client.get(f"/api/v2/pools/{name}").status_code == httpx.codes.NOT_FOUND:
+                    pool = {"name": name, "slots": 1, "description": description, "include_deferred": False}
+                    client.post("/api/v2/pools", json=pool).raise_for_status()
+    except httpx.HTTPError as error:
+        raise Unavailable(f"Airflow at {addresses.airflow} does not take its pools: {error}") from error
+
+
+def _passwords_file(home: Home) -> Path:
+    return home.root / "airflow" / "passwords.json"
+
+
+def _installed_version(home: Home) -> str:
+    """Version of Airflow in its environment, from the name of its metadata folder."""
+    found = sorted((home.envs / "airflow").glob("lib/python3*/site-packages/apache_airflow_core-*.dist-info"))
+    if not found:
+        raise Unavailable(f"{home.envs / 'airflow'}: no Airflow in this environment; run `make setup`")
+    return found[-1].name.removeprefix("apache_airflow_core-").removesuffix(".dist-info")

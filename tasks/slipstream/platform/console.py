@@ -1,0 +1,102 @@
+"""What `slipstream up`, `down`, `status` and `logs` show a person."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from slipstream.errors import InputError
+from slipstream.home import Home
+from slipstream.platform import addresses, health, lifecycle, supervisor
+from slipstream.platform.health import ServiceStatus
+
+
+def up(home: Home, *, new_ports: bool) -> None:
+    """Start the platform; progress on stderr, addresses and log-in on stdout."""
+    with _Progress() as progress:
+        found = lifecycle.up(home, progress.show, new_ports=new_ports)
+    login = addresses.load_secrets(home)
+    table = Table.grid(padding=(0, 2))
+    table.add_row("Airflow", found.airflow, f"user {login.airflow_user}, password {login.airflow_password}")
+    table.add_row("MLflow", found.mlflow)
+    table.add_row("Models", found.envoy, "Open Inference Protocol V2")
+    Console(soft_wrap=True).print(table, highlight=False)
+
+
+def down(home: Home) -> None:
+    """Stop the platform and say so on stderr."""
+    left = lifecycle.down(home)
+    more = f"; {len(left)} left-over processes ended" if left else ""
+    Console(stderr=True).print(f"nothing of {home.root} runs any more{more}", highlight=False, soft_wrap=True)
+
+
+def status(home: Home, *, as_json: bool) -> bool:
+    """Print every service; returns whether all are healthy. Raises Unavailable when nothing was ever started here."""
+    services = health.status(home, addresses.load(home))
+    console = Console(soft_wrap=True)
+    if as_json:
+        document = {"home": str(home.root), "services": [s.model_dump() for s in services]}
+        console.print_json(json.dumps(document))
+    else:
+        console.print(_table(services))
+    return all(s.healthy for s in services)
+
+
+def logs(home: Home, service: str | None, lines: int, follow: bool) -> None:
+    """Become `tail` on one service's log, or on all. Raises InputError for an unknown service."""
+    known = sorted(p.stem for p in (home.root / "logs").glob("*.log"))
+    if service is not None and service not in known:
+        raise InputError(f"no log of {service!r} under {home.root / 'logs'}; known: {', '.join(known) or 'none'}")
+    if not known:
+        raise InputError(f"no logs under {home.root}; start the platform with `slipstream up`")
+    files = [str(supervisor.log_file(home, name)) for name in ([service] if service else known)]
+    # -F finds the new file after a rotation.
+    os.execvp("tail", ["tail", "-n", str(lines), *(["-F"] if follow else []), *files])  # noqa: S606 (no shell needed)
+
+
+def _table(services: Sequence[ServiceStatus]) -> Table:
+    table = Table("service", "state", "healthy", "pid", "MiB", "address", box=None, header_style="bold")
+    for column in ("pid", "MiB"):
+        next(c for c in table.columns if c.header == column).justify = "right"
+    for s in services:
+        mark = "[green]yes[/]" if s.healthy else "[red]no[/]"
+        pid, memory = (str(s.pid), f"{s.memory_mib:.0f}") if s.pid else ("", "")
+        table.add_row(s.name, s.state.lower(), mark, pid, memory, s.address or "")
+    return table
+
+
+class _Progress(AbstractContextManager["_Progress"]):
+    """A live table on a terminal; elsewhere a line whenever a service becomes healthy."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._live = Live(console=self._console, transient=True) if self._console.is_terminal else None
+        self._since = time.monotonic()
+        self._healthy: set[str] = set()
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+            self._live.update("preparing …")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, services: list[ServiceStatus]) -> None:
+        """Draw, or tell what is new."""
+        if self._live:
+            self._live.update(_table(services), refresh=True)
+        for s in services:
+            if s.healthy and s.name not in self._healthy:
+                self._healthy.add(s.name)
+                self._console.print(
+                    f"{time.monotonic() - self._since:5.1f} s  {s.name} is up", highlight=False, soft_wrap=True
+                )

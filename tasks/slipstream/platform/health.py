@@ -1,0 +1,123 @@
+"""Whether each service runs and answers, as `slipstream status` shows it and `slipstream up` waits for it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import httpx
+
+from slipstream.contract import Document
+from slipstream.home import Home
+from slipstream.platform import airflow, processes, supervisor
+from slipstream.platform.addresses import Addresses
+from slipstream.platform.supervisor import ABSENT, ProcessState
+
+# Keys of Airflow's health document.
+_AIRFLOW_PARTS = {
+    airflow.SCHEDULER: "scheduler",
+    "airflow-dag-processor": "dag_processor",
+    "airflow-triggerer": "triggerer",
+}
+
+
+class ServiceStatus(Document):
+    """A service as it is now."""
+
+    name: str
+    state: str
+    """supervisord's word: `RUNNING`, `STARTING`, `BACKOFF`, `FATAL`, …, `ABSENT`."""
+    pid: int | None
+    address: str | None
+    memory_mib: float
+    """Of the process and its children; 0 when it does not run."""
+    healthy: bool
+    """Whether it answers, not only runs."""
+
+
+def expected(addresses: Addresses) -> dict[str, str | None]:
+    """The platform's own services and their addresses, in the order in which they are started."""
+    return {
+        "mlflow": addresses.mlflow,
+        "envoy": addresses.envoy,
+        "triggers": addresses.triggers,
+        **{name: addresses.airflow if name == airflow.API_SERVER else None for name in airflow.COMMANDS},
+    }
+
+
+def status(home: Home, addresses: Addresses) -> list[ServiceStatus]:
+    """Every service of the platform, then the model servers."""
+    states = supervisor.states(home)
+    servers = _model_servers(home)
+    # What is neither (a program of a user's own) is shown too.
+    wanted = expected(addresses) | {name: servers.get(name) for name in sorted((states | servers).keys())}
+    wanted |= expected(addresses)
+    with httpx.Client(timeout=5) as client:
+        probe = _Probe(addresses, client, _airflow_health(addresses))
+        return [_one(name, address, states.get(name, ABSENT), probe) for name, address in wanted.items()]
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Asks a running service whether it is ready."""
+
+    addresses: Addresses
+    client: httpx.Client
+    airflow_health: Mapping[str, Any]
+
+    def healthy(self, name: str, address: str | None, pid: int) -> bool | None:
+        """None for a program that has no address to ask at."""
+        if name in _AIRFLOW_PARTS:
+            return _beats(self.airflow_health.get(_AIRFLOW_PARTS[name]), _AIRFLOW_PARTS[name], pid)
+        known = {
+            "mlflow": f"{self.addresses.mlflow}/health",
+            "envoy": f"{self.addresses.envoy_admin}/ready",
+            "triggers": f"{self.addresses.triggers}/health",
+            airflow.API_SERVER: f"{self.addresses.airflow}/api/v2/monitor/health",
+        }
+        url = known.get(name) or (f"{address}/v2/health/ready" if address else None)
+        return _answers(self.client, url) if url else None
+
+
+def _one(name: str, address: str | None, state: ProcessState, probe: _Probe) -> ServiceStatus:
+    answer = probe.healthy(name, address, state.pid) if state.pid else False
+    return ServiceStatus(
+        name=name,
+        state=state.state,
+        pid=state.pid,
+        address=address,
+        memory_mib=round(processes.memory_mib(state.pid), 1) if state.pid else 0.0,
+        healthy=state.state == "RUNNING" if answer is None else answer,
+    )
+
+
+def _answers(client: httpx.Client, url: str) -> bool:
+    try:
+        return client.get(url).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+def _airflow_health(addresses: Addresses) -> Mapping[str, Any]:
+    try:
+        found = httpx.get(f"{addresses.airflow}/api/v2/monitor/health", timeout=10).json()
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _beats(part: object, name: str, pid: int) -> bool:
+    """Whether this very process has sent a heartbeat: one of its killed predecessor stays `healthy` for 30 s."""
+    if not isinstance(part, Mapping) or part.get("status") != "healthy":
+        return False
+    beat = part.get(f"latest_{name}_heartbeat")
+    return bool(beat) and datetime.fromisoformat(str(beat)).timestamp() >= processes.started_at(pid)
+
+
+def _model_servers(home: Home) -> dict[str, str]:
+    """Program name → base URL of the deployed releases (traffic/envoy.py writes the records)."""
+    found = {}
+    for record in home.releases.glob("*/deployment.json"):
+        found[f"server-{record.parent.name}"] = f"http://127.0.0.1:{json.loads(record.read_text())['port']}"
+    return found

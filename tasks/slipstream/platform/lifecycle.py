@@ -1,0 +1,150 @@
+"""`slipstream up` and `down`: the embedded platform as a whole."""
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slipstream.errors import Unavailable
+from slipstream.home import Home
+from slipstream.platform import addresses, airflow, health, processes, supervisor
+from slipstream.platform.addresses import Addresses, Secrets, port_of
+from slipstream.platform.health import ServiceStatus
+from slipstream.platform.processes import Process
+from slipstream.platform.supervisor import Program
+from slipstream.traffic import envoy
+
+READY_WITHIN_S = 180
+"""Airflow takes 15 to 60 s on two busy cores."""
+
+Listener = Callable[[list[ServiceStatus]], None]
+
+
+def up(home: Home, watch: Listener, *, new_ports: bool = False) -> Addresses:
+    """Start what does not run, and return when everything answers; `watch` is told how far it is.
+
+    Ports and secrets are made at the first call and remembered. Raises Unavailable when a port is taken
+    (`new_ports` chooses others instead), an environment is missing, or a service does not come up.
+    """
+    with _locked(home):
+        if supervisor.running_pid(home) is None:
+            processes.stop_orphans(home)
+        found = _addresses(home, new_ports)
+        secrets = addresses.ensure_secrets(home)
+        environment = _environment(home, found)
+        with_airflow = environment | airflow.settings(home, found, secrets)
+        envoy.bootstrap(home, port_of(found.envoy), port_of(found.envoy_admin))
+        # MLflow and Envoy come up while Airflow's database is made.
+        supervisor.start(home, _mlflow(home, found, secrets, environment))
+        supervisor.start(home, envoy.program(home))
+        airflow.prepare(home, with_airflow, secrets)
+        for program in (*airflow.programs(home, with_airflow), _triggers(home, environment)):
+            supervisor.start(home, program)
+        _await_healthy(home, found, watch)
+        airflow.ensure_pools(found, secrets)
+        return found
+
+
+def down(home: Home) -> list[Process]:
+    """Stop everything of this home; data, ports and deployed releases are kept. Returns what had to be stopped extra.
+
+    The scheduler goes first, while the API server still takes the last word of its tasks.
+    """
+    if not home.root.exists():
+        return []
+    with _locked(home):
+        supervisor.shutdown(home, first=(airflow.SCHEDULER,))
+        return processes.stop_orphans(home)
+
+
+def _addresses(home: Home, new_ports: bool) -> Addresses:
+    """The addresses, with no stranger on any of their ports. Raises Unavailable."""
+    found = addresses.choose(home, set())
+    ours = {p.pid for p in processes.supervised(home)}
+    taken: dict[int, str] = {}
+    for name, url in found.model_dump().items():
+        port = port_of(url)
+        if addresses.is_free(port):
+            continue
+        owner = processes.listener(port)
+        if owner is None or owner.pid not in ours:
+            who = f"pid {owner.pid} ({owner.command[:100]})" if owner else "another user's process"
+            taken[port] = f"port {port}, where {name} listens, is taken by {who}"
+    if not taken:
+        return found
+    if not new_ports:
+        raise Unavailable(
+            "\n".join(taken.values()) + "\nstop that process, or choose other ports with `slipstream up --new-ports`"
+        )
+    return addresses.choose(home, set(taken))
+
+
+def _environment(home: Home, found: Addresses) -> dict[str, str]:
+    """What every program and every step that it starts needs."""
+    return {
+        "SLIPSTREAM_HOME": str(home.root),
+        "SLIPSTREAM_ENVS": str(home.envs),
+        "SLIPSTREAM_CODE": str(home.code),
+        "MLFLOW_TRACKING_URI": found.mlflow,
+        # Retries after 0, 2, 4, … s: a server that is away for a minute costs a step nothing but time.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "8",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # MLflow looks for git to note the source version; where there is none it is not an error.
+        "GIT_PYTHON_REFRESH": "quiet",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _mlflow(home: Home, found: Addresses, secrets: Secrets, environment: dict[str, str]) -> Program:
+    folder = home.root / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = (
+        *(str(home.envs / "airflow" / "bin" / "mlflow"), "server"),
+        *("--host", "127.0.0.1", "--port", str(port_of(found.mlflow)), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")),
+    )
+    settings = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 420 MB instead of 1.2 GB
+        # Webhooks go to a receiver on this machine, without TLS; their secrets must survive a restart.
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": secrets.mlflow_webhook_key,
+    }
+    return Program("mlflow", command, environment | settings)
+
+
+def _triggers(home: Home, environment: dict[str, str]) -> Program:
+    command = (str(home.python("airflow")), "-m", "slipstream.triggers.server")
+    return Program("triggers", command, environment)
+
+
+def _await_healthy(home: Home, found: Addresses, watch: Listener) -> None:
+    deadline = time.monotonic() + READY_WITHIN_S
+    wanted = health.expected(found)
+    while True:
+        now = [s for s in health.status(home, found) if s.name in wanted]
+        watch(now)
+        missing = [s for s in now if not s.healthy]
+        if not missing:
+            return
+        broken = [s for s in missing if s.state == "FATAL"]
+        if broken or time.monotonic() > deadline:
+            raise Unavailable("\n".join(_why(home, s) for s in broken or missing))
+        time.sleep(0.5)
+
+
+def _why(home: Home, service: ServiceStatus) -> str:
+    log = supervisor.log_file(home, service.name)
+    tail = log.read_text(errors="replace")[-1500:] if log.exists() else "(no log)"
+    return f"{service.name} is not healthy ({service.state}); its log {log} ends with:\n{tail}"
+
+
+@contextmanager
+def _locked(home: Home) -> Iterator[None]:
+    """One `up` or `down` at a time; a second one waits."""
+    home.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with Path(home.root / "platform.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

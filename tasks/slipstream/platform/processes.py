@@ -1,0 +1,149 @@
+"""What runs on this machine for a home, read from /proc."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slipstream.home import Home
+from slipstream.platform.supervisor import MARK
+
+log = logging.getLogger(__name__)
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as /proc shows it."""
+
+    pid: int
+    parent: int
+    command: str
+
+
+def supervised(home: Home) -> list[Process]:
+    """Everything that this home's supervisord, or an earlier one, started, and what that started in turn."""
+    mark = f"{MARK}={home.root}".encode()
+    return [p for p in _all() if mark in _read(p.pid, "environ").split(b"\0")]
+
+
+def stop_orphans(home: Home, wait_s: float = 15) -> list[Process]:
+    """Stop what an ended supervisord left running: first asked, then killed. Returns what was stopped.
+
+    Call it only while no supervisord runs. The caller's own process and its ancestors are spared.
+    """
+    stopped: list[Process] = []
+    asked_until = time.monotonic() + wait_s
+    while left := [p for p in supervised(home) if p.pid not in _lineage(os.getpid())]:
+        asking = time.monotonic() < asked_until
+        for process in left:
+            if not asking or process not in stopped:
+                log.info("stopping left-over process %d: %s", process.pid, process.command[:80])
+                _signal(process.pid, signal.SIGTERM if asking else signal.SIGKILL)
+        stopped += [p for p in left if p not in stopped]
+        time.sleep(0.1)
+    return stopped
+
+
+def listener(port: int) -> Process | None:
+    """Who listens on a TCP port; None when nobody does or it belongs to another user."""
+    inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    if not inodes:
+        return None
+    return next((p for p in _all() if inodes & set(_open_files(p.pid))), None)
+
+
+def memory_mib(pid: int) -> float:
+    """Memory of a process and its descendants in MiB; pages that they share count once (PSS)."""
+    return sum(_pss_kib(p) for p in (pid, *_descendants(pid))) / 1024
+
+
+def started_at(pid: int) -> float:
+    """Start of a process in seconds since the epoch; 0.0 when it is gone."""
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    if not fields:
+        return 0.0
+    # Field 22 of proc(5)'s stat, the 20th after the command, counts clock ticks since boot.
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _all() -> Iterable[Process]:
+    for entry in PROC.iterdir():
+        if entry.name.isdigit():
+            pid = int(entry.name)
+            command = _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+            if command:  # neither a kernel thread nor a zombie
+                yield Process(pid, _parent(pid), command)
+
+
+def _read(pid: int, name: str) -> bytes:
+    """A file under /proc/PID; empty when the process ended meanwhile or belongs to another user."""
+    try:
+        return (PROC / str(pid) / name).read_bytes()
+    except OSError:
+        return b""
+
+
+def _parent(pid: int) -> int:
+    # The command name, in parentheses, may itself hold spaces and parentheses.
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return int(fields[1]) if fields else 0
+
+
+def _lineage(pid: int) -> set[int]:
+    found: set[int] = set()
+    while pid and pid not in found:
+        found.add(pid)
+        pid = _parent(pid)
+    return found
+
+
+def _descendants(pid: int) -> set[int]:
+    children: dict[int, list[int]] = {}
+    for process in _all():
+        children.setdefault(process.parent, []).append(process.pid)
+    found: set[int] = set()
+    queue = [pid]
+    while queue:
+        new = [c for c in children.get(queue.pop(), []) if c not in found]
+        found.update(new)
+        queue += new
+    return found
+
+
+def _pss_kib(pid: int) -> int:
+    lines = _read(pid, "smaps_rollup").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(b"Pss:")), 0)
+
+
+def _listening_inodes(port: int) -> set[str]:
+    found = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            rows = (PROC / "net" / table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for row in rows:
+            fields = row.split()
+            # local_address is HEXIP:HEXPORT, state 0A is LISTEN.
+            if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                found.add(fields[9])
+    return found
+
+
+def _open_files(pid: int) -> list[str]:
+    try:
+        return [str(fd.readlink()) for fd in (PROC / str(pid) / "fd").iterdir()]
+    except OSError:
+        return []
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        log.debug("process %d ended by itself", pid)

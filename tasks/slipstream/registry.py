@@ -1,0 +1,195 @@
+"""The registry protocol: which version serves (`champion`), where rollback goes (`previous`), what is under test.
+
+MLflow has neither compare-and-swap nor a transaction over two aliases. Therefore one rollout per model runs at a
+time (an Airflow pool of one slot), `expect_champion` stops a rollout whose evidence is stale, every write can be
+repeated, and a journal in a tag says what was begun.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from slipstream.contract import Artifact, Verdict
+from slipstream.errors import RegistryError, SlipstreamError, Unavailable
+from slipstream.traffic.base import Release, TrafficController
+
+log = logging.getLogger(__name__)
+
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+ARTIFACT = "slipstream.artifact"
+KIND = "slipstream.kind"
+SHA256 = "slipstream.sha256"
+PIPELINE_RUN = "slipstream.pipeline_run"
+ABSENT_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""What MLflow's stores raise for a missing alias; which one depends on the store and its version."""
+OUTAGE_CODES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+"""A refused connection is an INTERNAL_ERROR to MLflow's client."""
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn MLflow's exceptions into ours: an outage is Unavailable (retry), all else RegistryError."""
+    try:
+        yield
+    except MlflowException as error:
+        failure: type[SlipstreamError] = Unavailable if error.error_code in OUTAGE_CODES else RegistryError
+        raise failure(f"MLflow registry: {what}: {error}") from error
+
+
+class Registry:
+    """One registered model."""
+
+    def __init__(self, model: str, client: MlflowClient) -> None:
+        self.model = model
+        self._client = client
+
+    def alias(self, name: str) -> str | None:
+        """Version that an alias points at; None when there is no such alias or model."""
+        with translated(f"reading {self.model}@{name}"):
+            try:
+                return str(self._client.get_model_version_by_alias(self.model, name).version)
+            except MlflowException as error:
+                if error.error_code in ABSENT_CODES:
+                    return None
+                raise
+
+    def champion(self) -> str | None:
+        """Version that serves, as the registry says."""
+        return self.alias(CHAMPION)
+
+    def expect_champion(self, version: str | None) -> None:
+        """Raise RegistryError when the champion is not the version that the gates compared with."""
+        found = self.champion()
+        if found != version:
+            raise RegistryError(
+                f"{self.model}@champion is {_said(found)}, but the gates compared with {_said(version)}; somebody "
+                "moved it meanwhile: start a new run, so that the evidence is about what serves now"
+            )
+
+    def set_alias(self, name: str, version: str | None) -> None:
+        """Point an alias at a version, or remove it (None). Nothing is written when it is so already."""
+        if self.alias(name) == version:
+            return
+        with translated(f"setting {self.model}@{name}"):
+            if version is None:
+                self._client.delete_registered_model_alias(self.model, name)
+            else:
+                self._client.set_registered_model_alias(self.model, name, version)
+        log.info("registry: %s@%s is now %s", self.model, name, _said(version))
+
+    def register(self, artifact: Artifact, cell: str, pipeline_run_id: str, verdicts: tuple[Verdict, ...]) -> str:
+        """The version for an engine; the same one again for the same engine of the same pipeline run.
+
+        Tags are given at creation, so that no version is ever seen without its digest.
+        """
+        if artifact.model_id is None:
+            raise RegistryError(f"{cell}: the engine is not a logged model of MLflow, and cannot be registered")
+        with translated(f"registering {cell} as a version of {self.model}"):
+            if (known := self._registered(artifact, pipeline_run_id)) is not None:
+                return known
+            self._ensure_model()
+            tags = {
+                KIND: "engine",
+                SHA256: artifact.sha256,
+                "slipstream.cell": cell,
+                PIPELINE_RUN: pipeline_run_id,
+                ARTIFACT: artifact.model_dump_json(),
+                **verdict_tags("validate", verdicts),
+            }
+            source = f"models:/{artifact.model_id}"
+            made = self._client.create_model_version(self.model, source, tags=tags, model_id=artifact.model_id)
+            return str(made.version)
+
+    def artifact(self, version: str) -> Artifact:
+        """The engine of a version. Raises RegistryError when slipstream did not register it."""
+        text = self.tags(version).get(ARTIFACT)
+        if text is None:
+            raise RegistryError(
+                f"{self.model} version {version} is not an engine that slipstream registered (no tag {ARTIFACT}); "
+                "move the alias to one that is"
+            )
+        return Artifact.model_validate_json(text)
+
+    def release(self, version: str) -> Release:
+        """The release under which a version is deployed."""
+        return Release(model=self.model, name=f"v{version}")
+
+    def tags(self, version: str) -> dict[str, str]:
+        """Tags of a version."""
+        with translated(f"reading {self.model} version {version}"):
+            return dict(self._client.get_model_version(self.model, version).tags)
+
+    def tag(self, version: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a version."""
+        with translated(f"tagging {self.model} version {version}"):
+            for key, value in tags.items():
+                self._client.set_model_version_tag(self.model, version, key, value)
+
+    def journal(self, name: str) -> dict[str, Any]:
+        """What was begun under a name and not yet forgotten; empty when nothing was."""
+        with translated(f"reading {self.model}'s journal"):
+            try:
+                text = self._client.get_registered_model(self.model).tags.get(f"slipstream.{name}")
+            except MlflowException as error:
+                if error.error_code in ABSENT_CODES:
+                    return {}
+                raise
+        found: dict[str, Any] = json.loads(text) if text else {}
+        return found
+
+    def write_journal(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Say what is begun, before it is begun, or that it is done."""
+        with translated(f"writing {self.model}'s journal"):
+            self._client.set_registered_model_tag(self.model, f"slipstream.{name}", json.dumps(entry, sort_keys=True))
+
+    def _ensure_model(self) -> None:
+        try:
+            self._client.create_registered_model(self.model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _registered(self, artifact: Artifact, pipeline_run_id: str) -> str | None:
+        condition = f"name = '{self.model}' and tags.`{SHA256}` = '{artifact.sha256}'"
+        found = self._client.search_model_versions(condition)
+        return next((str(v.version) for v in found if v.tags.get(PIPELINE_RUN) == pipeline_run_id), None)
+
+
+def verdict_tags(stage: str, verdicts: tuple[Verdict, ...]) -> dict[str, str]:
+    """Audit tags: each verdict of a stage with its reason, within MLflow's limit of 5,000 characters."""
+    return {f"slipstream.{stage}.{v.gate}": f"{v.answer}: {v.reason}"[:4900] for v in verdicts}
+
+
+def drift(model: str, controller: TrafficController, client: MlflowClient | None = None) -> list[str]:
+    """Sentences that say where the champion alias and the real traffic disagree; none when they agree."""
+    registry = Registry(model, client or MlflowClient())
+    version, routes = registry.champion(), controller.routes(model)
+    named = {n for n in routes.weights if n.startswith("v")}
+    if version is None:
+        if named:
+            return [f"{model}: there is no champion, but {_shares(routes.weights)} has traffic"]
+        return []
+    name = registry.release(version).name
+    found = []
+    if routes.weights != {name: 100}:
+        found.append(
+            f"{model}: the champion is version {version}, but the traffic goes to "
+            f"{_shares(routes.weights) or 'nobody'}; a test or rollout is under way, or one was killed and its next "
+            "run puts this right"
+        )
+    if name not in controller.deployed(model):
+        found.append(f"{model}: the server of the champion, version {version}, is not ready")
+    return found
+
+
+def _shares(weights: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({share} %)" for name, share in sorted(weights.items()))
+
+
+def _said(version: str | None) -> str:
+    return "not set" if version is None else f"version {version}"

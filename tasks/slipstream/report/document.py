@@ -1,0 +1,132 @@
+"""What a report says, as data. `report.json` is this document; the page and the terminal table only draw it."""
+
+from typing import Any, Literal
+
+from slipstream.contract import Document, Verdict
+from slipstream.evidence import Row
+from slipstream.spec import Objective
+
+Outcome = Literal["released", "unchanged", "held", "rejected", "stopped", "rolled_back", "failed"]
+"""What became of the run:
+
+- `released`: an engine took all traffic and the alias `champion`
+- `unchanged`: the best engine is the one that already serves
+- `held`: an engine passed stage 1, but stage 2 or 3 did not run
+- `rejected`: no engine passed its gates
+- `stopped`: the small-scale test did not pass
+- `rolled_back`: the rollout was aborted and the traffic put back
+- `failed`: a step failed before the gates could judge
+"""
+
+REPORT = "report/report.json"
+PAGE = "report/index.html"
+REQUEST = "report/request.json"
+"""Artefact paths in the pipeline's MLflow run."""
+
+
+class Figure(Document):
+    """A name with its number, such as a tile at the top of the page."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+class Failure(Document):
+    """A step that ended without a result."""
+
+    step: str
+    cell: str | None
+    reason: str
+    run_id: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.step} {self.cell}" if self.cell else self.step
+
+
+class GateLine(Document):
+    """A verdict and the step that gave it."""
+
+    step: str
+    cell: str | None
+    verdict: Verdict
+
+
+class Made(Document):
+    """One step's result and where it is recorded."""
+
+    step: str
+    cell: str | None
+    run_id: str
+    reused: bool
+    model_id: str | None = None
+    sha256: str | None = None
+    size_bytes: int | None = None
+
+
+class TimelinePoint(Document):
+    """One window of the small-scale test or the rollout."""
+
+    at_s: float
+    """Seconds since the first window."""
+    phase: str
+    champion_weight: float
+    challenger_weight: float
+    """Share of the traffic, in percent."""
+    requests: int
+    errors: int
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+
+
+class Sample(Document):
+    """The held-out sample in `report/request.json`, ready to be sent to the release."""
+
+    label: str
+    """What it is, as the data set says."""
+    classes: tuple[str, ...]
+
+
+class Report(Document):
+    """All that the page shows."""
+
+    spec: str
+    model: str
+    framework: str
+    run_key: str
+    pipeline_run_id: str
+    experiment_id: str
+    created: str
+    """UTC, ISO 8601."""
+    outcome: Outcome
+    headline: str
+    explanation: str = ""
+    ok: bool
+    """Whether the pipeline run counts as finished; otherwise it is marked as failed."""
+    winner: str | None = None
+    version: str | None = None
+    best_per_target: dict[str, str]
+    objective: Objective
+    rows: tuple[Row, ...] = ()
+    missing: tuple[str, ...] = ()
+    gates: tuple[GateLine, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    made: tuple[Made, ...] = ()
+    timeline: tuple[TimelinePoint, ...] = ()
+    data: dict[str, str]
+    """Split → sha256."""
+    hardware: dict[str, str]
+    sample: Sample | None = None
+    facts: dict[str, Any]
+    """Whatever else select and rollout said, such as the champion that was compared with."""
+
+    @property
+    def winning_row(self) -> Row | None:
+        """The row of the picked engine."""
+        return next((r for r in self.rows if r.cell == self.winner), None)
+
+    @property
+    def sample_label(self) -> str:
+        """What the sample is; empty without one."""
+        return self.sample.label if self.sample else ""

@@ -1,0 +1,70 @@
+"""`slipstream report`: the summary of a run, the addresses of its pages, and a line that asks the release."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+from rich.console import Console
+
+from slipstream.errors import Unavailable
+from slipstream.home import Home
+from slipstream.platform import addresses
+from slipstream.platform.addresses import Addresses
+from slipstream.report import find, tables
+from slipstream.report.document import PAGE, Report
+from slipstream.serving.client import infer_path
+
+
+def show(reference: str, *, as_json: bool) -> None:
+    """Print the report of a run. Raises InputError when there is no such run, Unavailable while it has no report."""
+    home = Home.from_environment()
+    report = find.load(find.pipeline_run(find.connect(home), reference))
+    if as_json:
+        sys.stdout.write(json.dumps(report.model_dump(mode="json"), indent=2) + "\n")
+        return
+    console = Console(highlight=False)
+    console.width = max(console.width, tables.WIDTH) if not console.is_terminal else console.width
+    console.print(tables.summary(report))
+    try:
+        places = addresses.load(home)
+    except Unavailable:  # a report read from another MLflow server has no pages here
+        return
+    console.print()
+    console.print(tables.links(pages(home, places, report, reveal=console.is_terminal)))
+    line = request_line(home, places, report)
+    if line:
+        console.print("\nSend a held-out image to the release; the data set calls it", report.sample_label + ":")
+        sys.stdout.write(line + "\n")
+
+
+def pages(home: Home, places: Addresses, report: Report, *, reveal: bool) -> dict[str, str]:
+    """Addresses of the run's pages, and the log-in; its password only when `reveal`."""
+    run = f"{places.mlflow}/#/experiments/{report.experiment_id}/runs/{report.pipeline_run_id}"
+    secrets = addresses.load_secrets(home)
+    password = secrets.airflow_password if reveal else "(shown on a terminal, and by `slipstream status`)"
+    return {
+        "Airflow": f"{places.airflow}/dags/optimize-{report.spec}/runs/{quote(report.run_key, safe='')}",
+        "log-in": f"{secrets.airflow_user} / {password}",
+        "MLflow run": run,
+        "report": f"{run}/artifacts/{PAGE}",
+        "registry": f"{places.mlflow}/#/models/{quote(report.model, safe='')}",
+    }
+
+
+def request_line(home: Home, places: Addresses, report: Report) -> str | None:
+    """The curl line, while something serves the model: its champion does, whatever became of this run."""
+    if report.outcome not in ("released", "unchanged"):
+        return None
+    files = find.sample_files(home, report)
+    if files is None:
+        return None
+    request, classes = (_short(f) if f else None for f in files)
+    assert request is not None
+    return tables.curl(places.envoy + infer_path(report.model), request, classes)
+
+
+def _short(path: Path) -> Path:
+    """Relative to the current folder where it lies below it."""
+    return Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,117 @@
+"""The report in a terminal: the engine table in at most 110 columns, the reasons, and where to look next."""
+
+import json
+import shlex
+from pathlib import Path
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from slipstream.evidence import EngineEvidence, Interval, Row
+from slipstream.report import wording
+from slipstream.report.document import Report
+
+WIDTH = 110
+STYLES = {"passed": "green", "rejected": "red", "inconclusive": "yellow", "missing": "bold red", "reference": "dim"}
+
+
+def engines(report: Report) -> Table:
+    """One entry of two lines for each engine: the figures, and below them their confidence bounds."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="dim")
+    table.add_column("engine\non target")
+    table.add_column("verdict", no_wrap=True)
+    bounds = f"{report.objective.confidence * 100:g} % bounds"
+    for name, unit in (
+        (report.objective.metric, "%"),
+        ("drop, points", bounds),
+        ("p50", "ms"),
+        ("p99", "ms"),
+        ("vs eager", bounds),
+        ("vs FP32", bounds),
+        ("rate", "per s"),
+        ("size", ""),
+    ):
+        table.add_column(f"{name}\n{unit}", justify="right", no_wrap=True)
+    for row in report.rows:
+        recipe, _, target = row.cell.partition("@")
+        verdict = Text(f"{wording.STATUS_GLYPH[row.status]} {row.status}", STYLES[row.status])
+        verdict.append("\n← picked", "bold green") if row.release else None
+        figures = _figures(row.evidence) if row.evidence else [Text(wording.DASH, "dim")] * 8
+        table.add_row(Text.assemble((recipe, "bold"), "\n", (target, "dim")), verdict, *figures)
+    return table
+
+
+def _figures(e: EngineEvidence) -> list[Text]:
+    drop = f"{wording.points(e.drop_pp.low)} to {wording.points(e.drop_pp.high)}"
+    return [
+        Text(wording.percent(e.engine_quality)),
+        _two_lines(wording.points(e.drop_pp.estimate), drop),
+        Text(wording.milliseconds(e.latency.p50_ms)),
+        Text(wording.milliseconds(e.latency.p99_ms)),
+        _gain(e.speedup_eager),
+        _gain(e.speedup_reference),
+        Text(wording.rate(e.latency.rate_per_s)),
+        Text(wording.size(e.size_bytes)),
+    ]
+
+
+def _gain(interval: Interval | None) -> Text:
+    if interval is None:
+        return Text(wording.DASH, "dim")
+    return _two_lines(wording.ratio(interval.estimate), wording.bounds(interval))
+
+
+def _two_lines(figure: str, below: str) -> Text:
+    return Text.assemble(figure, "\n", (below, "dim"))
+
+
+def reasons(report: Report) -> list[Text]:
+    """One line for each engine that did not pass, then one for each step that failed."""
+    lines = [_reason(row) for row in report.rows if row.status not in ("passed", "reference")]
+    return lines + [
+        Text.assemble(("! ", "bold red"), (f.where, "bold"), f"  failed: {f.reason}")
+        for f in report.failures
+        if f.step != "select"
+    ]
+
+
+def _reason(row: Row) -> Text:
+    told = "; ".join(f"{v.gate}: {v.reason}" for v in row.verdicts if not v.passed)
+    return Text.assemble((f"{wording.STATUS_GLYPH[row.status]} ", STYLES[row.status]), (row.cell, "bold"), f"  {told}")
+
+
+def summary(report: Report) -> RenderableType:
+    """Headline, table, reasons, noise."""
+    headline = Text(f"{report.headline}.", "bold green" if report.ok else "bold red")
+    parts: list[RenderableType] = [headline]
+    parts += [Text(report.explanation)] if report.explanation else []
+    parts += [Text(), engines(report)] if report.rows else []
+    told = reasons(report)
+    parts += [Text(), *told] if told else []
+    if any(r.evidence and r.evidence.noise.noisy for r in report.rows):
+        noise = "Other processes were busy in some rounds; the ratios are from interleaved rounds, with wider bounds."
+        parts += [Text(), Text(noise, "dim")]
+    return Group(*parts)
+
+
+def links(entries: dict[str, str]) -> Table:
+    """Names and addresses, unbroken so that they can be copied."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="ignore", no_wrap=True)
+    for name, value in entries.items():
+        table.add_row(name, value)
+    return table
+
+
+def curl(url: str, request: Path, classes: Path | None) -> str:
+    """A shell line that sends the sample to the release and prints its label.
+
+    The answer holds one score for each class; the label is that of the highest.
+    """
+    label = f"json.load(open({json.dumps(str(classes))}))[y.index(max(y))]" if classes else "y.index(max(y))"
+    code = f'import json,sys; y=json.load(sys.stdin)["outputs"][0]["data"]; print({label})'
+    post = f"curl -s {url} -H content-type:application/json -d @{shlex.quote(str(request))}"
+    return f"{post} | python3 -c {shlex.quote(code)}"

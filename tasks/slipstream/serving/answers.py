@@ -1,0 +1,50 @@
+"""The answer log of a release: one JSON line for each answered request, so that two releases can be compared.
+
+A line is {"id", "release", "at", "latency_ms", "output"}: the request's id, the release's key, unix time, time in
+the server, and the outputs (N, …) rounded to six decimals.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+LIMIT_BYTES = 64 * 2**20
+DECIMALS = 6
+
+
+class AnswerLog:
+    """Appends lines to a file. Past `limit_bytes` the file becomes `NAME.1`, which replaces an older one."""
+
+    def __init__(self, path: Path, release: str, limit_bytes: int = LIMIT_BYTES) -> None:
+        self._path = path
+        self._release = release
+        self._limit = limit_bytes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._open()
+
+    def _open(self) -> None:
+        # Line buffered: a reader sees whole lines at once, and a line costs one write to the page cache.
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, request_id: str, latency_ms: float, output: npt.NDArray[Any]) -> None:
+        """Append one answer."""
+        line = {
+            "id": request_id,
+            "release": self._release,
+            "at": round(time.time(), 6),
+            "latency_ms": round(latency_ms, 4),
+            "output": np.round(output.astype(np.float64), DECIMALS).tolist(),
+        }
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        if self._file.tell() > self._limit:
+            self._file.close()
+            self._path.replace(self._path.with_name(self._path.name + ".1"))
+            self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,219 @@
+"""Serves one engine over the Open Inference Protocol (V2, JSON and binary tensors) with KServe's SDK.
+
+`python -m slipstream.serving.server --model NAME --release KEY --engine DIR --port P --answers FILE`
+"""
+
+import argparse
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
+from kserve.errors import InvalidInput
+from kserve.model_server import app
+
+from slipstream.engines.base import EngineManifest, Runner, load_engine, read_manifest
+from slipstream.errors import SlipstreamError
+from slipstream.frameworks.base import INPUT, OUTPUT
+from slipstream.serving.answers import AnswerLog
+from slipstream.serving.client import DATATYPES, RELEASE, REQUEST_ID
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+WARM_UP = 20
+GRACE_S = 10
+
+
+class BadRequest(InvalidInput):  # type: ignore[misc]  # kserve has no type information
+    """An InvalidInput that is answered without a traceback in the log: the mistake is the client's."""
+
+
+@dataclass
+class Answer:
+    """What a request was answered with, handed from the model to the middleware that logs it."""
+
+    request_id: str = ""
+    output: npt.NDArray[Any] | None = None
+
+
+_answer: ContextVar[Answer] = ContextVar("answer")
+
+
+class EngineModel(Model):  # type: ignore[misc]  # kserve has no type information
+    """An engine as a KServe model."""
+
+    def __init__(self, name: str, manifest: EngineManifest, runner: Runner) -> None:
+        super().__init__(name)
+        self._manifest = manifest
+        self._runner = runner
+        # A runner serves one thread; outside the event loop, so that health checks are answered meanwhile.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._datatype = DATATYPES[manifest.input_dtype]
+        self._dtype = np.dtype(manifest.input_dtype)
+
+    def load(self) -> bool:
+        """Run the engine a few times, since first runs compile and allocate; then it is ready."""
+        sample = np.zeros((1, *self._manifest.input_shape), self._dtype)
+        for _ in range(WARM_UP):
+            self._thread.submit(self._runner.run, sample).result()
+        self.ready = True
+        return True
+
+    def get_input_types(self) -> list[dict[str, Any]]:
+        """Input tensor for the protocol's metadata."""
+        return [{"name": INPUT, "datatype": self._datatype, "shape": [-1, *self._manifest.input_shape]}]
+
+    def get_output_types(self) -> list[dict[str, Any]]:
+        """Output tensor for the protocol's metadata."""
+        return [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, *self._manifest.output_shape]}]
+
+    async def predict(self, payload: InferRequest, headers: dict[str, str] | None = None) -> InferResponse:
+        """Answer one request. Raises BadRequest, which becomes status 400."""
+        batch = self._batch(payload)
+        output = await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, batch)
+        answer = _answer.get()
+        answer.request_id = (headers or {}).get(REQUEST_ID) or payload.id or ""
+        answer.output = output
+        tensor = InferOutput(name=OUTPUT, shape=list(output.shape), datatype="FP32")
+        tensor.set_data_from_numpy(output, binary_data=bool(payload.use_binary_outputs))
+        return InferResponse(
+            response_id=answer.request_id,
+            model_name=self.name,
+            infer_outputs=[tensor],
+            use_binary_outputs=payload.use_binary_outputs,
+            requested_outputs=payload.request_outputs,
+        )
+
+    def _batch(self, payload: InferRequest) -> npt.NDArray[Any]:
+        """The request's only tensor, (N, …) in the engine's dtype. Raises BadRequest."""
+        wanted = self.get_input_types()[0]
+        if not isinstance(payload, InferRequest):
+            raise BadRequest("the model speaks the Open Inference Protocol V2 only: POST /v2/models/NAME/infer")
+        if len(payload.inputs) != 1:
+            raise BadRequest(f"inputs: one tensor is expected, {wanted}; there are {len(payload.inputs)}")
+        tensor = payload.inputs[0]
+        shape = list(tensor.shape)
+        fits = shape[1:] == wanted["shape"][1:] and len(shape) == len(wanted["shape"]) and shape[0] >= 1
+        if tensor.name != INPUT or tensor.datatype != self._datatype or not fits:
+            got = {"name": tensor.name, "datatype": tensor.datatype, "shape": shape}
+            raise BadRequest(f"inputs[0]: {wanted} is expected, with any batch size of at least 1; got {got}")
+        try:
+            batch = np.ascontiguousarray(tensor.as_numpy(), dtype=self._dtype)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise BadRequest(f"inputs[0].data: not {shape} values of {self._datatype}: {error}") from error
+        if np.issubdtype(batch.dtype, np.floating) and not np.isfinite(batch).all():
+            raise BadRequest("inputs[0].data: holds NaN or infinity")
+        return batch
+
+
+class Releases:
+    """ASGI middleware that names the release in every response, and logs every answer after it was sent."""
+
+    def __init__(self, application: Application, release: str, log: AnswerLog) -> None:
+        self._application = application
+        self._header = (RELEASE.encode(), release.encode())
+        self._log = log
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._application(scope, receive, send)
+            return
+        started = time.perf_counter()
+        answer = Answer()
+        _answer.set(answer)
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), self._header]
+            await send(message)
+
+        await self._application(scope, receive, named)
+        if answer.output is not None:
+            self._log.write(answer.request_id, (time.perf_counter() - started) * 1e3, answer.output)
+
+
+class Server(ModelServer):  # type: ignore[misc]  # kserve has no type information
+    """KServe's server on one address, HTTP only, one process, without a line for each request."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(
+            http_port=port, workers=1, enable_grpc=False, enable_latency_logging=False, grace_period=GRACE_S
+        )
+        self._host = host
+        for chatty in ("kserve.trace", "uvicorn.access"):
+            logging.getLogger(chatty).handlers.clear()
+            logging.getLogger(chatty).propagate = False
+
+    async def _serve(self) -> None:
+        # KServe listens on every address and has no option for it.
+        self._rest_server.config.host = self._host
+        await super()._serve()
+
+
+async def malformed(request: Request, error: Exception) -> JSONResponse:
+    """Status 400, as the protocol wants it, where FastAPI says 422."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return JSONResponse({"error": f"not an Open Inference Protocol V2 request: {where}: {first['msg']}"}, 400)
+
+
+async def refused(request: Request, error: Exception) -> JSONResponse:
+    """Status 400 for a BadRequest."""
+    return JSONResponse({"error": str(error)}, 400)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Load the engine and serve until SIGTERM. Raises EngineError when the engine may not be loaded here."""
+    manifest = read_manifest(arguments.engine)
+    model = EngineModel(arguments.model, manifest, load_engine(arguments.engine))
+    model.load()
+    log = AnswerLog(arguments.answers, arguments.release)
+    server = Server(arguments.host, arguments.port)
+    app.add_middleware(Releases, release=arguments.release, log=log)
+    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(BadRequest, refused)
+    try:
+        server.start([model])
+    finally:
+        log.close()
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="slipstream.serving.server", allow_abbrev=False, description=__doc__)
+    parser.add_argument("--model", required=True, help="model name in the protocol")
+    parser.add_argument("--release", required=True, help="key of the release, sent back in every response")
+    parser.add_argument("--engine", required=True, type=Path, help="engine folder")
+    parser.add_argument("--port", required=True, type=int)
+    parser.add_argument("--answers", required=True, type=Path, help="answer log (JSON lines)")
+    parser.add_argument("--host", default="127.0.0.1")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Exit 2 when the engine is refused."""
+    try:
+        serve(parse(sys.argv[1:]))
+    except SlipstreamError as error:
+        sys.stderr.write(f"{error.headline}: {error}\n")
+        raise SystemExit(error.exit_code) from error
+
+
+if __name__ == "__main__":
+    main()

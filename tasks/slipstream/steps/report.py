@@ -1,0 +1,115 @@
+"""The last step: what became of the run, as a page, plots, JSON, metrics and a status of the pipeline's MLflow run.
+
+It runs whatever happened before and works with what there is: a missing part is named in the report. Only when
+MLflow itself does not answer does it fail, and is tried again.
+
+Output: `metrics` as logged on the pipeline's run; `details`: {"outcome", "headline", "ok"}.
+"""
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+
+from slipstream.contract import StepInput, StepOutput
+from slipstream.errors import SlipstreamError
+from slipstream.report import page, plots
+from slipstream.report.collect import collect
+from slipstream.report.document import PAGE, REPORT, REQUEST, Report, Sample
+from slipstream.serving import client
+from slipstream.spec import Spec
+from slipstream.steps.base import Context
+
+log = logging.getLogger(__name__)
+
+
+def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+    """Nothing but the run itself decides what a report says."""
+    return {"run_key": inputs.run_key}
+
+
+def run(context: Context) -> StepOutput:
+    """Write the report into the pipeline's run and close that run."""
+    parent = context.tracking.pipeline_run(context.inputs.run_key)
+    sample, body = held_out_sample(context)
+    report = collect(context.spec, context.inputs, context.tracking, parent, sample)
+    with tempfile.TemporaryDirectory() as folder:
+        write(report, Path(folder), body)
+        context.tracking.client.log_artifacts(parent, str(Path(folder) / "report"), "report")
+    metrics = figures(report)
+    _summarize(context, parent, report, metrics)
+    log.info("%s", report.headline)
+    details = {"outcome": report.outcome, "headline": report.headline, "ok": report.ok}
+    return context.output(metrics=metrics, details=details)
+
+
+def held_out_sample(context: Context) -> tuple[Sample | None, bytes | None]:
+    """The first held-out sample and the body that asks for it; nothing when the data cannot be loaded here."""
+    try:
+        data = context.data
+        label = int(data.test.labels[0])
+        body = client.body(data.test.inputs[:1])
+    except (SlipstreamError, OSError, ImportError) as error:
+        log.warning("the report gives no example request: %s", error)
+        return None, None
+    named = data.classes[label] if label < len(data.classes) else str(label)
+    return Sample(label=named, classes=data.classes), body
+
+
+def write(report: Report, folder: Path, body: bytes | None) -> None:
+    """Write page, plots, JSON and the example request below `folder`, under their artefact paths."""
+    (folder / PAGE).parent.mkdir(parents=True, exist_ok=True)
+    drawn = plots.draw(report)
+    for name, figure in drawn.items():
+        (folder / "report" / f"{name}.svg").write_text(plots.svg(figure), encoding="utf-8")
+    if "pareto" in drawn:
+        (folder / "report" / "pareto.png").write_bytes(plots.png(drawn["pareto"]))
+    html = page.render(report, {name: (folder / "report" / f"{name}.svg").read_text("utf-8") for name in drawn})
+    (folder / PAGE).write_text(html, encoding="utf-8")
+    (folder / REPORT).write_text(report.model_dump_json(indent=2), encoding="utf-8")
+    if body is not None:
+        (folder / REQUEST).write_bytes(body)
+
+
+def figures(report: Report) -> dict[str, float]:
+    """Metrics of the pipeline's run: how many engines passed, and what the picked one achieved."""
+    judged = [r for r in report.rows if r.status != "reference"]
+    found: dict[str, float] = {"engines.judged": len(judged)}
+    found |= {f"engines.{s}": sum(r.status == s for r in judged) for s in ("passed", "rejected", "missing")}
+    row = report.winning_row
+    if row is None or row.evidence is None:
+        return found
+    e = row.evidence
+    winner = {
+        "quality": e.engine_quality,
+        "drop_pp": e.drop_pp.estimate,
+        "drop_pp_bound": e.drop_pp.high,
+        "p50_ms": e.latency.p50_ms,
+        "p99_ms": e.latency.p99_ms,
+        "speedup_eager": e.speedup_eager.estimate if e.speedup_eager else None,
+        "speedup_fp32": e.speedup_reference.estimate if e.speedup_reference else None,
+        "size_bytes": e.size_bytes,
+    }
+    return found | {f"winner.{name}": float(value) for name, value in winner.items() if value is not None}
+
+
+def _summarize(context: Context, parent: str, report: Report, metrics: dict[str, float]) -> None:
+    """Put the result where MLflow's list of runs shows it. The status is written last: then the report is there."""
+    mlflow = context.tracking.client
+    tags = {
+        "slipstream.outcome": report.outcome,
+        "slipstream.headline": report.headline,
+        "slipstream.winner": report.winner or "",
+        "slipstream.version": report.version or "",
+        "mlflow.note.content": f"**{report.headline}.** {report.explanation}\n\nThe report: artefact `{PAGE}`.",
+    }
+    mlflow.log_batch(
+        parent,
+        metrics=[Metric(k, float(v), int(time.time() * 1000), 0) for k, v in metrics.items()],
+        params=[Param(k, str(v)) for k, v in context.spec.objective.model_dump().items()],
+        tags=[RunTag(k, v[:4900]) for k, v in tags.items()],
+    )
+    mlflow.set_terminated(parent, "FINISHED" if report.ok else "FAILED")

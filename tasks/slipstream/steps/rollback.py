@@ -1,0 +1,75 @@
+"""rollback: `previous` serves again. The traffic moves first, the aliases after; what was champion is `previous` then.
+
+A journal says which way it goes, so that a rollback that was stopped half way is finished by the next one instead
+of being turned around. Details: `champion` and `previous`, the versions that the aliases name now.
+"""
+
+import datetime
+import logging
+from typing import Any
+
+from mlflow import MlflowClient
+
+from slipstream import traffic
+from slipstream.contract import StepInput, StepOutput
+from slipstream.errors import RegistryError
+from slipstream.registry import CHAMPION, PREVIOUS, Registry
+from slipstream.spec import Spec
+from slipstream.steps.base import Context
+from slipstream.tracking import fetch
+from slipstream.traffic.base import Routes, TrafficController
+from slipstream.traffic.guarded import terminable
+
+log = logging.getLogger(__name__)
+
+JOURNAL = "rollback"
+
+
+def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+    """What decides the result."""
+    return {"model": spec.model.name, "run": inputs.run_key}
+
+
+def run(context: Context) -> StepOutput:
+    """Put `previous` back. Raises RegistryError when there is none."""
+    controller = traffic.controller(context.home)
+    details = rollback(context.spec.model.name, controller, context.tracking.client, context.inputs.run_key)
+    return context.output(details=details)
+
+
+def rollback(model: str, controller: TrafficController, client: MlflowClient, by: str) -> dict[str, Any]:
+    """Put `previous` back, and return what the aliases name now.
+
+    `by` says who asked: a pipeline run's key, or a person. Asked again by the same one, a rollback that is done
+    changes nothing. Raises RegistryError when there is nothing to go back to, Unavailable.
+    """
+    registry = Registry(model, client)
+    journal = registry.journal(JOURNAL)
+    if journal.get("state") == "done" and journal.get("by") == by:
+        return {"champion": journal["to"], "previous": journal["from"]}
+    with terminable():
+        source, target = _direction(registry, journal)
+        registry.write_journal(JOURNAL, {"state": "started", "from": source, "to": target, "by": by})
+        release = registry.release(target)
+        controller.deploy(release, fetch(registry.artifact(target)))
+        controller.set_routes(model, Routes(weights={release.name: 100}))
+        registry.set_alias(CHAMPION, target)
+        registry.set_alias(PREVIOUS, source)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        registry.tag(source, {"slipstream.rolled_back_at": now, "slipstream.rolled_back_by": by})
+        registry.write_journal(JOURNAL, {"state": "done", "from": source, "to": target, "by": by})
+    log.info("rollback: %s serves version %s instead of %s", model, target, source)
+    return {"champion": target, "previous": source}
+
+
+def _direction(registry: Registry, journal: dict[str, Any]) -> tuple[str, str]:
+    """Versions (from, to): of a rollback that was stopped half way, or from champion to previous."""
+    champion, previous = registry.champion(), registry.alias(PREVIOUS)
+    if journal.get("state") == "started" and champion in (journal["from"], journal["to"]):
+        return str(journal["from"]), str(journal["to"])
+    if champion is None or previous is None or champion == previous:
+        raise RegistryError(
+            f"{registry.model}: there is no previous release to go back to (champion {champion}, previous {previous}); "
+            "point the alias `previous` at the version that should serve"
+        )
+    return champion, previous

@@ -1,0 +1,225 @@
+"""rollout (stage 3): the traffic moves step by step, guarded; then the registry follows.
+
+The order of writes, each of which can be the last before a crash:
+
+    1. journal `started`: where the traffic comes from, and which version `previous` named
+    2. traffic 25 → 50 → 100 %, each step observed
+    3. alias `previous` to the old champion
+    4. alias `champion` to the challenger                   ← from here on the release is out
+    5. audit tags, alias `challenger` removed, journal `done`
+    6. servers that no alias names are retired
+
+A step that is tried again reads the champion first. Is it the challenger, the rollout finishes from 5. Is it still
+the old one, the traffic goes back, and the rollout starts anew. So champion and traffic agree after either.
+
+Details: `timeline`, `released` (version), `previous` (version or None); or `skipped` with the reason.
+"""
+
+import datetime
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from slipstream import traffic
+from slipstream.contract import StepInput, StepOutput, Verdict, combine
+from slipstream.errors import GateFailed, SlipstreamError
+from slipstream.measure import gates
+from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry, verdict_tags
+from slipstream.spec import Spec
+from slipstream.steps.base import Context, require_pass
+from slipstream.tracking import fetch
+from slipstream.traffic.base import Release, Routes, TrafficController
+from slipstream.traffic.guarded import Stage, seen_ms, terminable
+from slipstream.traffic.load import Record
+from slipstream.traffic.releases import Incumbent, incumbent, selected, serve, sweep
+
+log = logging.getLogger(__name__)
+
+JOURNAL = "rollout"
+EXTRA = 3
+"""Repetitions of the last step while a verdict is inconclusive, at most."""
+
+
+def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+    """What decides the result."""
+    return {
+        "rollout": spec.rollout.model_dump(mode="json"),
+        "guardrails": spec.guardrails.model_dump(mode="json"),
+        "run": inputs.run_key,
+        "version": selected(inputs)["version"],
+    }
+
+
+def run(context: Context) -> StepOutput:
+    """Roll the challenger out. Raises GateFailed after everything was put back, RegistryError on stale evidence."""
+    return full_rollout(context, traffic.controller(context.home))
+
+
+def full_rollout(context: Context, controller: TrafficController) -> StepOutput:
+    """The same, with the controller given."""
+    chosen = selected(context.inputs)
+    rollout = _Rollout(context, controller, Registry(context.spec.model.name, context.tracking.client), chosen)
+    if chosen["already_champion"]:
+        rollout.registry.expect_champion(chosen["champion"])
+        serve(controller, rollout.incumbent())
+        return context.output(details={"skipped": f"version {chosen['version']} is this engine and serves already"})
+    trial = _passed_trial(context.inputs)
+    with terminable():
+        verdicts, timeline = rollout.move()
+        rollout.finish(trial.verdicts, verdicts)
+    details = {"timeline": timeline, "released": rollout.version, "previous": rollout.registry.alias(PREVIOUS)}
+    return context.output(verdicts=verdicts, details=details)
+
+
+@dataclass
+class _Rollout:
+    context: Context
+    controller: TrafficController
+    registry: Registry
+    chosen: dict[str, Any]
+
+    @property
+    def version(self) -> str:
+        """The challenger's version."""
+        return str(self.chosen["version"])
+
+    @property
+    def release(self) -> Release:
+        """The challenger's release."""
+        return self.registry.release(self.version)
+
+    def incumbent(self) -> Incumbent:
+        """What serves now."""
+        return incumbent(self.registry, self.context.inputs, self.chosen["winner"])
+
+    def move(self) -> tuple[tuple[Verdict, ...], list[dict[str, Any]]]:
+        """Writes 1 to 4, unless an earlier attempt got that far: then its verdicts are in the journal."""
+        if self.registry.champion() == self.version:
+            log.info("rollout: %s is champion already; an earlier attempt was stopped after that", self.release.key)
+            earlier = self.context.tracking.output(self.registry.journal(JOURNAL)["run_id"])
+            return earlier.verdicts, earlier.details["timeline"]
+        self.registry.expect_champion(self.chosen["champion"])
+        old = self.incumbent()
+        serve(self.controller, old)
+        self._begin(old)
+        self.controller.deploy(self.release, fetch(self.registry.artifact(self.version)))
+        stage = self._stage(old)
+        try:
+            verdicts = self._steps(stage)
+            if combine(verdicts) == "pass":
+                self._promote(old, verdicts, stage.timeline)
+                return verdicts, stage.timeline
+        except BaseException:
+            self._put_back_unless_out(stage)
+            raise
+        self._refuse(stage, verdicts)
+        raise AssertionError("unreachable: a refusal raises")
+
+    def finish(self, trial: tuple[Verdict, ...], verdicts: tuple[Verdict, ...]) -> None:
+        """Writes 5 and 6."""
+        wanted = Routes(weights={self.release.name: 100})
+        self.controller.deploy(self.release, fetch(self.registry.artifact(self.version)))
+        if self.controller.routes(self.release.model) != wanted:
+            self.controller.set_routes(self.release.model, wanted)
+        self.registry.tag(
+            self.version,
+            {
+                **verdict_tags("trial", trial),
+                **verdict_tags("rollout", verdicts),
+                "slipstream.released_by": self.context.inputs.run_key,
+                "slipstream.released_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "slipstream.replaced": str(self.registry.alias(PREVIOUS) or ""),
+            },
+        )
+        self.registry.set_alias(CHALLENGER, None)
+        self.registry.write_journal(JOURNAL, {"state": "done", "to": self.version})
+        sweep(self.controller, self.registry)
+
+    def _begin(self, old: Incumbent) -> None:
+        """Write 1. What `previous` named before an attempt that was stopped is kept: 3 may have overwritten it."""
+        journal = self.registry.journal(JOURNAL)
+        stopped = journal.get("state") == "started" and journal["to"] != old.version
+        previous = journal["previous"] if stopped else self.registry.alias(PREVIOUS)
+        entry = {"state": "started", "to": self.version, "from": old.release.name, "previous": previous}
+        entry["run_id"] = self.context.run.run_id
+        self.registry.write_journal(JOURNAL, entry)
+
+    def _stage(self, old: Incumbent) -> Stage:
+        return Stage(
+            spec=self.context.spec,
+            controller=self.controller,
+            split=self.context.data.test,
+            champion=old.release,
+            challenger=self.release,
+            run_key=self.context.inputs.run_key,
+            progress=self.context.run.progress,
+        )
+
+    def _steps(self, stage: Stage) -> tuple[Verdict, ...]:
+        """Write 2. The verdicts over all requests; ends at once with the first guardrail or failing verdict."""
+        settings, records = stage.spec.rollout, list[Record]()
+        shares = [*settings.steps, *[settings.steps[-1]] * EXTRA]
+        verdicts: tuple[Verdict, ...] = ()
+        for number, share in enumerate(shares, start=1):
+            name = f"{share}%" if number <= len(settings.steps) else f"{share}%-{number - len(settings.steps) + 1}"
+            phase = stage.phase(name, stage.weights(share), settings.requests, settings.rate_per_s)
+            if phase.breach is not None:
+                return (phase.breach,)
+            records += phase.records
+            verdicts = _judge(stage, records)
+            answer = combine(verdicts)
+            if answer == "fail" or (answer == "pass" and number >= len(settings.steps)):
+                break
+        return verdicts
+
+    def _promote(self, old: Incumbent, verdicts: tuple[Verdict, ...], timeline: list[dict[str, Any]]) -> None:
+        """Writes 3 and 4. Before them the evidence is recorded, for an attempt that only has to finish."""
+        self.registry.expect_champion(old.version)
+        self._record(verdicts, timeline)
+        if old.version is not None:
+            self.registry.set_alias(PREVIOUS, old.version)
+        self.registry.set_alias(CHAMPION, self.version)
+
+    def _put_back_unless_out(self, stage: Stage) -> None:
+        """After an error between writes: the traffic goes where the champion alias points."""
+        try:
+            out = self.registry.champion() == self.version
+        except SlipstreamError as error:
+            log.warning("rollout: the registry does not say who is champion (%s); the next attempt will see", error)
+            out = False
+        if not out:
+            stage.put_back()
+
+    def _refuse(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> None:
+        """A breach: traffic first, aliases after, then the server. Raises GateFailed."""
+        stage.put_back()
+        self._record(verdicts, stage.timeline)
+        self.registry.set_alias(PREVIOUS, self.registry.journal(JOURNAL)["previous"])
+        self.registry.set_alias(CHALLENGER, None)
+        self.registry.write_journal(JOURNAL, {"state": "reverted", "to": self.version})
+        self.controller.retire(stage.challenger)
+        require_pass("rollout", verdicts)
+
+    def _record(self, verdicts: tuple[Verdict, ...], timeline: list[dict[str, Any]]) -> None:
+        """Write the evidence into this step's MLflow run; nothing is released yet."""
+        details = {"timeline": timeline, "released": None, "previous": self.registry.alias(PREVIOUS)}
+        self.context.tracking.record(self.context.run, self.context.output(verdicts=verdicts, details=details))
+
+
+def _judge(stage: Stage, records: list[Record]) -> tuple[Verdict, ...]:
+    """Errors of the challenger, and the p99 that clients see, over all requests of the rollout so far."""
+    limits, sure = stage.spec.guardrails, stage.spec.objective.confidence
+    theirs = [r for r in records if r.release != stage.champion.name]
+    return (
+        gates.error_rate(sum(r.failed for r in theirs), len(theirs), limits.max_error_rate, sure),
+        gates.p99_cap(seen_ms(records), limits.max_p99_ms, sure),
+    )
+
+
+def _passed_trial(inputs: StepInput) -> StepOutput:
+    """The small-scale test's output. Raises GateFailed when there is none, or it did not pass."""
+    trial = inputs.output_of("trial")
+    if trial is None:
+        raise GateFailed("rollout: there is no evidence of the small-scale test; run it first")
+    require_pass("rollout: small-scale test", trial.verdicts)
+    return trial

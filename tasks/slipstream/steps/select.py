@@ -1,0 +1,121 @@
+"""select: the verdict of stage 1. Every expected cell is a row; the best passing engine becomes the challenger.
+
+Details: `rows` (evidence.Row), `winner` (cell key), `version` (registry), `best_per_target`, `champion` (version that
+the challenger will be compared with, or None), `already_champion`, `missing` (cells that left no evidence).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from slipstream import flow
+from slipstream.contract import StepInput, StepOutput, Verdict
+from slipstream.errors import DataError, GateFailed
+from slipstream.evidence import EngineEvidence, Row, row_of
+from slipstream.registry import CHALLENGER, SHA256, Registry
+from slipstream.spec import Spec
+from slipstream.steps.base import Context
+
+PREFERENCES: dict[str, Callable[[EngineEvidence], tuple[float, ...]]] = {
+    "latency": lambda e: (e.latency.p50_ms, e.latency.p99_ms or float("inf"), e.size_bytes),
+    "throughput": lambda e: (-e.latency.rate_per_s, e.latency.p50_ms),
+    "size": lambda e: (e.size_bytes, e.latency.p50_ms),
+    "accuracy": lambda e: (-e.engine_quality, e.latency.p50_ms),
+}
+"""`objective.prefer` → sort key; the smallest wins, the second figure breaks ties."""
+
+
+def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+    """What decides the result."""
+    return {"prefer": spec.objective.prefer, "cells": expected_cells(spec, inputs), "run": inputs.run_key}
+
+
+def run(context: Context) -> StepOutput:
+    """Judge the table, register the winner. Raises GateFailed when no engine passed."""
+    spec, inputs = context.spec, context.inputs
+    rows = table(spec, inputs)
+    winner = best(rows, spec.objective.prefer)
+    rows = [r.model_copy(update={"release": winner is not None and r.cell == winner.cell}) for r in rows]
+    _write_rows(context, rows)
+    if winner is None:
+        raise GateFailed(_refusal(rows))
+    registry = Registry(spec.model.name, context.tracking.client)
+    champion = registry.champion()
+    version, already = _register(registry, inputs, winner, champion)
+    details = {
+        "rows": [r.model_dump(mode="json") for r in rows],
+        "winner": winner.cell,
+        "version": version,
+        "best_per_target": best_per_target(spec, rows),
+        "champion": champion,
+        "already_champion": already,
+        "missing": [r.cell for r in rows if r.status == "missing"],
+    }
+    verdict = Verdict(
+        gate="select",
+        answer="pass",
+        reason=f"{winner.cell} is the best of {_passed(rows)} passing engines by {spec.objective.prefer}",
+        n=len(rows),
+    )
+    return context.output(verdicts=(verdict,), details=details)
+
+
+def expected_cells(spec: Spec, inputs: StepInput) -> list[str]:
+    """Keys of the cells that must be there, whether or not their steps left anything."""
+    chosen = inputs.params.get("recipes") or None
+    return flow.cells(flow.with_choices(spec, recipes=chosen) if chosen else spec)
+
+
+def table(spec: Spec, inputs: StepInput) -> list[Row]:
+    """A row for each expected cell, in the spec's order."""
+    found = {o.cell.key: o for o in inputs.upstream if o.step == "validate" and o.cell is not None}
+    return [row_of(cell, found.get(cell)) for cell in expected_cells(spec, inputs)]
+
+
+def best(rows: Sequence[Row], prefer: str) -> Row | None:
+    """The passing engine that the objective prefers; never the baseline, never one that did not pass."""
+    passed = [(PREFERENCES[prefer](r.evidence), r.cell, r) for r in rows if r.status == "passed" and r.evidence]
+    return min(passed, key=lambda entry: entry[:2])[2] if passed else None
+
+
+def best_per_target(spec: Spec, rows: Sequence[Row]) -> dict[str, str | None]:
+    """Target → cell of its best engine; None where none passed."""
+    found = {}
+    for target in spec.targets:
+        row = best([r for r in rows if flow.cell_of(r.cell).target == target], spec.objective.prefer)
+        found[target] = row.cell if row else None
+    return found
+
+
+def _register(registry: Registry, inputs: StepInput, winner: Row, champion: str | None) -> tuple[str, bool]:
+    """The winner's version, and whether that very engine serves already; then nothing is written."""
+    built = inputs.output_of("build", flow.cell_of(winner.cell))
+    if built is None or built.artifact is None:
+        raise DataError(f"step select: IN.json has evidence for {winner.cell}, but not its build output")
+    if champion is not None and registry.tags(champion).get(SHA256) == built.artifact.sha256:
+        return champion, True
+    version = registry.register(built.artifact, winner.cell, inputs.pipeline_run_id, winner.verdicts)
+    registry.set_alias(CHALLENGER, version)
+    return version, False
+
+
+def _write_rows(context: Context, rows: Sequence[Row]) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        path.write_text(json.dumps([r.model_dump(mode="json") for r in rows], indent=1))
+        context.run.artifact(path)
+
+
+def _passed(rows: Sequence[Row]) -> int:
+    return sum(r.status == "passed" for r in rows)
+
+
+def _refusal(rows: Sequence[Row]) -> str:
+    lines = [
+        f"{r.cell}: {r.status}: " + "; ".join(f"{v.gate}: {v.reason}" for v in r.verdicts if not v.passed)
+        for r in rows
+        if r.status != "reference"
+    ]
+    return "accuracy validation: no engine passed, nothing is promoted:\n  " + "\n  ".join(lines)

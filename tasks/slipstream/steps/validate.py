@@ -1,0 +1,295 @@
+"""Stage 1: one built engine against the baseline, on the held-out samples and side by side in time.
+
+Cell: recipe@target. Upstream: `check`, `retrain` (the baseline), `build` of this cell and `build` of the
+baseline's FP32 engine on the same target. Details: `evidence` (an `EngineEvidence`). It records verdicts and never
+raises for them: a rejected engine is a normal result, and `select` decides.
+"""
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream import digests, hardware
+from slipstream.contract import Cell, StepInput, StepOutput, Verdict, digest
+from slipstream.data import Data, Split
+from slipstream.engines.base import Runner, engine_for, load_engine
+from slipstream.errors import DataError, ModelError
+from slipstream.evidence import EngineEvidence, Interval, Latency
+from slipstream.frameworks.base import framework_for, load_eager
+from slipstream.measure import accuracy, gates, latency, stats
+from slipstream.measure.accuracy import Runs
+from slipstream.measure.latency import Comparison, Plan
+from slipstream.measure.loadgen import Issue
+from slipstream.measure.stats import Bounds
+from slipstream.spec import BASELINE, Objective, Spec
+from slipstream.steps.base import Context
+from slipstream.tracking import StepRun
+
+log = logging.getLogger(__name__)
+
+PLAN = Plan()
+ENGINE, REFERENCE, EAGER = "engine", "reference", "eager"
+"""Subjects of the interleaved run; the baseline's own cell has no reference beside itself."""
+
+
+def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+    """Objective, target, seed, machine and versions; what is preferred among passing engines does not matter here."""
+    assert inputs.cell is not None and inputs.cell.target is not None
+    target = spec.targets[inputs.cell.target]
+    toolchain = {*framework_for(spec.model.framework).distributions, *engine_for(target.engine).distributions}
+    return {
+        "objective": spec.objective.model_dump(mode="json", exclude={"prefer"}),
+        "target": target.model_dump(mode="json"),
+        "seed": spec.seed,
+        "hardware": hardware.describe(),
+        "versions": digests.versions(*sorted(toolchain | {"mlcommons-loadgen"})),
+    }
+
+
+def run(context: Context) -> StepOutput:
+    """Score the engine and the baseline, time them side by side, and judge."""
+    data = context.data
+    with _alone(context.home.root / "measure.lock"):
+        progress = _Progress(context.run, 2 * accuracy.batches(len(data.test)) + PLAN.rounds)
+        engine, memory_mib = _load_measured(context.fetch(_built(context, context.cell)), data.test)
+        scores = _scores(context, engine, progress)
+        timing, server = _timing(context, engine, progress)
+    judgement = _Judgement(context.spec.objective, context.cell, scores, timing, context.spec.seed)
+    size_bytes = digests.folder_size(context.fetch(_built(context, context.cell)))
+    evidence = judgement.evidence(data, server=server, size_bytes=size_bytes, memory_mib=memory_mib)
+    return context.output(
+        metrics=_metrics(evidence),
+        verdicts=judgement.verdicts(),
+        details={"evidence": evidence.model_dump(mode="json")},
+    )
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """(N,) scores of baseline and engine on the same samples."""
+
+    baseline: npt.NDArray[np.float64]
+    engine: npt.NDArray[np.float64]
+
+
+@dataclass
+class _Progress:
+    """Counts scored batches and measured rounds, which `slipstream run --watch` shows as one bar."""
+
+    run: StepRun
+    total: int
+    done: int = 0
+
+    def batch(self) -> None:
+        self.done += 1
+        self.run.progress(self.done, self.total)
+
+    def skip(self, batches: int) -> None:
+        self.done += batches
+
+    def round(self, done: int, rounds: int, others_cores: float | None) -> None:
+        figures = {} if others_cores is None else {"others_cores": others_cores}
+        ahead = rounds - done
+        self.done += 1
+        self.total = max(self.total, self.done + ahead)
+        self.run.progress(self.done, self.total, **figures)
+
+
+def _scores(context: Context, engine: Runner, progress: _Progress) -> _Scores:
+    """Scores of the baseline, by its own framework in FP32, and of the engine."""
+    test, metric = context.data.test, context.spec.objective.metric
+    baseline = _baseline_scores(context, progress)
+    what = f"engine {context.cell.key}"
+    return _Scores(baseline, accuracy.scores(engine, test, metric, what=what, progress=progress.batch))
+
+
+def _baseline_scores(context: Context, progress: _Progress) -> npt.NDArray[np.float64]:
+    """The same for every cell of a run, and so computed by the first one only."""
+    test, metric, output = context.data.test, context.spec.objective.metric, _baseline(context)
+    assert output.artifact is not None
+    versions = digests.versions(*framework_for(context.spec.model.framework).distributions)
+    key = digest([output.artifact.sha256, test.digest, metric, versions, digests.source("measure/accuracy.py")])
+    path = context.home.cache / "scores" / f"{key}.npy"
+    if path.is_file():
+        progress.skip(accuracy.batches(len(test)))
+        cached: npt.NDArray[np.float64] = np.load(path, allow_pickle=False)
+        return cached
+    eager = load_eager(context.fetch(output))
+    scores = accuracy.scores(eager, test, metric, what="the baseline", progress=progress.batch, error=ModelError)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{key}.{os.getpid()}.npy")
+    np.save(aside, scores)
+    aside.replace(path)
+    return scores
+
+
+def _timing(context: Context, engine: Runner, progress: _Progress) -> tuple[Comparison, Latency]:
+    """Engine, reference engine and eager baseline in one interleaved run; then the engine under a Poisson load."""
+    assert context.cell.target is not None
+    test, seed = context.data.test, context.spec.seed
+    models: dict[str, Runs] = {ENGINE: engine}
+    if context.cell.recipe != BASELINE:
+        reference = Cell(recipe=BASELINE, target=context.cell.target)
+        models[REFERENCE] = load_engine(context.fetch(_built(context, reference)))
+    threads = context.spec.targets[context.cell.target].threads
+    models[EAGER] = load_eager(context.fetch(_baseline(context)), threads=threads)
+    issues = {name: single(model, test) for name, model in models.items()}
+    timing = latency.compare(issues, len(test), PLAN, seed, tails=(ENGINE,), progress=progress.round)
+    alone = latency.summary("SingleStream", timing.pooled_ms(ENGINE))
+    return timing, latency.under_load(issues[ENGINE], len(test), PLAN, seed, alone.rate_per_s)
+
+
+def single(model: Runs, split: Split) -> Issue:
+    """Answers a request on one sample of the split, at batch 1."""
+    return lambda index: model.run(split.inputs[index : index + 1])
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """What the measurements say of the engine."""
+
+    objective: Objective
+    cell: Cell
+    scores: _Scores
+    timing: Comparison
+    seed: int
+
+    def drop(self) -> Bounds:
+        rng = np.random.default_rng(self.seed)
+        return stats.paired_drop(self.scores.baseline, self.scores.engine, self.objective.confidence, rng)
+
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """accuracy; latency where the objective has a limit; speedup unless this is the baseline itself."""
+        objective, noise = self.objective, self.timing.noise
+        found = [gates.accuracy_of(self.drop(), objective.max_drop, objective.confidence)]
+        if objective.latency_p99_ms is not None:
+            pooled = self.timing.pooled_ms(ENGINE)
+            found.append(gates.latency(pooled, objective.latency_p99_ms, objective.confidence, noise.noisy))
+        if self.cell.recipe != BASELINE:
+            ratio = self.timing.speedup(ENGINE, REFERENCE, objective.confidence)
+            found.append(gates.speedup(ratio, objective.confidence))
+        return tuple(self._with_noise(v) if v.gate != "accuracy" else v for v in found)
+
+    def _with_noise(self, verdict: Verdict) -> Verdict:
+        noise = self.timing.noise
+        if not noise.noisy:
+            return verdict
+        others = "an unknown number of" if noise.others_cores is None else f"{noise.others_cores:.1f}"
+        note = f"only {noise.clean_rounds} of {noise.rounds} rounds were quiet (others used {others} cores)"
+        return verdict.model_copy(update={"reason": f"{verdict.reason}; {note}"})
+
+    def evidence(self, data: Data, *, server: Latency, size_bytes: int, memory_mib: float | None) -> EngineEvidence:
+        worst = accuracy.worst_class(self.scores.baseline, self.scores.engine, data.test.labels, data.classes)
+        return EngineEvidence(
+            metric=self.objective.metric,
+            samples=len(data.test),
+            baseline_quality=100.0 * float(self.scores.baseline.mean()),
+            engine_quality=100.0 * float(self.scores.engine.mean()),
+            drop_pp=_required(self.drop().scaled(100.0)),
+            worst_class=worst[0],
+            worst_class_drop_pp=worst[1],
+            latency=self._latency(ENGINE),
+            server=server,
+            eager=self._latency(EAGER),
+            reference=self._latency(REFERENCE) if self.cell.recipe != BASELINE else None,
+            speedup_eager=self._speedup(EAGER),
+            speedup_reference=self._speedup(REFERENCE) if self.cell.recipe != BASELINE else None,
+            size_bytes=size_bytes,
+            memory_mib=memory_mib,
+            noise=self.timing.noise,
+            hardware=hardware.sentence(),
+        )
+
+    def _latency(self, subject: str) -> Latency:
+        return latency.summary("SingleStream", self.timing.pooled_ms(subject))
+
+    def _speedup(self, reference: str) -> Interval | None:
+        return _interval(self.timing.speedup(ENGINE, reference, self.objective.confidence))
+
+
+def _interval(bounds: Bounds) -> Interval | None:
+    return Interval(estimate=bounds.estimate, low=bounds.low, high=bounds.high) if bounds.known else None
+
+
+def _required(bounds: Bounds) -> Interval:
+    interval = _interval(bounds)
+    if interval is None:
+        raise DataError(f"data: {bounds.n} test samples carry no bound for the drop; give more held-out data")
+    return interval
+
+
+def _metrics(evidence: EngineEvidence) -> dict[str, float]:
+    """Flat figures for MLflow's charts; what was not measured is left out."""
+    figures: dict[str, float | None] = {
+        evidence.metric: evidence.engine_quality,
+        "drop_pp": evidence.drop_pp.estimate,
+        "drop_pp_high": evidence.drop_pp.high,
+        "worst_class_drop_pp": evidence.worst_class_drop_pp,
+        "p50_ms": evidence.latency.p50_ms,
+        "p99_ms": evidence.latency.p99_ms,
+        "rate_per_s": evidence.latency.rate_per_s,
+        "server_p50_ms": evidence.server.p50_ms if evidence.server else None,
+        "server_p99_ms": evidence.server.p99_ms if evidence.server else None,
+        "speedup_eager": evidence.speedup_eager.estimate if evidence.speedup_eager else None,
+        "speedup_reference": evidence.speedup_reference.estimate if evidence.speedup_reference else None,
+        "size_bytes": float(evidence.size_bytes),
+        "memory_mib": evidence.memory_mib,
+        "clean_rounds": float(evidence.noise.clean_rounds),
+    }
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _load_measured(folder: Path, test: Split) -> tuple[Runner, float | None]:
+    """The engine, and the resident memory (MiB) that loading it and a first request added to this process.
+
+    Loaded before anything else that computes, so that its runtime's libraries count as well, as in a server.
+    """
+    before = _resident_mib()
+    engine = load_engine(folder)
+    engine.run(test.inputs[:1])
+    after = _resident_mib()
+    return engine, None if before is None or after is None else max(after - before, 0.0)
+
+
+def _resident_mib() -> float | None:
+    """VmRSS of this process, where /proc tells."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _baseline(context: Context) -> StepOutput:
+    output = context.inputs.output_of("retrain")
+    if output is None:
+        raise DataError(f"step validate: IN.json has no upstream output of retrain for {context.cell.key}")
+    return output
+
+
+def _built(context: Context, cell: Cell) -> StepOutput:
+    output = context.inputs.output_of("build", cell)
+    if output is None:
+        raise DataError(f"step validate: IN.json has no upstream output of build {cell.key}; that step failed")
+    return output
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One measurement on this machine at a time; the lock goes with the process that holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another engine is being measured on this machine; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

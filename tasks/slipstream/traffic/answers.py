@@ -1,0 +1,109 @@
+"""What two servers said to the same requests: their answer logs, read from where a phase began, paired by id."""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.data import Split
+from slipstream.measure.accuracy import TOP
+from slipstream.traffic.load import Record
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One line of a server's log."""
+
+    latency_ms: float
+    """Inside the server, from request to answer."""
+    output: npt.NDArray[np.float32]
+    """Flat outputs of the sample."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a log."""
+
+    path: Path
+    offset: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Champion's and challenger's answer to the same request."""
+
+    sample: int
+    champion: Answered
+    challenger: Answered
+    disturbed: bool
+
+
+def mark(path: Path) -> Mark:
+    """The end of a log as it is now."""
+    return Mark(path, path.stat().st_size if path.exists() else 0)
+
+
+def read(since: Mark) -> dict[str, Answered]:
+    """Request id → answer for all whole lines since a mark; from the start when the log was begun anew."""
+    if not since.path.exists():
+        return {}
+    offset = since.offset if since.path.stat().st_size >= since.offset else 0
+    with since.path.open("rb") as log:
+        log.seek(offset)
+        lines = log.read().split(b"\n")[:-1]
+    return dict(_parse(line) for line in lines if line)
+
+
+def wait_for(since: Mark, ids: Iterable[str], seconds: float) -> dict[str, Answered]:
+    """Answers since a mark, once all `ids` are among them or the time is up: mirrored requests may lag behind."""
+    wanted, deadline = set(ids), time.monotonic() + seconds
+    while True:
+        found = read(since)
+        if wanted <= found.keys() or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def pair(
+    records: Iterable[Record], champion: dict[str, Answered], challenger: dict[str, Answered]
+) -> tuple[list[Pair], int]:
+    """Pairs of all requests that the champion answered, and how many of those the challenger left unanswered."""
+    answered = [r for r in records if r.id in champion]
+    pairs = [Pair(r.sample, champion[r.id], challenger[r.id], r.disturbed) for r in answered if r.id in challenger]
+    return pairs, len(answered) - len(pairs)
+
+
+def different(pairs: Iterable[Pair]) -> int:
+    """Pairs whose largest outputs (argmax) are at different places. A NaN answer differs from every other."""
+    return sum(_differ(p.champion.output, p.challenger.output) for p in pairs)
+
+
+def scores(pairs: Iterable[Pair], split: Split, metric: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """(N,) scores, 0 or 1, of champion and challenger against the labels, by the spec's metric."""
+    pairs, top = list(pairs), TOP[metric]
+    labels = [int(split.labels[p.sample]) for p in pairs]
+    champion = [_hit(p.champion.output, y, top) for p, y in zip(pairs, labels, strict=True)]
+    challenger = [_hit(p.challenger.output, y, top) for p, y in zip(pairs, labels, strict=True)]
+    return np.array(champion, np.float64), np.array(challenger, np.float64)
+
+
+def _hit(output: npt.NDArray[np.float32], label: int, top: int) -> bool:
+    """Whether the label is among the highest outputs; a NaN answer is wrong, whatever its label."""
+    return bool(np.isfinite(output).all()) and label in np.argsort(-output, kind="stable")[:top]
+
+
+def _differ(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> bool:
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return True
+    return int(a.argmax()) != int(b.argmax())
+
+
+def _parse(line: bytes) -> tuple[str, Answered]:
+    entry: dict[str, Any] = json.loads(line)
+    output = np.asarray(entry["output"], dtype=np.float32).ravel()
+    return str(entry["id"]), Answered(float(entry["latency_ms"]), output)

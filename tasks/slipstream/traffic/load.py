@@ -1,0 +1,189 @@
+"""A paced open-loop sender: requests leave at their time, whether or not earlier ones were answered.
+
+Latency counts from the intended send time, so that a server that stalls cannot slow its own measurement down
+(coordinated omission; G. Tene, "How NOT to measure latency", 2013).
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.data import Split
+from slipstream.errors import Unavailable
+from slipstream.serving import client
+
+REQUEST_TIMEOUT_S = 10.0
+WATCH_EVERY_S = 0.25
+"""How often the guard looks: a breach stops the load within this time and what is under way."""
+HEARTBEAT_S = 0.01
+STALL_S = 0.03
+"""A heartbeat that comes this late shows that this process itself had to wait for the machine."""
+MAX_CONNECTIONS = 128
+
+
+@dataclass(frozen=True)
+class Record:
+    """One request and its answer."""
+
+    id: str
+    sample: int
+    """Index into the split."""
+    at: float
+    """Intended send time, seconds since the epoch."""
+    status: int
+    """HTTP status; 0 when there was no answer."""
+    release: str | None
+    """Name of the release that answered."""
+    output: npt.NDArray[np.float32] | None
+    """(1, …) outputs; None unless the status is 200."""
+    latency_ms: float
+    """From the intended send time to the whole answer."""
+    disturbed: bool = False
+    """Whether this process was stalled meanwhile: then the latency says nothing about the server."""
+
+    @property
+    def failed(self) -> bool:
+        """No answer, a status of 5xx, or an answer that is none."""
+        return self.output is None
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is sent."""
+
+    url: str
+    """Base URL of the splitter."""
+    model: str
+    run: str
+    """With the phase, the prefix of every request id."""
+    phase: str
+    split: Split
+    requests: int
+    rate_per_s: float
+    seed: int
+
+    def samples(self) -> npt.NDArray[np.intp]:
+        """(requests,) indices into the split: a seeded order, repeated when the split is shorter."""
+        order = np.random.default_rng(self.seed).permutation(len(self.split))
+        return np.resize(order, self.requests)
+
+
+@dataclass
+class Sent:
+    """What came back."""
+
+    records: list[Record] = field(default_factory=list)
+    aborted: str | None = None
+    """Why the guard stopped the load before its end."""
+
+
+Watch = Callable[[Sequence[Record]], str | None]
+"""Called with all records so far; a reason stops the load. Runs in a thread of its own, and may block."""
+
+
+def send(load: Load, watch: Watch, progress: Callable[[int, int], None]) -> Sent:
+    """Send a load and return when everything was answered, timed out, or the guard said stop.
+
+    An exception of the guard stops the load as well, and is raised. Takes at most requests / rate plus the
+    request time-out.
+    """
+    return asyncio.run(_Sender(load, watch, progress).run())
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """When the first request was to leave."""
+
+    clock: float
+    """Seconds of the monotonic clock."""
+    epoch: float
+    """Seconds since the epoch."""
+
+
+class _Sender:
+    def __init__(self, load: Load, watch: Watch, progress: Callable[[int, int], None]) -> None:
+        self.load, self.watch, self.progress = load, watch, progress
+        self.sent = Sent()
+        self.stalls: list[tuple[float, float]] = []
+        self.last_beat = time.perf_counter()
+        self.path = client.infer_path(load.model)
+
+    async def run(self) -> Sent:
+        limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS)
+        async with httpx.AsyncClient(base_url=self.load.url, timeout=REQUEST_TIMEOUT_S, limits=limits) as http:
+            beat = asyncio.create_task(self._heartbeat())
+            pacing = asyncio.create_task(self._pace(http))
+            guard = asyncio.create_task(self._guard())
+            try:
+                await asyncio.wait((pacing, guard), return_when=asyncio.FIRST_COMPLETED)
+                if guard.done():
+                    guard.result()
+                else:
+                    pacing.result()
+            finally:
+                for task in (beat, pacing, guard):
+                    task.cancel()
+                await asyncio.gather(beat, pacing, guard, return_exceptions=True)
+        self.sent.aborted = self.sent.aborted or await asyncio.to_thread(self.watch, self.sent.records)
+        return self.sent
+
+    async def _pace(self, http: httpx.AsyncClient) -> None:
+        begin = _Begin(time.perf_counter() + 0.05, time.time() + 0.05)
+        async with asyncio.TaskGroup() as group:
+            for i, sample in enumerate(self.load.samples()):
+                content = client.body(self.load.split.inputs[sample : sample + 1])
+                await asyncio.sleep(max(0.0, begin.clock + i / self.load.rate_per_s - time.perf_counter()))
+                group.create_task(self._one(http, i, int(sample), content, begin))
+
+    async def _one(self, http: httpx.AsyncClient, i: int, sample: int, content: bytes, begin: _Begin) -> None:
+        name = f"{self.load.run}-{self.load.phase}-{i}"
+        headers = {"content-type": "application/json", client.REQUEST_ID: name}
+        status, release, output = 0, None, None
+        try:
+            response = await http.post(self.path, content=content, headers=headers)
+            status, release = response.status_code, response.headers.get(client.RELEASE) or None
+            output = _output(response)
+        except httpx.HTTPError:
+            status = 0
+        end = time.perf_counter()
+        intended = begin.clock + i / self.load.rate_per_s
+        disturbed = self._disturbed(intended, end)
+        at, latency_ms = begin.epoch + i / self.load.rate_per_s, 1000 * (end - intended)
+        record = Record(name, sample, at, status, release, output, latency_ms, disturbed)
+        self.sent.records.append(record)
+        self.progress(len(self.sent.records), self.load.requests)
+
+    async def _guard(self) -> None:
+        while self.sent.aborted is None:
+            await asyncio.sleep(WATCH_EVERY_S)
+            self.sent.aborted = await asyncio.to_thread(self.watch, self.sent.records)
+
+    async def _heartbeat(self) -> None:
+        """Notes when this process did not get the processor in time."""
+        while True:
+            self.last_beat = time.perf_counter()
+            await asyncio.sleep(HEARTBEAT_S)
+            now = time.perf_counter()
+            if now - self.last_beat > HEARTBEAT_S + STALL_S:
+                self.stalls.append((self.last_beat, now))
+
+    def _disturbed(self, begin: float, end: float) -> bool:
+        """Whether a stall lies within, or one is about to be noticed: the heartbeat may run after this answer."""
+        late = end - self.last_beat > HEARTBEAT_S + STALL_S
+        return late or any(s < end and e > begin for s, e in self.stalls[-20:])
+
+
+def _output(response: httpx.Response) -> npt.NDArray[np.float32] | None:
+    if response.status_code != httpx.codes.OK:
+        return None
+    try:
+        document: Any = response.json()
+        return client.outputs(document)
+    except (ValueError, Unavailable):
+        return None

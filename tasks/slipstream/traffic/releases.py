@@ -1,0 +1,67 @@
+"""Which release serves now, and keeping servers and traffic in line with the registry."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from slipstream import flow
+from slipstream.contract import Artifact, Cell, StepInput
+from slipstream.errors import DataError
+from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
+from slipstream.spec import BASELINE
+from slipstream.tracking import fetch
+from slipstream.traffic.base import Release, Routes, TrafficController
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """What serves: the champion, or at the first release the unchanged model."""
+
+    version: str | None
+    """Registry version; None before the first release."""
+    release: Release
+    artifact: Artifact
+
+
+def selected(inputs: StepInput) -> dict[str, Any]:
+    """Details of the select output. Raises DataError."""
+    chosen = inputs.output_of("select")
+    if chosen is None:
+        raise DataError(
+            "IN.json has no output of select, so that there is no challenger; run accuracy validation first"
+        )
+    return chosen.details
+
+
+def incumbent(registry: Registry, inputs: StepInput, winner: str) -> Incumbent:
+    """The champion of the registry, or the baseline engine of the winner's target. Raises DataError, RegistryError."""
+    version = registry.champion()
+    if version is not None:
+        return Incumbent(version, registry.release(version), registry.artifact(version))
+    cell = Cell(recipe=BASELINE, target=flow.cell_of(winner).target)
+    built = inputs.output_of("build", cell)
+    if built is None or built.artifact is None:
+        raise DataError(f"there is no champion yet, and IN.json has no engine of {cell.key} to compare with")
+    release = Release(model=registry.model, name=f"{BASELINE}-{built.artifact.sha256[:8]}")
+    return Incumbent(None, release, built.artifact)
+
+
+def serve(controller: TrafficController, who: Incumbent) -> None:
+    """Deploy the incumbent and give it all traffic. Changes nothing when that is so already."""
+    controller.deploy(who.release, fetch(who.artifact))
+    wanted = Routes(weights={who.release.name: 100})
+    if controller.routes(who.release.model) != wanted:
+        controller.set_routes(who.release.model, wanted)
+
+
+def sweep(controller: TrafficController, registry: Registry, *also: Release) -> None:
+    """Retire releases that no alias names and nobody uses. `previous` stays, so that a rollback is instant."""
+    versions = {registry.alias(a) for a in (CHAMPION, PREVIOUS, CHALLENGER)} - {None}
+    keep = {registry.release(str(v)).name for v in versions} | {r.name for r in also}
+    routes = controller.routes(registry.model)
+    keep |= set(routes.weights) | {routes.mirror or ""}
+    for name in sorted(controller.deployed(registry.model) - keep):
+        controller.retire(Release(model=registry.model, name=name))
+        log.info("traffic: %s %s is retired", registry.model, name)

@@ -1,0 +1,44 @@
+"""Finds what a lost webhook missed: compares each published spec's alias with the runs that Airflow has."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from mlflow import MlflowClient
+
+from slipstream import catalog
+from slipstream.errors import SlipstreamError
+from slipstream.home import Home
+from slipstream.spec import Spec
+from slipstream.triggers import promotion
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 30
+
+
+def reconcile(home: Home, client: MlflowClient, airflow: promotion.Runs) -> list[str]:
+    """Start every missing run; returns the names of the specs that got one. One spec's trouble stops no other."""
+    started = []
+    for name, spec in catalog.published(home):
+        if not isinstance(spec, Spec):
+            continue
+        try:
+            version = promotion.promoted_version(client, spec.model.name, spec.model.alias)
+            if version is not None and promotion.start(airflow, spec, version):
+                started.append(name)
+        except SlipstreamError as error:
+            log.warning("%s: not reconciled, next try in %d s: %s", name, INTERVAL_S, error)
+    return started
+
+
+def keep_reconciling(once: Callable[[], object], stop: threading.Event, interval_s: float = INTERVAL_S) -> None:
+    """Call `once` now and every `interval_s` until `stop` is set; nothing that it raises ends the loop."""
+    while True:
+        try:
+            once()
+        except Exception:
+            # The loop is the safety net: whatever went wrong, the next round must come.
+            log.exception("reconciling failed, next try in %.0f s", interval_s)
+        if stop.wait(interval_s):
+            return

@@ -1,0 +1,150 @@
+"""Receives MLflow's registry webhooks: `python -m slipstream.triggers.server`.
+
+A delivery that cannot be served now is answered with 503, so that MLflow sends it again; what it gives up on is
+found by the reconciler, which runs beside.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from mlflow import MlflowClient
+from pydantic import BaseModel, ValidationError
+
+from slipstream import catalog
+from slipstream.airflow_api import AirflowApi
+from slipstream.errors import Unavailable
+from slipstream.home import Home
+from slipstream.platform import addresses
+from slipstream.triggers import promotion, signature
+from slipstream.triggers.reconcile import keep_reconciling, reconcile
+
+log = logging.getLogger(__name__)
+
+PATH = "/webhooks/mlflow"
+NAME = "slipstream"
+EVENT = "model_version_alias.created"
+
+
+class Alias(BaseModel):
+    """The part of a delivery that says which alias points where."""
+
+    name: str
+    alias: str
+    version: str
+
+
+class Delivery(BaseModel):
+    """MLflow's webhook document."""
+
+    entity: str
+    action: str
+    data: dict[str, object]
+
+
+def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, secret: str) -> FastAPI:
+    """The receiver and its reconciler. The reconciler also registers the webhook, until MLflow takes it."""
+
+    registered = threading.Event()
+
+    def once() -> None:
+        if not registered.is_set():
+            ensure_webhook(client, addresses.load(home).triggers + PATH, secret)
+            registered.set()
+        reconcile(home, client, airflow)
+
+    app = FastAPI(title="slipstream triggers", lifespan=_beside(once), docs_url=None, redoc_url=None, openapi_url=None)
+
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    async def receive(request: Request) -> dict[str, list[str]]:
+        body, headers = await request.body(), request.headers
+        wrong = signature.verify(
+            secret,
+            body,
+            delivery_id=headers.get("X-MLflow-Delivery-Id", ""),
+            timestamp=headers.get("X-MLflow-Timestamp", ""),
+            header=headers.get("X-MLflow-Signature", ""),
+            now_s=time.time(),
+        )
+        if wrong:
+            log.warning("webhook refused: %s", wrong)
+            raise HTTPException(401, wrong)
+        try:
+            return {"started": await run_in_threadpool(deliver, home, client, airflow, body)}
+        except ValidationError as error:
+            raise HTTPException(422, "not a delivery of MLflow") from error
+        except Unavailable as error:
+            log.warning("webhook put off: %s", error)
+            raise HTTPException(503, str(error)) from error
+
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_api_route(PATH, receive, methods=["POST"])
+    return app
+
+
+def deliver(home: Home, client: MlflowClient, airflow: promotion.Runs, body: bytes) -> list[str]:
+    """Act on a genuine delivery: names of the specs whose run was started.
+
+    The delivery says only where to look. What counts is where the alias points now: deliveries may come late, twice
+    or in the wrong order. Raises Unavailable, and ValidationError for an unknown document.
+    """
+    delivery = Delivery.model_validate_json(body)
+    if f"{delivery.entity}.{delivery.action}" != EVENT:
+        return []
+    moved = Alias.model_validate(delivery.data)
+    specs = catalog.naming(home, moved.name, moved.alias)
+    version = promotion.promoted_version(client, moved.name, moved.alias) if specs else None
+    if version is None:
+        return []
+    return [spec.name for spec in specs if promotion.start(airflow, spec, version)]
+
+
+def ensure_webhook(client: MlflowClient, url: str, secret: str) -> None:
+    """Register the webhook, or point the registered one here. MLflow does not tell secrets, so it is always set."""
+    known = [w for w in client.list_webhooks(max_results=100) if w.name == NAME]
+    if known:
+        client.update_webhook(known[0].webhook_id, url=url, events=[EVENT], secret=secret, status="ACTIVE")
+    else:
+        client.create_webhook(NAME, url, [EVENT], "Starts slipstream when an alias moves", secret, "ACTIVE")
+        log.info("registered the webhook %s", url)
+
+
+def _beside(once: Callable[[], None]) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        stop = threading.Event()
+        thread = threading.Thread(target=keep_reconciling, args=(once, stop), name="reconciler", daemon=True)
+        thread.start()
+        yield
+        stop.set()
+        await run_in_threadpool(thread.join, 10)
+
+    return lifespan
+
+
+def main() -> None:
+    """Serve until stopped."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    home = Home.from_environment()
+    places, secrets = addresses.load(home), addresses.load_secrets(home)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", places.mlflow)
+    # MLflow's client would wait minutes for a server that is down; here the next round is the retry.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    app = create_app(home, MlflowClient(), AirflowApi.of(home), secrets.webhook_secret)
+    listen = urlsplit(places.triggers)
+    uvicorn.run(app, host=listen.hostname or "127.0.0.1", port=listen.port or 80, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Starts a run: publish the spec, wait until Airflow has read it, trigger its DAG."""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slipstream import catalog, flow, spec
+from slipstream.airflow_api import AirflowApi
+from slipstream.errors import InputError, Unavailable
+from slipstream.home import Home
+from slipstream.spec import Spec
+
+CHOICES = ("max_drop", "recipes", "stop_after", "source_version")
+"""The trigger form's fields (dags/optimize.py)."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run that Airflow has taken."""
+
+    spec: Spec
+    dag_id: str
+    run_id: str
+
+
+def choices(parameters: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` pairs as the trigger form's fields; a list is `a,b`. Raises InputError."""
+    chosen: dict[str, Any] = {}
+    for pair in parameters:
+        key, equals, text = pair.partition("=")
+        if not equals or key not in CHOICES:
+            raise InputError(f"--param {pair}: must be KEY=VALUE with a KEY of {', '.join(CHOICES)}")
+        if key == "recipes":
+            chosen[key] = [name.strip() for name in text.strip("[] ").split(",") if name.strip()]
+        else:
+            chosen[key] = yaml.safe_load(text) if key == "max_drop" else text
+    return chosen
+
+
+def check_choices(wanted: Spec, chosen: Mapping[str, Any]) -> None:
+    """Refuse here what Airflow would refuse later. Raises InputError."""
+    flow.with_choices(wanted, max_drop=chosen.get("max_drop"), recipes=chosen.get("recipes"))
+    if chosen.get("stop_after", "none") not in flow.STOP_AFTER:
+        raise InputError(f"--param stop_after={chosen['stop_after']}: must be one of {', '.join(flow.STOP_AFTER)}")
+
+
+def start(home: Home, path: Path, chosen: Mapping[str, Any]) -> Started:
+    """Publish the spec and start a run of it. Raises SpecError, InputError, Unavailable."""
+    wanted = spec.load(path)
+    check_choices(wanted, chosen)
+    airflow = AirflowApi.of(home)
+    conf = dict(chosen) or _promotion(home, wanted, airflow)
+    catalog.publish(home, path)
+    dag_id = catalog.dag_id(wanted.name)
+    airflow.wait_for_dag(dag_id, catalog.fingerprint(wanted))
+    airflow.unpause(dag_id)
+    run_id = str(conf.pop("run_id", f"run-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"))
+    if not airflow.trigger(dag_id, run_id, conf) and not run_id.startswith(wanted.model.alias):
+        raise Unavailable(f"{dag_id} has a run {run_id} already, started this very second; try again")
+    return Started(wanted, dag_id, run_id)
+
+
+def _promotion(home: Home, wanted: Spec, airflow: AirflowApi) -> dict[str, Any]:
+    """Run id and conf of the run that the alias asks for, if it is still to come.
+
+    Publishing a spec whose alias points at a version makes the reconciler start that version's run; taking its id
+    here means one run instead of two. A spec that trains is asked to train.
+    """
+    if wanted.model.train is not None:
+        return {}
+    from slipstream.report.find import connect
+    from slipstream.triggers import promotion
+
+    version = promotion.promoted_version(connect(home), wanted.model.name, wanted.model.alias)
+    if version is None:
+        return {}
+    run_id = promotion.run_id(wanted.model.alias, version)
+    if airflow.run(catalog.dag_id(wanted.name), run_id) is not None:
+        return {}
+    return {"run_id": run_id, "source_version": version}

@@ -1,0 +1,161 @@
+"""Shows a run: what has happened stays above as lines, what runs now moves below them. Plain lines off a terminal."""
+
+import datetime
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from slipstream.watch.journal import Kind, Line, UnderWay, duration
+
+MARKS: dict[Kind, tuple[str, str, int]] = {
+    "stage": ("", "bold", 0),
+    "done": ("✓", "green", 2),
+    "failed": ("✗", "bold red", 2),
+    "skipped": ("·", "dim", 2),
+    "retry": ("↻", "yellow", 2),
+    "pass": ("✓", "green", 6),
+    "fail": ("✗", "red", 6),
+    "inconclusive": ("?", "yellow", 6),
+    "detail": ("", "dim", 6),
+}
+"""Mark, its style, and the indent."""
+
+PROGRESS_EVERY_S = 15
+"""Between two progress lines of the same task in a log."""
+
+
+class View(Protocol):
+    """Where a watched run is shown."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def show(self, lines: Sequence[Line], now: Sequence[UnderWay], footer: str) -> None:
+        """Add lines, and replace what is said of the present."""
+        ...
+
+
+def view(console: Console) -> View:
+    """The view that fits the console."""
+    return LiveView(console) if console.is_terminal else PlainView(console)
+
+
+class LiveView:
+    """For a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+    def show(self, lines: Sequence[Line], now: Sequence[UnderWay], footer: str) -> None:
+        """See View."""
+        for line in lines:
+            self._console.print(rendered(line, self._console.width))
+        self._live.update(Group(Text(), *self._bars(now), Text(f"  {footer}", style="dim")))
+
+    def _bars(self, now: Sequence[UnderWay]) -> list[RenderableType]:
+        table = Table.grid(padding=(0, 1))
+        for width in (1, 1, 9):
+            table.add_column(min_width=width, no_wrap=True)
+        for task in now[: max(self._console.height - 6, 1)]:
+            table.add_row(
+                "",
+                Spinner("dots", style="cyan"),
+                Text(task.task, style="bold"),
+                Text(task.name),
+                _bar(task),
+                Text(_figures(task), style="cyan"),
+                Text(duration(_elapsed_s(task.started)), style="dim"),
+            )
+        return [table] if now else []
+
+
+class PlainView:
+    """For a log file or a pipe: a line for each change, progress now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last: dict[tuple[str, str], tuple[float, str]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._last.clear()
+
+    def show(self, lines: Sequence[Line], now: Sequence[UnderWay], footer: str) -> None:
+        """See View."""
+        for line in lines:
+            mark, _, indent = MARKS[line.kind]
+            right = f"  ({line.right})" if line.right else ""
+            self._say(" " * indent + f"{mark} {line.text}{right}".strip())
+        for task in now:
+            said_s, said = self._last.get((task.task, task.name), (float("-inf"), ""))
+            text = f"  … {task.task:<9} {task.name}  {_figures(task)}".rstrip()
+            if text != said and time.monotonic() - said_s >= PROGRESS_EVERY_S:
+                self._last[task.task, task.name] = (time.monotonic(), text)
+                self._say(text)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def rendered(line: Line, width: int) -> RenderableType:
+    """A line for the terminal: mark, text that wraps below itself, and the time at the right."""
+    mark, style, indent = MARKS[line.kind]
+    if line.kind == "stage":
+        return Padding(Text(line.text, style=style), (1, 0, 0, 0))
+    row = Table.grid(padding=(0, 1), expand=False)
+    row.width = min(width, 110)
+    row.add_column(width=max(indent - 1, 0))
+    row.add_column(width=1)
+    row.add_column(ratio=1)
+    row.add_column(justify="right", no_wrap=True)
+    quiet = line.kind in ("skipped", "detail")
+    row.add_row("", Text(mark, style=style), Text(line.text, style="dim" if quiet else ""), Text(line.right, "dim"))
+    return row
+
+
+def _bar(task: UnderWay) -> RenderableType:
+    note = task.note
+    if note is None or not note.share or note.status != "RUNNING":
+        return Text("waits for your answer in Airflow" if task.waits_for_answer else "", style="yellow")
+    return ProgressBar(total=1.0, completed=note.share, width=24, complete_style="cyan", finished_style="cyan")
+
+
+def _figures(task: UnderWay) -> str:
+    """`3/5  loss 0.412`."""
+    note = task.note
+    if task.waits_for_answer:
+        return "waits for an answer in Airflow"
+    if note is None or note.status != "RUNNING" or not note.done:
+        return ""
+    figures = "  ".join(f"{k} {v:.4g}" for k, v in note.figures.items())
+    return f"{note.done}/{note.total}  {figures}".rstrip()
+
+
+def _elapsed_s(started: str | None) -> float | None:
+    if started is None:
+        return None
+    return (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(started)).total_seconds()

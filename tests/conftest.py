@@ -1,0 +1,82 @@
+"""Fixtures shared by all tests. Every server binds to 127.0.0.1 on a free port and stops with the test run."""
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    """Return when `url` answers 200; fail when the process ends or the time is up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"server ended with {process.returncode}"
+        try:
+            if httpx.get(url, timeout=1).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"{url} did not answer within {seconds} s")
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server on SQLite and local files; yields its URL, also set as MLFLOW_TRACKING_URI."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                str(ROOT / ".envs/airflow/bin/mlflow"),
+                "server",
+                "--host=127.0.0.1",
+                f"--port={port}",
+                "--workers=1",
+                f"--backend-store-uri=sqlite:///{folder}/mlflow.db",
+                f"--artifacts-destination={folder}/artifacts",
+            ],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        wait_for(f"{url}/health", process)
+        os.environ["MLFLOW_TRACKING_URI"] = url
+        yield url
+    finally:
+        if before is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+        os.killpg(process.pid, 15)
+        process.wait(timeout=20)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh SLIPSTREAM_HOME."""
+    path = tmp_path / "home"
+    path.mkdir()
+    monkeypatch.setenv("SLIPSTREAM_HOME", str(path))
+    monkeypatch.setenv("SLIPSTREAM_ENVS", str(ROOT / ".envs"))
+    monkeypatch.setenv("SLIPSTREAM_CODE", str(ROOT))
+    return path

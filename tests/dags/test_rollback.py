@@ -1,0 +1,41 @@
+"""The rollback DAG runs the step for the model that the form names."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slipstream import spec
+from slipstream.contract import StepInput, StepOutput
+
+
+def test_it_rolls_back_the_model_that_the_form_names(
+    dags: Callable[..., dict[str, Any]],
+    publish: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    airflow_home: Path,
+) -> None:
+    import runtime
+
+    ran: list[tuple[str, str]] = []
+
+    class Recorded:
+        def run(self, step: str, spec_path: Path, inputs: StepInput) -> dict[str, Any]:
+            ran.append((step, spec.load(spec_path).model.name))
+            return StepOutput(step=step, identity="i", run_id="r").model_dump(mode="json")
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setitem(runtime.RUNTIMES, "recorded", Recorded)
+    monkeypatch.setenv("SLIPSTREAM_RUNTIME", "recorded")
+    publish()
+    dag = dags("rollback.py")["rollback"]
+    assert dag.get_task("rollback").pool == "release"
+    assert str(dag.test(run_conf={"model": "tiny"}).state) == "success"
+    assert ran == [("rollback", "tiny")]
+
+
+def test_it_parses_before_anything_is_published(dags: Callable[..., dict[str, Any]]) -> None:
+    assert dags("rollback.py")["rollback"].task_ids == ["rollback"]

@@ -1,0 +1,95 @@
+"""Small candidates for tests: a convolutional classifier of 1×16×16 float32 images into 5 classes, in ONNX.
+
+`python -m tests.engines.candidates FOLDER [--quantized]` writes one from an environment that has the onnx package.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from slipstream.frameworks.base import INPUT, MANIFEST, ONNX, OUTPUT, CandidateManifest
+
+SHAPE = (1, 16, 16)
+CLASSES = 5
+
+
+def samples(n: int, seed: int = 1) -> np.ndarray:
+    """(n, 1, 16, 16) float32 images: each has a bright quadrant, so that answers differ from image to image."""
+    rng = np.random.default_rng(seed)
+    images = rng.normal(0, 0.3, (n, *SHAPE)).astype(np.float32)
+    for i in range(n):
+        y, x = (8 * ((i // 2) % 2), 8 * (i % 2))
+        images[i, :, y : y + 8, x : x + 8] += 1.5
+    return images
+
+
+def network(seed: int = 0) -> onnx.ModelProto:
+    """Two convolutions, a flatten, a dense layer; batch dimension `batch`."""
+    rng = np.random.default_rng(seed)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        scale = (2 / int(np.prod(shape[1:]))) ** 0.5 if len(shape) > 1 else 0.1
+        return numpy_helper.from_array(rng.normal(0, scale, shape).astype(np.float32), name)
+
+    weights = [
+        weight("w1", 8, 1, 3, 3),
+        weight("b1", 8),
+        weight("w2", 16, 8, 3, 3),
+        weight("b2", 16),
+        weight("w3", CLASSES, 256),
+        weight("b3", CLASSES),
+    ]
+    strided = {"kernel_shape": [3, 3], "pads": [1] * 4, "strides": [2, 2]}
+    nodes = [
+        helper.make_node("Conv", [INPUT, "w1", "b1"], ["c1"], "conv1", **strided),
+        helper.make_node("Relu", ["c1"], ["r1"], "relu1"),
+        helper.make_node("Conv", ["r1", "w2", "b2"], ["c2"], "conv2", **strided),
+        helper.make_node("Relu", ["c2"], ["r2"], "relu2"),
+        helper.make_node("Flatten", ["r2"], ["f"], "flatten"),
+        helper.make_node("Gemm", ["f", "w3", "b3"], [OUTPUT], "dense", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", *SHAPE])],
+        [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", CLASSES])],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model)
+    return model
+
+
+def quantized(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same network with Q/DQ nodes, as steps/quantize.py makes them."""
+    from slipstream.steps.quantize import quantize_onnx
+
+    return quantize_onnx(model, samples(32, seed=2), per_channel=True, on_sample=lambda done: None)
+
+
+def write(folder: Path, model: onnx.ModelProto, *, is_quantized: bool = False) -> Path:
+    """A candidate folder."""
+    folder.mkdir(parents=True)
+    onnx.save(model, folder / ONNX)
+    manifest = CandidateManifest(
+        framework="torch",
+        architecture=None,
+        input_shape=SHAPE,
+        input_dtype="float32",
+        output_shape=(CLASSES,),
+        parameters=sum(int(np.prod(t.dims)) for t in network().graph.initializer),
+        quantized=is_quantized,
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return folder
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    if "--quantized" in sys.argv:
+        write(target, quantized(network()), is_quantized=True)
+    else:
+        write(target, network())

@@ -1,0 +1,144 @@
+"""What every engine must do. A test module subclasses `EngineContract` and supplies the target."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.engines.candidates import CLASSES, SHAPE, network, quantized, samples, write
+
+from slipstream import digests
+from slipstream.engines.base import MANIFEST, build_engine, engine_for, load_engine, read_manifest
+from slipstream.errors import DataError, EngineError
+from slipstream.frameworks.base import ONNX
+from slipstream.spec import Target
+from slipstream.steps.build import reference
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("fp32") / "candidate", network())
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("int8") / "candidate", quantized(network()), is_quantized=True)
+
+
+def edit_manifest(engine: Path, **changes: object) -> None:
+    """Change fields of engine.json as somebody with an editor would."""
+    document = json.loads((engine / MANIFEST).read_text())
+    (engine / MANIFEST).write_text(json.dumps({**document, **changes}))
+
+
+class EngineContract:
+    """Subclasses have a fixture `target`: a CPU target with precision f32."""
+
+    @pytest.fixture
+    def engine(self, fp32: Path, target: Target, tmp_path: Path) -> Path:
+        """A freshly built engine folder."""
+        build_engine(fp32, target, tmp_path / "engine")
+        return tmp_path / "engine"
+
+    @pytest.mark.parametrize("batch", [1, 3, 8])
+    def test_fp32_equals_the_onnx_reference(self, engine: Path, fp32: Path, batch: int) -> None:
+        x = samples(batch)
+        y = load_engine(engine).run(x)
+        assert y.shape == (batch, CLASSES)
+        assert y.dtype == np.float32
+        np.testing.assert_allclose(y, reference(fp32 / ONNX, x), rtol=1e-4, atol=1e-4)
+
+    def test_one_runner_takes_any_batch_size_in_any_order(self, engine: Path, fp32: Path) -> None:
+        runner = load_engine(engine)
+        x = samples(8)
+        expected = reference(fp32 / ONNX, x)
+        for sizes in ([8], [1, 3, 4], [3, 1, 1, 3]):
+            got, start = [], 0
+            for n in sizes:
+                got.append(runner.run(x[start : start + n]))
+                start += n
+            np.testing.assert_allclose(np.concatenate(got), expected, rtol=1e-4, atol=1e-4)
+
+    def test_answers_are_not_overwritten_by_later_calls(self, engine: Path) -> None:
+        runner = load_engine(engine)
+        for n in (1, 3):
+            first = runner.run(samples(n))
+            kept = first.copy()
+            runner.run(-samples(n))
+            np.testing.assert_array_equal(first, kept)
+
+    def test_the_same_input_gives_the_same_bytes(self, engine: Path) -> None:
+        x = samples(3)
+        one, two = load_engine(engine), load_engine(engine)
+        assert one.run(x).tobytes() == one.run(x).tobytes() == two.run(x).tobytes()
+
+    def test_inputs_need_not_be_contiguous(self, engine: Path) -> None:
+        runner = load_engine(engine)
+        x = samples(6)
+        np.testing.assert_array_equal(runner.run(x[::2]), runner.run(x[::2].copy()))
+
+    def test_int8_is_close_to_fp32_and_smaller(self, engine: Path, int8: Path, target: Target, tmp_path: Path) -> None:
+        manifest = build_engine(int8, target, tmp_path / "int8")
+        x = samples(64)
+        exact, rounded = load_engine(engine).run(x), load_engine(tmp_path / "int8").run(x)
+        assert manifest.quantized
+        assert 0 < np.abs(exact - rounded).max() < 0.25 * np.abs(exact).max()
+        assert (exact.argmax(1) == rounded.argmax(1)).mean() > 0.9
+
+    def test_manifest_names_everything_that_was_built(self, engine: Path, fp32: Path, target: Target) -> None:
+        manifest = read_manifest(engine)
+        assert manifest.target == target
+        assert manifest.candidate_sha256 == digests.folder(fp32)
+        assert (manifest.input_shape, manifest.output_shape) == (SHAPE, (CLASSES,))
+        assert set(manifest.files) == {p.name for p in engine.iterdir()} - {MANIFEST}
+        assert manifest.fingerprint == engine_for(target.engine).fingerprint(target)
+        assert {"device", "cpu_features", "precision", target.engine} <= set(manifest.fingerprint)
+
+    def test_an_engine_for_another_machine_is_refused_with_each_difference(self, engine: Path) -> None:
+        fingerprint = read_manifest(engine).fingerprint
+        edit_manifest(engine, fingerprint={**fingerprint, "cpu_features": "amx_int8", "device": "NPU"})
+        with pytest.raises(EngineError, match=r"(?s)cpu_features: built with 'amx_int8'.*device|device.*cpu_features"):
+            load_engine(engine)
+
+    def test_a_fact_that_this_version_does_not_know_is_a_difference(self, engine: Path) -> None:
+        edit_manifest(engine, fingerprint={**read_manifest(engine).fingerprint, "driver": "1"})
+        with pytest.raises(EngineError, match="driver"):
+            load_engine(engine)
+
+    def test_a_tampered_or_missing_file_is_refused(self, engine: Path) -> None:
+        for name in read_manifest(engine).files:
+            content = (engine / name).read_bytes()
+            (engine / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            with pytest.raises(EngineError, match="not the file that was built"):
+                load_engine(engine)
+            (engine / name).unlink()
+            with pytest.raises(EngineError, match="missing"):
+                load_engine(engine)
+            (engine / name).write_bytes(content)
+        load_engine(engine)
+
+    def test_a_folder_without_a_manifest_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(EngineError, match="not an engine folder"):
+            load_engine(tmp_path)
+
+    def test_an_unknown_device_is_refused_before_anything_is_written(
+        self, fp32: Path, target: Target, tmp_path: Path
+    ) -> None:
+        with pytest.raises(EngineError, match=r"'GPU\.7'.*CPU"):
+            build_engine(fp32, target.model_copy(update={"device": "GPU.7"}), tmp_path / "none")
+        assert not (tmp_path / "none").exists()
+
+    @pytest.mark.parametrize(
+        "batch",
+        [samples(1)[0], samples(1)[:, :, :8], samples(1).astype(np.float64), samples(1)[:0]],
+        ids=["no batch dimension", "other shape", "other dtype", "empty"],
+    )
+    def test_a_wrong_batch_is_refused(self, engine: Path, batch: np.ndarray) -> None:
+        with pytest.raises(DataError, match="N×1×16×16 float32"):
+            load_engine(engine).run(batch)
+
+    def test_a_model_that_is_none_is_refused(self, fp32: Path, target: Target, tmp_path: Path) -> None:
+        broken = write(tmp_path / "broken", network())
+        (broken / ONNX).write_bytes(b"not a model")
+        with pytest.raises(EngineError, match="cannot"):
+            build_engine(broken, target, tmp_path / "engine")

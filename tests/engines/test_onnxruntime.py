@@ -1,0 +1,29 @@
+import onnx
+import pytest
+from tests.engines.contract import EngineContract, fp32, int8  # noqa: F401 (fixtures)
+
+from slipstream.engines.base import build_engine
+from slipstream.engines.onnxruntime import ENGINE, OPTIMISED
+from slipstream.errors import EngineError
+from slipstream.spec import Target
+
+
+@pytest.fixture
+def target() -> Target:
+    return Target(engine="onnxruntime", threads=1)
+
+
+class TestOnnxRuntime(EngineContract):
+    pass
+
+
+def test_int8_is_fused_into_integer_operators(int8, target, tmp_path):  # noqa: F811
+    build_engine(int8, target, tmp_path / "engine")
+    operators = [n.op_type for n in onnx.load(tmp_path / "engine" / OPTIMISED).graph.node]
+    assert operators.count("QLinearConv") == 2
+    assert "Conv" not in operators
+
+
+def test_bf16_is_refused():
+    with pytest.raises(EngineError, match=r"bf16.*openvino"):
+        ENGINE.check(Target(engine="onnxruntime", precision="bf16"))

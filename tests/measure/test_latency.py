@@ -1,0 +1,135 @@
+"""Interleaving, the noise guard and what is claimed from too few queries."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mlperf_loadgen", reason="needs the torch environment")
+
+from slipstream.measure import latency, noise
+from slipstream.measure.latency import Comparison, Plan, Round
+
+SHORT = Plan(rounds=4, clean_rounds=3, max_rounds=6, block_ms=40, warmup_ms=10, block_warmup_ms=2, server_ms=200)
+
+
+def busy(ms: float, seen: list[str] | None = None, name: str = "") -> Callable[[int], None]:
+    def issue(_: int) -> None:
+        if seen is not None and (not seen or seen[-1] != name):
+            seen.append(name)
+        end = time.perf_counter() + ms / 1e3
+        while time.perf_counter() < end:
+            pass
+
+    return issue
+
+
+def rounds(others: list[float | None], slow: float = 2.0) -> tuple[Round, ...]:
+    """Rounds in which `b` takes `slow` times as long as `a`; loud rounds are ten times slower for both."""
+    generator = np.random.default_rng(0)
+    made = []
+    for value in others:
+        loud = 10.0 if value is None or value > 0.15 else 1.0
+        made.append(
+            Round(
+                {"a": loud * generator.normal(1, 0.01, 300), "b": slow * loud * generator.normal(1, 0.01, 300)}, value
+            )
+        )
+    return tuple(made)
+
+
+def test_a_real_comparison_finds_the_real_ratio() -> None:
+    seen: list[str] = []
+    told: list[tuple[int, int]] = []
+    subjects = {"fast": busy(0.3, seen, "fast"), "slow": busy(0.9, seen, "slow")}
+    result = latency.compare(
+        subjects, 10, SHORT, 0, tails=("fast",), progress=lambda done, total, others: told.append((done, total))
+    )
+    ratio = result.speedup("fast", "slow", 0.95)
+    assert 2.0 < ratio.low <= ratio.estimate <= ratio.high < 4.0
+    assert told[-1][0] == told[-1][1] == len(result.rounds) <= SHORT.max_rounds
+    assert sum(len(r.latencies_ms["fast"]) for r in result.rounds) >= 662
+    per_round = [seen[i : i + 2] for i in range(2, len(seen) - 1, 2)]
+    assert ["fast", "slow"] in per_round or ["slow", "fast"] in per_round
+
+
+def test_every_subject_goes_first_equally_often() -> None:
+    names = ("a", "b", "c")
+    first = [latency._rotated(names, turn)[0] for turn in range(12)]
+    assert {n: first.count(n) for n in names} == {"a": 4, "b": 4, "c": 4}
+    assert len({latency._rotated(names, turn) for turn in range(6)}) == 6
+
+
+def test_loud_rounds_are_dropped_when_enough_are_clean() -> None:
+    result = Comparison(rounds([0.0, 1.0, 0.1, 0.02, 1.5]), SHORT)
+    assert [r.others_cores for r in result.judged] == [0.0, 0.1, 0.02]
+    assert not result.noise.noisy
+    assert result.pooled_ms("a").max() < 2
+    assert result.speedup("a", "b", 0.95).n == 3
+
+
+def test_with_too_few_clean_rounds_all_count_and_it_is_said() -> None:
+    result = Comparison(rounds([0.0, 1.0, 1.2, 0.9, 1.5]), SHORT)
+    assert len(result.judged) == 5
+    assert (result.noise.clean_rounds, result.noise.rounds, result.noise.noisy) == (1, 5, True)
+    ratio = result.speedup("a", "b", 0.95)
+    assert ratio.low < 2.0 < ratio.high, "what slowed both cancels in the ratio"
+    assert len(result.pooled_ms("a")) == 900, "the three quietest rounds: enough for a p99"
+
+
+def test_without_a_guard_nothing_is_called_clean() -> None:
+    result = Comparison(rounds([None, None, None, None]), SHORT)
+    assert result.noise.noisy
+    assert result.noise.others_cores is None
+
+
+def test_it_extends_itself_while_others_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = iter([1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(noise, "_others_s", _scripted(loads))
+    result = latency.compare({"x": busy(0.2)}, 3, SHORT, 0)
+    assert len(result.rounds) == 5
+    assert len(result.clean) == 3
+    assert not result.noise.noisy
+
+
+def _scripted(loads: object) -> Callable[[object], float]:
+    """CPU seconds of others: each watched block finds the next load."""
+    state = {"start": 0.0, "open": False}
+
+    def others_s(_: object) -> float:
+        state["open"] = not state["open"]
+        if state["open"]:
+            state["start"] = time.monotonic()
+            return 0.0
+        return next(loads) * (time.monotonic() - state["start"])  # type: ignore[call-overload, no-any-return]
+
+    return others_s
+
+
+def test_no_percentile_from_too_few_queries() -> None:
+    def told(n: int) -> tuple[bool, bool]:
+        summary = latency.summary("SingleStream", np.linspace(1, 2, n))
+        return summary.p90_ms is not None, summary.p99_ms is not None
+
+    assert [told(n) for n in (63, 64, 661, 662)] == [(False, False), (True, False), (True, False), (True, True)]
+
+
+def test_summary_is_in_the_units_it_names() -> None:
+    summary = latency.summary("SingleStream", np.full(1000, 2.0))
+    assert (summary.p50_ms, summary.p99_ms, summary.rate_per_s, summary.n) == (2.0, 2.0, 500.0, 1000)
+    assert len(summary.quantiles_ms) == 101
+
+
+def test_server_is_offered_half_of_what_it_can_do() -> None:
+    served = latency.under_load(busy(1.0), 5, SHORT, 0, capacity_per_s=1000)
+    assert (served.scenario, served.rate_per_s) == ("Server", 500.0)
+    assert 50 <= served.n <= 200
+
+
+def test_a_broken_subject_stops_the_comparison() -> None:
+    def broken(_: int) -> None:
+        raise ValueError("no engine")
+
+    with pytest.raises(ValueError, match="no engine"):
+        latency.compare({"ok": busy(0.1), "broken": broken}, 3, SHORT, 0)

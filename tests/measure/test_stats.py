@@ -1,0 +1,229 @@
+"""The statistics: published values, independent recomputation, properties, and error rates by simulation."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import optimize
+from scipy import stats as scipy_stats
+
+from slipstream.measure import stats
+
+CONFIDENCE = 0.95
+HITS = hnp.arrays(np.float64, st.shared(st.integers(1, 200), key="n"), elements=st.sampled_from([0.0, 1.0]))
+POSITIVE = hnp.arrays(np.float64, st.integers(3, 60), elements=st.floats(0.01, 100))
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+# --- published values -------------------------------------------------------------------------------------------
+
+
+def test_tango_gives_the_published_interval() -> None:
+    """Airway hyper-responsiveness, Bentur et al. 2009: −0.517 to −0.026 (Fagerland, Lydersen, Laake 2014)."""
+    bounds = stats.tango(1, 7, 21, 0.975)
+    assert (round(bounds.low, 3), round(bounds.high, 3)) == (-0.517, -0.026)
+
+
+def test_wilson_gives_the_published_interval() -> None:
+    """81 of 263: 0.2553 to 0.3662 (Newcombe, Statistics in Medicine 17:857–872, 1998, table I, method 3)."""
+    bounds = stats.wilson(81, 263, 0.975)
+    assert (round(bounds.low, 4), round(bounds.high, 4)) == (0.2553, 0.3662)
+
+
+@pytest.mark.parametrize(("percentile", "queries"), [(0.9, 64), (0.95, 130), (0.99, 662), (0.999, 6636)])
+def test_min_queries_are_those_of_loadgen(percentile: float, queries: int) -> None:
+    assert stats.min_queries(percentile) == queries
+
+
+# --- independent recomputation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lost", "won", "n"), [(12, 2, 50), (0, 0, 100), (5, 0, 40), (0, 9, 60), (30, 25, 1000)])
+def test_tango_bounds_solve_the_score_equation_with_a_numerical_likelihood(lost: int, won: int, n: int) -> None:
+    """The restricted maximum likelihood estimate, here by a numerical search instead of the closed form."""
+    z = scipy_stats.norm.ppf(CONFIDENCE)
+    bounds = stats.tango(lost, won, n, CONFIDENCE)
+    for delta, sign in ((bounds.high, -1), (bounds.low, 1)):
+        q = _restricted_mle(lost, won, n, delta)
+        score = (lost - won - n * delta) / math.sqrt(n * (2 * q + delta * (1 - delta)))
+        assert score == pytest.approx(sign * z, abs=2e-3)
+
+
+def _restricted_mle(lost: int, won: int, n: int, delta: float) -> float:
+    def loss(q: float) -> float:
+        cells = ((lost, q + delta), (won, q), (n - lost - won, 1 - 2 * q - delta))
+        return -sum(count * math.log(max(p, 1e-300)) for count, p in cells if count)
+
+    low, high = max(0.0, -delta), (1 - delta) / 2
+    return float(optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x)
+
+
+def test_bca_agrees_with_scipy() -> None:
+    """Averaged over seeds, since one BCa bound from 4,000 resamples scatters by 2 % of its distance."""
+    values = np.random.default_rng(1).exponential(size=80) / 10 - 0.05
+    ours = [stats.bca_mean(values, 0.975, np.random.default_rng(seed)) for seed in range(10)]
+    theirs = scipy_stats.bootstrap((values,), np.mean, n_resamples=40_000, rng=rng()).confidence_interval
+    assert np.mean([b.low for b in ours]) == pytest.approx(theirs.low, abs=0.0015)
+    assert np.mean([b.high for b in ours]) == pytest.approx(theirs.high, abs=0.0015)
+
+
+def test_resampled_percentiles_have_the_distribution_of_drawn_resamples() -> None:
+    values = np.sort(np.random.default_rng(2).exponential(size=700))
+    quick = stats._resampled_percentiles(values, 0.99, rng())
+    drawn = np.sort(rng().choice(values, (4000, values.size)), axis=1)[:, math.ceil(0.99 * values.size) - 1]
+    assert scipy_stats.ks_2samp(quick, drawn).pvalue > 0.01
+
+
+def test_ratio_of_rounds_is_the_t_interval_of_the_logs() -> None:
+    reference, subject = np.array([4.0, 8.0, 2.0]), np.array([2.0, 2.0, 1.0])
+    logs = np.log([2.0, 4.0, 2.0])
+    low, high = scipy_stats.t.interval(0.9, 2, loc=logs.mean(), scale=scipy_stats.sem(logs))
+    bounds = stats.ratio_of_rounds(reference, subject, CONFIDENCE)
+    assert (bounds.low, bounds.high) == pytest.approx((math.exp(low), math.exp(high)))
+    assert bounds.estimate == pytest.approx(2 ** (4 / 3))
+
+
+# --- nothing to go on -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        stats.paired_drop([], [], CONFIDENCE, rng()),
+        stats.paired_drop([1.0, math.nan], [1.0, 0.0], CONFIDENCE, rng()),
+        stats.paired_drop([1.0, 0.0], [1.0], CONFIDENCE, rng()),
+        stats.paired_drop([0.5] * 10, [0.4] * 10, CONFIDENCE, rng()),
+        stats.wilson(0, 0, CONFIDENCE),
+        stats.wilson(5, 3, CONFIDENCE),
+        stats.ratio_of_rounds([1.0, 2.0], [1.0, 2.0], CONFIDENCE),
+        stats.ratio_of_rounds([1.0, 2.0, math.nan], [1.0, 2.0, 3.0], CONFIDENCE),
+        stats.ratio_of_rounds([1.0, 2.0, 0.0], [1.0, 2.0, 3.0], CONFIDENCE),
+        stats.percentile_bounds([], 0.99, CONFIDENCE),
+        stats.percentile_bounds([1.0, math.nan], 0.99, CONFIDENCE),
+        stats.percentile_ratio([], [1.0], 0.99, CONFIDENCE, rng()),
+    ],
+)
+def test_unusable_data_give_unknown_bounds(bounds: stats.Bounds) -> None:
+    assert not bounds.known
+
+
+def test_few_values_give_no_upper_bound_of_a_p99() -> None:
+    assert stats.percentile_bounds(np.arange(298.0), 0.99, CONFIDENCE).high == math.inf
+    assert stats.percentile_bounds(np.arange(299.0), 0.99, CONFIDENCE).high == 298.0
+
+
+def test_equal_scores_still_leave_doubt_in_proportion_to_the_sample() -> None:
+    few, many = (stats.paired_drop(np.full(n, 0.5), np.full(n, 0.5), CONFIDENCE, rng()) for n in (30, 3000))
+    assert few.high > 10 * many.high > 0
+
+
+# --- properties -------------------------------------------------------------------------------------------------
+
+
+@given(HITS, HITS, st.randoms(use_true_random=False))
+def test_order_of_samples_does_not_matter(baseline: np.ndarray, engine: np.ndarray, random: object) -> None:
+    order = np.array(random.sample(range(baseline.size), baseline.size))  # type: ignore[attr-defined]
+    straight = stats.paired_drop(baseline, engine, CONFIDENCE, rng())
+    assert stats.paired_drop(baseline[order], engine[order], CONFIDENCE, rng()) == straight
+
+
+@settings(max_examples=20)
+@given(hnp.arrays(np.float64, (2, 40), elements=st.floats(0, 1, width=16)), st.permutations(range(40)))
+def test_order_does_not_matter_for_graded_scores(scores: np.ndarray, order: list[int]) -> None:
+    straight = stats.paired_drop(scores[0], scores[1], CONFIDENCE, rng())
+    assert stats.paired_drop(scores[0][order], scores[1][order], CONFIDENCE, rng()) == straight
+
+
+@given(POSITIVE, st.randoms(use_true_random=False))
+def test_order_of_rounds_and_queries_does_not_matter(values: np.ndarray, random: object) -> None:
+    order = np.array(random.sample(range(values.size), values.size))  # type: ignore[attr-defined]
+    other = np.roll(values, 1)
+    a, b = (stats.ratio_of_rounds(values[o], other[o], CONFIDENCE) for o in (slice(None), order))
+    assert (a.low, a.high) == pytest.approx((b.low, b.high))
+    assert stats.percentile_bounds(values, 0.9, CONFIDENCE) == stats.percentile_bounds(values[order], 0.9, CONFIDENCE)
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 500))
+def test_one_more_lost_sample_raises_both_bounds(lost: int, won: int, rest: int) -> None:
+    n = lost + won + rest
+    before, after = stats.tango(lost, won, n, CONFIDENCE), stats.tango(lost + 1, won, n, CONFIDENCE)
+    assert after.high >= before.high - 1e-9
+    assert after.low >= before.low - 1e-9
+    assert before.low <= before.estimate <= before.high
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 500))
+def test_swapping_the_roles_mirrors_the_interval(lost: int, won: int, rest: int) -> None:
+    n = max(lost + won + rest, 1)
+    one, other = stats.tango(lost, won, n, CONFIDENCE), stats.tango(won, lost, n, CONFIDENCE)
+    assert (one.low, one.high) == pytest.approx((-other.high, -other.low), abs=1e-9)
+
+
+@given(POSITIVE, st.floats(1.01, 10))
+def test_a_faster_subject_has_the_larger_ratio(reference: np.ndarray, factor: float) -> None:
+    subject = np.roll(reference, 1)
+    slow, fast = (stats.ratio_of_rounds(reference, subject / f, CONFIDENCE) for f in (1, factor))
+    assert fast.low == pytest.approx(slow.low * factor)
+
+
+# --- error rates ------------------------------------------------------------------------------------------------
+
+
+def exceeds(misses: int, trials: int, rate: float) -> bool:
+    """Whether so many misses are implausible (1 in 1,000) at this rate."""
+    return bool(scipy_stats.binom.sf(misses - 1, trials, rate) < 1e-3)
+
+
+@pytest.mark.parametrize(("n", "p_lost", "drop"), [(10_000, 0.02, 0.01), (1000, 0.04, 0.02), (2000, 0.012, 0.01)])
+def test_a_drop_at_the_margin_passes_at_the_nominal_rate(n: int, p_lost: float, drop: float) -> None:
+    """True drop = allowed drop: the upper bound lies below it, a false pass, in 5 % of experiments."""
+    trials = 20_000
+    counts = rng().multinomial(n, [p_lost, p_lost - drop, 1 - 2 * p_lost + drop], trials)[:, :2]
+    high: Callable[[int, int], float] = cache(lambda lost, won: stats.tango(lost, won, n, CONFIDENCE).high)
+    pairs, times = np.unique(counts, axis=0, return_counts=True)
+    misses = sum(int(t) for (lost, won), t in zip(pairs, times, strict=True) if high(int(lost), int(won)) < drop)
+    assert not exceeds(misses, trials, 0.052), misses / trials  # a score test is approximate: 0.2 points of slack
+    assert misses / trials > 0.03, "the bound is so wide that it would reject good engines"
+
+
+def test_a_speedup_of_one_passes_at_the_nominal_rate() -> None:
+    trials = 4000
+    logs = rng().normal(0, 0.1, (trials, 8))
+    misses = sum(stats.ratio_of_rounds(np.exp(row), np.ones(8), CONFIDENCE).low > 1 for row in logs)
+    assert not exceeds(misses, trials, 0.05), misses / trials
+    assert misses / trials > 0.04
+
+
+def test_a_p99_at_the_limit_passes_at_no_more_than_the_nominal_rate() -> None:
+    trials, limit = 2000, -math.log(0.01)
+    values = rng().exponential(size=(trials, 662))
+    misses = sum(stats.percentile_bounds(row, 0.99, CONFIDENCE).high < limit for row in values)
+    assert not exceeds(misses, trials, 0.05), misses / trials
+
+
+def test_a_p99_ratio_at_the_limit_passes_about_at_the_nominal_rate() -> None:
+    trials, generator = 1000, rng()
+    champion, challenger = generator.exponential(size=(trials, 600)), 2 * generator.exponential(size=(trials, 600))
+    misses = sum(
+        stats.percentile_ratio(a, b, 0.99, CONFIDENCE, generator).high < 2
+        for a, b in zip(champion, challenger, strict=True)
+    )
+    assert not exceeds(misses, trials, 0.07), misses / trials  # bootstrap of an extreme percentile: 2 points of slack
+
+
+def test_a_graded_drop_at_the_margin_passes_about_at_the_nominal_rate() -> None:
+    trials, generator = 300, rng()
+    baseline = np.ones((trials, 100))
+    engine = generator.beta(8, 2, (trials, 100))  # mean 0.8: a true drop of 0.2, skewed
+    misses = sum(
+        stats.paired_drop(a, b, CONFIDENCE, generator).high < 0.2 for a, b in zip(baseline, engine, strict=True)
+    )
+    assert not exceeds(misses, trials, 0.06), misses / trials

@@ -1,0 +1,165 @@
+"""What every caller may rely on when it starts a program under supervisord."""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slipstream.errors import Unavailable
+from slipstream.home import Home
+from slipstream.platform import supervisor
+from slipstream.platform.supervisor import ABSENT, Program
+
+PRINT_AND_SLEEP = "import os, sys, time; print(os.environ.get('ANSWER'), flush=True); time.sleep(600)"
+
+
+def program(name: str = "worker", **environment: str) -> Program:
+    return Program(name, (sys.executable, "-c", PRINT_AND_SLEEP), environment)
+
+
+def eventually(condition: Callable[[], object], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not become true"
+        time.sleep(0.05)
+
+
+def pid(home: Home, name: str = "worker") -> int:
+    found = supervisor.state(home, name).pid
+    assert found is not None
+    return found
+
+
+def test_a_started_program_runs_with_its_environment_and_logs(shared_home: Home) -> None:
+    awkward = """50% of "it's" ; # not a comment, é"""
+    supervisor.start(shared_home, program("logs", ANSWER=awkward))
+    eventually(lambda: supervisor.state(shared_home, "logs").state == "RUNNING")
+    assert awkward in supervisor.log_file(shared_home, "logs").read_text()
+
+
+def test_starting_again_changes_nothing(shared_home: Home) -> None:
+    supervisor.start(shared_home, program("again"))
+    before = pid(shared_home, "again")
+    supervisor.start(shared_home, program("again"))
+    assert pid(shared_home, "again") == before
+
+
+def test_a_changed_program_is_restarted_and_no_other(shared_home: Home) -> None:
+    supervisor.start(shared_home, program("changed", ANSWER="41"))
+    supervisor.start(shared_home, program("bystander"))
+    before = pid(shared_home, "changed"), pid(shared_home, "bystander")
+    supervisor.start(shared_home, program("changed", ANSWER="42"))
+    eventually(lambda: "42" in supervisor.log_file(shared_home, "changed").read_text())
+    assert pid(shared_home, "changed") != before[0]
+    assert pid(shared_home, "bystander") == before[1]
+
+
+def test_a_change_that_was_written_but_not_applied_is_applied_by_the_next_start(shared_home: Home) -> None:
+    supervisor.start(shared_home, program("unapplied", ANSWER="41"))
+    before = pid(shared_home, "unapplied")
+    supervisor._write(shared_home, program("unapplied", ANSWER="42"))  # killed right after its first write
+    supervisor.start(shared_home, program("unapplied", ANSWER="42"))
+    assert pid(shared_home, "unapplied") != before
+
+
+def test_a_killed_program_comes_back(shared_home: Home) -> None:
+    supervisor.start(shared_home, program("killed"))
+    eventually(lambda: supervisor.state(shared_home, "killed").state == "RUNNING")
+    before = pid(shared_home, "killed")
+    os.kill(before, signal.SIGKILL)
+    eventually(lambda: supervisor.state(shared_home, "killed").pid not in (None, before))
+
+
+def test_stop_removes_it_for_good_and_can_be_repeated(platform_home: Home) -> None:
+    supervisor.start(platform_home, program())
+    before = pid(platform_home)
+    supervisor.stop(platform_home, "worker")
+    supervisor.stop(platform_home, "worker")
+    assert not Path(f"/proc/{before}").exists()
+    supervisor.shutdown(platform_home)
+    supervisor.ensure_running(platform_home)
+    assert supervisor.state(platform_home, "worker") == ABSENT
+
+
+def test_stop_ends_grandchildren_too(shared_home: Home, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    script = f"sleep 600 & echo $! > {note}.tmp && mv {note}.tmp {note}; wait"
+    supervisor.start(shared_home, Program("parent", ("/bin/sh", "-c", script)))
+    eventually(note.exists)
+    grandchild = int(note.read_text())
+    supervisor.stop(shared_home, "parent")
+    eventually(lambda: not Path(f"/proc/{grandchild}").exists())
+
+
+def test_programs_come_back_with_supervisord(platform_home: Home) -> None:
+    supervisor.start(platform_home, program())
+    daemon = supervisor.running_pid(platform_home)
+    assert daemon is not None
+    worker = pid(platform_home)
+    for each in (daemon, worker):  # what a power cut does
+        os.kill(each, signal.SIGKILL)
+    eventually(lambda: not Path(f"/proc/{daemon}").exists())
+    assert supervisor.state(platform_home, "worker") == ABSENT
+    supervisor.ensure_running(platform_home)
+    eventually(lambda: supervisor.state(platform_home, "worker").state == "RUNNING")
+
+
+def test_a_program_that_ended_is_started_again_by_start(shared_home: Home, tmp_path: Path) -> None:
+    gate = tmp_path / "open"
+    flaky = Program("flaky", ("/bin/sh", "-c", f"test -e {gate} && exec sleep 600"))
+    supervisor.start(shared_home, flaky)
+    with supervisor._calls(shared_home) as call:
+        call.stopProcess("flaky")
+    gate.touch()
+    supervisor.start(shared_home, flaky)
+    eventually(lambda: supervisor.state(shared_home, "flaky").state == "RUNNING")
+
+
+def test_what_holds_secrets_is_private(shared_home: Home) -> None:
+    supervisor.start(shared_home, program("private", ANSWER="secret"))
+    files = [p for p in (shared_home.root / "supervisor").rglob("*") if p.is_file() and b"secret" in p.read_bytes()]
+    assert files
+    assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {0o600}
+    commands = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert "ANSWER" not in commands.replace(PRINT_AND_SLEEP, "")
+
+
+def test_a_home_too_deep_for_a_socket_path_works(home: Path, tmp_path: Path) -> None:
+    deep = replace(Home.from_environment(), root=tmp_path / ("d" * 100))
+    address = supervisor.socket_path(deep)
+    assert not address.is_relative_to(deep.root)
+    try:
+        supervisor.start(deep, program())
+        assert stat.S_IMODE(address.parent.stat().st_mode) == 0o700
+    finally:
+        supervisor.shutdown(deep)
+        address.parent.rmdir()
+
+
+def test_a_stale_socket_does_not_count_as_running(platform_home: Home) -> None:
+    path = supervisor.socket_path(platform_home)
+    path.parent.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    assert supervisor.running_pid(platform_home) is None
+    supervisor.ensure_running(platform_home)
+    assert supervisor.running_pid(platform_home) is not None
+
+
+def test_a_missing_command_is_a_clear_error(shared_home: Home, tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="make setup"):
+        supervisor.start(shared_home, Program("absent", (str(tmp_path / "no-such"),)))
+
+
+def test_a_step_whose_supervisord_died_is_told_so(platform_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(supervisor.MARK, str(platform_home.root))
+    with pytest.raises(Unavailable, match="slipstream up"):
+        supervisor.start(platform_home, program())
