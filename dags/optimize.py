@@ -56,7 +56,7 @@ def pipeline(spec: Spec) -> DAG:
             validated = StepOperator.partial(
                 task_id="validate", trigger_rule="all_done", pool="machine", **NAMED
             ).expand(cell=cells.output)
-            validated >> StepOperator(task_id="select", trigger_rule="all_done")
+            validated >> StepOperator(task_id="select", trigger_rule="all_done_min_one_success")
 
         with TaskGroup("small_scale_test", prefix_group_id=False) as small_scale_test:
             StepOperator(task_id="trial", pool="release")

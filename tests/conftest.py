@@ -1,5 +1,6 @@
 """Fixtures shared by all tests. Every server binds to 127.0.0.1 on a free port and stops with the test run."""
 
+import base64
 import os
 import socket
 import subprocess
@@ -20,7 +21,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes], seconds: float = 240) -> None:
     """Return when `url` answers 200; fail when the process ends or the time is up."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -39,7 +40,13 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server on SQLite and local files; yields its URL, also set as MLFLOW_TRACKING_URI."""
     folder = tmp_path_factory.mktemp("mlflow")
     port = free_port()
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",  # webhooks of the trigger tests stay on this machine
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_CACHE_TTL": "0",  # else a new webhook counts after a minute
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": base64.urlsafe_b64encode(os.urandom(32)).decode(),
+    }
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [

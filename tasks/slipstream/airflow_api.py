@@ -92,6 +92,14 @@ class AirflowApi:
             if len(found) >= page["total_entries"] or not page["task_instances"]:
                 return [_task(entry) for entry in found]
 
+    def error(self, dag_id: str, run_id: str, task: TaskInstance) -> str:
+        """Message of the exception that ended a task's latest try, from its log; empty when the log has none."""
+        where = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task.task}/logs/{task.tries}"
+        answer = self._ask("GET", f"{where}?map_index={task.index}&full_content=true", fine=(404,))
+        entries = answer.json().get("content", []) if answer.is_success else []
+        raised = [e["error_detail"] for e in entries if isinstance(e, dict) and e.get("error_detail")]
+        return str(raised[-1][0]["exc_value"]) if raised else ""
+
     def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, fine: tuple[int, ...] = ()
     ) -> httpx.Response:

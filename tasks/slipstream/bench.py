@@ -97,7 +97,7 @@ def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan 
     comparison = latency.compare(
         subjects,
         len(test),
-        plan,
+        plan.at(spec.objective.confidence),
         spec.seed,
         tails=tuple(subjects),
         progress=lambda d, t, _: log.info("round %d/%d", d, t),

@@ -37,11 +37,18 @@ def validate(spec: SpecFile) -> None:
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference in docs/spec.md instead.")] = False,
+) -> None:
     """Print the JSON Schema of the spec."""
     from slipstream.spec import json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    if markdown:
+        from slipstream.reference import markdown as reference
+
+        typer.echo(reference(), nl=False)
+    else:
+        typer.echo(json.dumps(json_schema(), indent=2))
 
 
 @app.command()

@@ -92,7 +92,7 @@ class Registry:
         with translated(f"registering {cell} as a version of {self.model}"):
             if (known := self._registered(artifact, pipeline_run_id)) is not None:
                 return known
-            self._ensure_model()
+            self.ensure_model()
             tags = {
                 KIND: "engine",
                 SHA256: artifact.sha256,
@@ -147,7 +147,8 @@ class Registry:
         with translated(f"writing {self.model}'s journal"):
             self._client.set_registered_model_tag(self.model, f"slipstream.{name}", json.dumps(entry, sort_keys=True))
 
-    def _ensure_model(self) -> None:
+    def ensure_model(self) -> None:
+        """Create the registered model where it is not there yet."""
         try:
             self._client.create_registered_model(self.model)
         except MlflowException as error:

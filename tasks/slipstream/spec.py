@@ -33,7 +33,9 @@ BASELINE = "baseline"
 NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
 REGISTRY = r"^models:/[A-Za-z0-9_.-]+@[A-Za-z0-9_-]+$"
 SCHEDULE = r"^(@(hourly|daily|weekly|monthly|quarterly|yearly)|[-\w*,/]+( +[-\w*,/#]+){4})$"
+FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 PATTERNS = {
+    FUNCTION_NAME: "of the form module:function, such as examples.fashion:data",
     NAME: "a name of lower-case letters, digits and hyphens, at most 40 of them",
     REGISTRY: "of the form models:/NAME@ALIAS, such as models:/fashion-resnet@source",
     SCHEDULE: "a preset such as @weekly, nor a cron expression of five fields such as `0 3 * * 1`",
@@ -44,8 +46,8 @@ Name = Annotated[str, Field(pattern=NAME)]
 
 
 def _function(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-        raise ValueError(f"{value!r} is not of the form module:function, such as examples.fashion:data")
+    if not re.match(FUNCTION_NAME, value):
+        raise ValueError(f"{value!r} is not {PATTERNS[FUNCTION_NAME]}")
     return value
 
 
@@ -63,7 +65,11 @@ def _uri(value: str) -> str:
 
 
 FunctionName = Annotated[str, AfterValidator(_function)]
-Percent = Annotated[float, BeforeValidator(_percent, json_schema_input_type=float | str), Field(ge=0, le=100)]
+Percent = Annotated[
+    float,
+    BeforeValidator(_percent, json_schema_input_type=Annotated[float, Field(ge=0, le=100)] | str),
+    Field(ge=0, le=100),
+]
 FileUri = Annotated[str, AfterValidator(_uri)]
 
 
@@ -86,7 +92,9 @@ def _call(value: object) -> object:
     return {"function": value} if isinstance(value, str) else value
 
 
-UserFunction = Annotated[Call, BeforeValidator(_call, json_schema_input_type=str | Call)]
+UserFunction = Annotated[
+    Call, BeforeValidator(_call, json_schema_input_type=Annotated[str, Field(pattern=FUNCTION_NAME)] | Call)
+]
 
 
 class Model(Section):
@@ -240,7 +248,11 @@ class SmallScaleTest(Section):
 
     shadow: Annotated[int, Field(ge=50, le=1_000_000)] = 500
     """Requests that are mirrored to the challenger; the two answers are compared in pairs."""
-    share: Annotated[float, BeforeValidator(_percent, json_schema_input_type=float | str), Field(gt=0, le=50)] = 5.0
+    share: Annotated[
+        float,
+        BeforeValidator(_percent, json_schema_input_type=Annotated[float, Field(gt=0, le=50)] | str),
+        Field(gt=0, le=50),
+    ] = 5.0
     """Share of traffic that the challenger then answers, in percent."""
     requests: Annotated[int, Field(ge=50, le=10_000_000)] = 2000
     """Requests sent while the challenger has that share."""

@@ -85,7 +85,8 @@ def test_the_stages_are_the_task_groups(dags: Dags, publish: Callable[..., Path]
         "full_rollout": {"approval", "rollout"},
     }
     rules = {t.task_id: getattr(t.trigger_rule, "value", t.trigger_rule) for t in dag.tasks}
-    assert {k for k, v in rules.items() if v == "all_done"} == {"build", "validate", "select", "report", "outcome"}
+    assert {k for k, v in rules.items() if v == "all_done"} == {"build", "validate", "report", "outcome"}
+    assert rules["select"] == "all_done_min_one_success"
     assert {k for k, v in rules.items() if v == "none_failed"} == {"prune", "quantize"}
     assert {k: dag.get_task(k).pool for k in ("validate", "trial", "rollout")} == {
         "validate": "machine",

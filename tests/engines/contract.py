@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.engines.candidates import CLASSES, SHAPE, network, quantized, samples, write
+from tests.engines.candidates import network, quantized, write
+from tests.engines.images import CLASSES, SHAPE, samples
 
 from slipstream import digests
 from slipstream.engines.base import MANIFEST, build_engine, engine_for, load_engine, read_manifest

@@ -1,7 +1,7 @@
 import openvino as ov
 import pytest
-from tests.engines.candidates import samples
 from tests.engines.contract import EngineContract, fp32, int8  # noqa: F401 (fixtures)
+from tests.engines.images import samples
 
 from slipstream import hardware
 from slipstream.engines.base import build_engine, load_engine

@@ -16,7 +16,7 @@ from slipstream.measure import stats
 
 CONFIDENCE = 0.95
 HITS = hnp.arrays(np.float64, st.shared(st.integers(1, 200), key="n"), elements=st.sampled_from([0.0, 1.0]))
-POSITIVE = hnp.arrays(np.float64, st.integers(3, 60), elements=st.floats(0.01, 100))
+POSITIVE = hnp.arrays(np.float64, st.integers(5, 60), elements=st.floats(0.01, 100))
 
 
 def rng() -> np.random.Generator:
@@ -41,6 +41,13 @@ def test_wilson_gives_the_published_interval() -> None:
 @pytest.mark.parametrize(("percentile", "queries"), [(0.9, 64), (0.95, 130), (0.99, 662), (0.999, 6636)])
 def test_min_queries_are_those_of_loadgen(percentile: float, queries: int) -> None:
     assert stats.min_queries(percentile) == queries
+
+
+def test_hodges_lehmann_gives_the_published_interval() -> None:
+    """Hamilton depression scale, 9 patients: −0.46, and −0.786 to −0.010 at 96.1 % (Hollander and Wolfe, table 3.1)."""
+    before = np.array([1.83, 0.50, 1.62, 2.48, 1.68, 1.88, 1.55, 3.06, 1.30])
+    after = np.array([0.878, 0.647, 0.598, 2.05, 1.06, 1.29, 1.06, 3.14, 1.29])
+    assert stats.hodges_lehmann(after - before, 0.98) == pytest.approx((-0.46, -0.786, -0.010), abs=6e-4)
 
 
 # --- independent recomputation ----------------------------------------------------------------------------------
@@ -82,13 +89,28 @@ def test_resampled_percentiles_have_the_distribution_of_drawn_resamples() -> Non
     assert scipy_stats.ks_2samp(quick, drawn).pvalue > 0.01
 
 
-def test_ratio_of_rounds_is_the_t_interval_of_the_logs() -> None:
-    reference, subject = np.array([4.0, 8.0, 2.0]), np.array([2.0, 2.0, 1.0])
-    logs = np.log([2.0, 4.0, 2.0])
-    low, high = scipy_stats.t.interval(0.9, 2, loc=logs.mean(), scale=scipy_stats.sem(logs))
+def test_hodges_lehmann_agrees_with_inverting_scipys_test() -> None:
+    """The bounds are where the exact one-sided signed-rank test stops rejecting."""
+    values = np.random.default_rng(4).normal(0.3, 1, 9)
+    _, low, high = stats.hodges_lehmann(values, CONFIDENCE)
+    for bound, side, inside in ((low, "greater", 1e-6), (high, "less", -1e-6)):
+        p_in = scipy_stats.wilcoxon(values - bound - inside, alternative=side, method="exact").pvalue
+        p_out = scipy_stats.wilcoxon(values - bound + inside, alternative=side, method="exact").pvalue
+        assert p_out <= 0.05 < p_in
+
+
+def test_ratio_of_rounds_is_taken_back_from_the_logs() -> None:
+    reference, subject = np.array([4.0, 8.0, 2.0, 6.0, 5.0]), np.array([2.0, 2.0, 1.0, 2.0, 2.0])
     bounds = stats.ratio_of_rounds(reference, subject, CONFIDENCE)
-    assert (bounds.low, bounds.high) == pytest.approx((math.exp(low), math.exp(high)))
-    assert bounds.estimate == pytest.approx(2 ** (4 / 3))
+    assert (bounds.low, bounds.high) == pytest.approx((2.0, 4.0)), "five rounds: the smallest and largest ratio"
+    assert 2.4 < bounds.estimate < 2.8
+
+
+def test_one_round_that_hit_only_one_subject_hardly_matters() -> None:
+    reference = np.array([2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 40.0])
+    bounds = stats.ratio_of_rounds(reference, np.ones(8), CONFIDENCE)
+    assert bounds.estimate == pytest.approx(2.0, rel=0.05)
+    assert bounds.low > 1.9
 
 
 # --- nothing to go on -------------------------------------------------------------------------------------------
@@ -103,9 +125,9 @@ def test_ratio_of_rounds_is_the_t_interval_of_the_logs() -> None:
         stats.paired_drop([0.5] * 10, [0.4] * 10, CONFIDENCE, rng()),
         stats.wilson(0, 0, CONFIDENCE),
         stats.wilson(5, 3, CONFIDENCE),
-        stats.ratio_of_rounds([1.0, 2.0], [1.0, 2.0], CONFIDENCE),
-        stats.ratio_of_rounds([1.0, 2.0, math.nan], [1.0, 2.0, 3.0], CONFIDENCE),
-        stats.ratio_of_rounds([1.0, 2.0, 0.0], [1.0, 2.0, 3.0], CONFIDENCE),
+        stats.ratio_of_rounds([1.0] * 4, [1.0] * 4, CONFIDENCE),
+        stats.ratio_of_rounds([1.0] * 5 + [math.nan], [1.0] * 6, CONFIDENCE),
+        stats.ratio_of_rounds([1.0] * 5 + [0.0], [1.0] * 6, CONFIDENCE),
         stats.percentile_bounds([], 0.99, CONFIDENCE),
         stats.percentile_bounds([1.0, math.nan], 0.99, CONFIDENCE),
         stats.percentile_ratio([], [1.0], 0.99, CONFIDENCE, rng()),
@@ -194,12 +216,14 @@ def test_a_drop_at_the_margin_passes_at_the_nominal_rate(n: int, p_lost: float, 
     assert misses / trials > 0.03, "the bound is so wide that it would reject good engines"
 
 
-def test_a_speedup_of_one_passes_at_the_nominal_rate() -> None:
+@pytest.mark.parametrize("shape", ["normal", "cauchy"])
+def test_a_speedup_of_one_passes_at_the_nominal_rate(shape: str) -> None:
+    """Also when some rounds are wildly off, as on a shared machine."""
     trials = 4000
-    logs = rng().normal(0, 0.1, (trials, 8))
-    misses = sum(stats.ratio_of_rounds(np.exp(row), np.ones(8), CONFIDENCE).low > 1 for row in logs)
+    logs = rng().normal(0, 0.1, (trials, 8)) if shape == "normal" else 0.1 * rng().standard_cauchy((trials, 8))
+    misses = sum(stats.hodges_lehmann(row, CONFIDENCE)[1] > 0 for row in logs)
     assert not exceeds(misses, trials, 0.05), misses / trials
-    assert misses / trials > 0.04
+    assert misses / trials > 0.025
 
 
 def test_a_p99_at_the_limit_passes_at_no_more_than_the_nominal_rate() -> None:

@@ -143,7 +143,7 @@ def save(network: Any, architecture: Call, samples: Split, folder: Path, *, spar
     inputs = samples.inputs[:8]
     outputs = torch_training.logits(network, inputs)
     _export(network, inputs, folder / ONNX)
-    _require_agreement(folder / ONNX, inputs, outputs)
+    _require_agreement(network, folder / ONNX, inputs)
     manifest = CandidateManifest(
         framework="torch",
         architecture=architecture,
@@ -220,19 +220,19 @@ def _export(network: Any, inputs: npt.NDArray[Any], path: Path) -> None:
         )
 
 
-def _require_agreement(path: Path, inputs: npt.NDArray[Any], eager: npt.NDArray[np.float32]) -> None:
+def _require_agreement(network: Any, path: Path, inputs: npt.NDArray[Any]) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for size in {len(inputs), 1}:  # a batch that was frozen at export shows only with another size
-        found = session.run([OUTPUT], {INPUT: inputs[:size]})[0]
-        difference = float(np.abs(found - eager[:size]).max())
+    for size in {len(inputs), 1}:  # what was frozen at export for one batch size shows only with another
+        eager = torch_training.logits(network, inputs[:size])
+        difference = float(np.abs(session.run([OUTPUT], {INPUT: inputs[:size]})[0] - eager).max())
         limit = TOLERANCE * max(float(np.abs(eager).max()), 1.0)
         if not difference <= limit:
             raise ModelError(
-                f"{path.name}: ONNX Runtime and PyTorch differ by {difference:.2g} (allowed {limit:.2g}) on real "
-                "samples; the network does something that the export to ONNX does not carry, such as Python control "
-                "flow on values"
+                f"{path.name}: ONNX Runtime and PyTorch differ by {difference:.2g} (allowed {limit:.2g}) on {size} "
+                "real samples; the network does something that the export to ONNX does not carry, such as Python "
+                "control flow on values"
             )
 
 

@@ -43,7 +43,7 @@ class ChannelPruner:
         graph = _graph(self.network, self._sample)
         names = {module: name for name, module in self.network.named_modules()}
         outputs = _output_layers(graph)
-        for root in [g[0].dep.target.module for g in _groups(graph, outputs)]:
+        for root in [group[0].dep.target.module for group in _groups(graph, outputs)]:
             name = names[root]
             width = int(graph.get_out_channels(root))
             remove = width - _target(self._start[name], sparsity, round_to)
@@ -121,16 +121,23 @@ def _graph(network: Any, sample: Any) -> Any:
 
 
 def _groups(graph: Any, ignored: list[Any]) -> list[Any]:
-    return list(graph.get_all_groups(ignored_layers=ignored, root_module_types=list(PRUNABLE)))
+    groups = graph.get_all_groups(ignored_layers=ignored, root_module_types=list(PRUNABLE))
+    return [g for g in groups if not _is_grouped(g)]
 
 
 def _output_layers(graph: Any) -> list[Any]:
     """Layers whose channels reach the network's output without another layer between: the classifier."""
-    found = []
-    for module in graph.model.modules():
-        if isinstance(module, PRUNABLE):
-            pruning = graph.get_pruner_of_module(module).prune_out_channels
-            group = graph.get_pruning_group(module, pruning, [0])
-            if any(dep.target.type == torch_pruning.ops.OPTYPE.OUTPUT for dep, _ in group):
-                found.append(module)
+    pending, found = [node for node in graph.module2node.values() if not node.outputs], []
+    while pending:
+        node = pending.pop()
+        if isinstance(node.module, PRUNABLE):
+            found.append(node.module)
+        else:
+            pending += node.inputs
     return found
+
+
+def _is_grouped(group: Any) -> bool:
+    """Whether a grouped convolution (but not a depthwise one) takes part: its groups would have to stay equal."""
+    modules = [dep.target.module for dep, _ in group]
+    return any(isinstance(m, torch.nn.Conv2d) and m.groups not in (1, m.out_channels) for m in modules)

@@ -212,7 +212,7 @@ class _Loop:
         if inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         loss = self.loss(self.network(inputs), *targets)
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise ModelError(f"training: the loss is {value} in epoch {epoch + 1}; lower the learning rate")
         self.optimizer.zero_grad()

@@ -8,7 +8,7 @@ then judges on all rounds: the interval becomes wider, and `Comparison.noise` sa
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from slipstream.measure.stats import Bounds
 
 log = logging.getLogger(__name__)
 
+QUIETEST = 3
+"""In noise, percentiles are read from at least so many rounds, so that no single round decides them."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -27,7 +30,7 @@ class Plan:
 
     rounds: int = 8
     """Rounds to start with."""
-    clean_rounds: int = 5
+    clean_rounds: int = 6
     """Clean rounds that suffice; with fewer, more rounds follow."""
     max_rounds: int = 12
     """Rounds after which it stops asking for clean ones."""
@@ -43,6 +46,16 @@ class Plan:
     """Queries over all clean rounds, for subjects whose p99 is judged, however slow they are."""
     server_ms: int = 1000
     """Length of the Server scenario."""
+
+    def at(self, confidence: float) -> "Plan":
+        """This plan with enough rounds to carry a bound at this confidence."""
+        needed = stats.min_rounds(confidence)
+        return replace(
+            self,
+            rounds=max(self.rounds, needed),
+            clean_rounds=max(self.clean_rounds, needed),
+            max_rounds=max(self.max_rounds, needed),
+        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ class Comparison:
         quietest = sorted(self.rounds, key=lambda r: np.inf if r.others_cores is None else r.others_cores)
         pooled: list[npt.NDArray[np.float64]] = []
         for candidate in quietest:
-            if len(pooled) >= stats.ROUNDS_MIN and sum(map(len, pooled)) >= self.plan.min_queries:
+            if len(pooled) >= QUIETEST and sum(map(len, pooled)) >= self.plan.min_queries:
                 break
             pooled.append(candidate.latencies_ms[subject])
         return np.concatenate(pooled)
@@ -132,10 +145,14 @@ def compare(
 
 
 def _rotated(names: tuple[str, ...], turn: int) -> tuple[str, ...]:
-    """Each subject goes first equally often, and after one full turn each follows another neighbour."""
-    shift = turn % len(names)
+    """Each subject goes first equally often, and each order is followed by its reverse.
+
+    With the reverse, nobody always runs after the same neighbour, whose threads may still spin and whose data fill
+    the caches (carry-over; E. J. Williams, Australian Journal of Chemistry 2:149–168, 1949).
+    """
+    shift = (turn // 2) % len(names)
     order = names[shift:] + names[:shift]
-    return order[::-1] if (turn // len(names)) % 2 else order
+    return order[::-1] if turn % 2 else order
 
 
 def _round(

@@ -19,8 +19,6 @@ RESAMPLES = 4000
 """Bootstrap resamples; the Monte Carlo error of a 95 % bound is then a few percent of its distance."""
 BOOTSTRAP_MIN = 30
 """Fewer pairs than this and a bootstrap of the mean covers too little (Efron and Tibshirani 1993, ch. 14)."""
-ROUNDS_MIN = 3
-"""Fewer rounds than this say nothing about their own spread."""
 
 
 @dataclass(frozen=True)
@@ -157,18 +155,41 @@ def ratio_of_rounds(reference_ms: npt.ArrayLike, subject_ms: npt.ArrayLike, conf
     """Speed-up: how many times faster the subject is than the reference, from interleaved rounds.
 
     reference_ms, subject_ms: (R,) median latency of each round; both were measured in the same round, so that
-    what slows the machine for a while slows both. A t interval of the log-ratios, taken back: the estimate is the
-    geometric mean of the per-round ratios (Fleming and Wallace, CACM 29:218–221, 1986, on averaging ratios).
+    what slows the machine for a while slows both. The Hodges–Lehmann estimate of the log-ratios and its exact
+    signed-rank bounds, taken back: one round in which a neighbour hit only one of the two (3× is common on a shared
+    machine) hardly moves it, where a t interval would explode (Hodges and Lehmann 1963; Hollander, Wolfe and Chicken,
+    Nonparametric Statistical Methods, section 3.3).
     """
     a, b = np.asarray(reference_ms, dtype=np.float64), np.asarray(subject_ms, dtype=np.float64)
-    if a.ndim != 1 or a.shape != b.shape or a.size < ROUNDS_MIN:
+    if a.ndim != 1 or a.shape != b.shape or a.size < min_rounds(confidence):
         return unknown(a.size)
     if not (np.isfinite(a).all() and np.isfinite(b).all() and (a > 0).all() and (b > 0).all()):
         return unknown(a.size)
-    logs = np.sort(np.log(a / b))
-    mean, error = float(logs.mean()), float(logs.std(ddof=1)) / math.sqrt(logs.size)
-    margin = float(stats.t.ppf(confidence, logs.size - 1)) * error
-    return Bounds(math.exp(mean), math.exp(mean - margin), math.exp(mean + margin), logs.size)
+    estimate, low, high = hodges_lehmann(np.log(a / b), confidence)
+    return Bounds(math.exp(estimate), math.exp(low), math.exp(high), a.size)
+
+
+def min_rounds(confidence: float) -> int:
+    """Fewest rounds that can carry a bound: all R signs agree by chance with probability 2^−R; 5 rounds at 95 %."""
+    return math.ceil(round(-math.log2(1.0 - confidence), 9))
+
+
+def hodges_lehmann(values: npt.ArrayLike, confidence: float) -> tuple[float, float, float]:
+    """Centre of (N,) symmetrically distributed values, with bounds from the null distribution of the signed-rank sum.
+
+    N is at least `min_rounds(confidence)`. The bounds are the k-th smallest and largest of the N(N + 1)/2 Walsh
+    averages, with the largest k for which P[W ≤ k − 1] ≤ 1 − confidence.
+    """
+    v = np.asarray(values, dtype=np.float64)
+    i, j = np.triu_indices(v.size)
+    walsh = np.sort((v[i] + v[j]) / 2.0)
+    ways = np.ones(1)  # ways[w] = number of subsets of the ranks 1…N whose sum is w
+    for rank in range(1, v.size + 1):
+        ways = np.concatenate([ways, np.zeros(rank)]) + np.concatenate([np.zeros(rank), ways])
+    cumulative = np.cumsum(ways) / 2.0**v.size
+    k = int(np.searchsorted(cumulative, 1.0 - confidence + 1e-12, side="right"))
+    assert k > 0, f"{v.size} values carry no bound at {confidence}"
+    return float(np.median(walsh)), float(walsh[k - 1]), float(walsh[-k])
 
 
 def min_queries(percentile: float, confidence: float = 0.99) -> int:

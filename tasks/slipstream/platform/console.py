@@ -22,11 +22,10 @@ def up(home: Home, *, new_ports: bool) -> None:
     with _Progress() as progress:
         found = lifecycle.up(home, progress.show, new_ports=new_ports)
     login = addresses.load_secrets(home)
-    table = Table.grid(padding=(0, 2))
-    table.add_row("Airflow", found.airflow, f"user {login.airflow_user}, password {login.airflow_password}")
-    table.add_row("MLflow", found.mlflow)
-    table.add_row("Models", found.envoy, "Open Inference Protocol V2")
-    Console(soft_wrap=True).print(table, highlight=False)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"Airflow  {found.airflow}  user {login.airflow_user}, password {login.airflow_password}")
+    console.print(f"MLflow   {found.mlflow}")
+    console.print(f"Models   {found.envoy}  Open Inference Protocol V2")
 
 
 def down(home: Home) -> None:

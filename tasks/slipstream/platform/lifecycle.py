@@ -1,6 +1,7 @@
 """`slipstream up` and `down`: the embedded platform as a whole."""
 
 import fcntl
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from slipstream.platform.processes import Process
 from slipstream.platform.supervisor import Program
 from slipstream.traffic import envoy
 
-READY_WITHIN_S = 180
-"""Airflow takes 15 to 60 s on two busy cores."""
+log = logging.getLogger(__name__)
+
+READY_WITHIN_S = 300
+"""Airflow takes 15 to 60 s on two cores, and took 150 s beside a load of 12. What gives up is noticed at once."""
 
 Listener = Callable[[list[ServiceStatus]], None]
 
@@ -29,7 +32,9 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False) -> Addresses:
     """
     with _locked(home):
         if supervisor.running_pid(home) is None:
-            processes.stop_orphans(home)
+            left = processes.stop_orphans(home)
+            if left:
+                log.info("stopped %d processes that a killed platform had left running", len(left))
         found = _addresses(home, new_ports)
         secrets = addresses.ensure_secrets(home)
         environment = _environment(home, found)
@@ -132,7 +137,7 @@ def _await_healthy(home: Home, found: Addresses, watch: Listener) -> None:
         broken = [s for s in missing if s.state == "FATAL"]
         if broken or time.monotonic() > deadline:
             raise Unavailable("\n".join(_why(home, s) for s in broken or missing))
-        time.sleep(0.5)
+        time.sleep(1)
 
 
 def _why(home: Home, service: ServiceStatus) -> str:

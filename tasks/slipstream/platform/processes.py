@@ -42,7 +42,7 @@ def stop_orphans(home: Home, wait_s: float = 15) -> list[Process]:
         asking = time.monotonic() < asked_until
         for process in left:
             if not asking or process not in stopped:
-                log.info("stopping left-over process %d: %s", process.pid, process.command[:80])
+                log.debug("stopping left-over process %d: %s", process.pid, process.command[:80])
                 _signal(process.pid, signal.SIGTERM if asking else signal.SIGKILL)
         stopped += [p for p in left if p not in stopped]
         time.sleep(0.1)

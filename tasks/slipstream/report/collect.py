@@ -26,7 +26,7 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
     """The report of the pipeline run that `inputs` belongs to."""
     latest = _latest_runs(track, inputs.run_key)
     upstream = list(inputs.upstream) + _recorded_by_failed(track, latest, inputs.upstream)
-    single = {o.step: o for o in upstream if o.cell is None}
+    single = {o.step: o for o in upstream if o.cell is None and not o.details.get("skipped")}
     select = single.get("select")
     chosen: dict[str, Any] = select.details if select else {}
     rows = _rows(spec, upstream, chosen)

@@ -43,7 +43,7 @@ def pages(home: Home, places: Addresses, report: Report, *, reveal: bool) -> dic
     """Addresses of the run's pages, and the log-in; its password only when `reveal`."""
     run = f"{places.mlflow}/#/experiments/{report.experiment_id}/runs/{report.pipeline_run_id}"
     secrets = addresses.load_secrets(home)
-    password = secrets.airflow_password if reveal else "(shown on a terminal, and by `slipstream status`)"
+    password = secrets.airflow_password if reveal else "(shown on a terminal, and by `slipstream up`)"
     return {
         "Airflow": f"{places.airflow}/dags/optimize-{report.spec}/runs/{quote(report.run_key, safe='')}",
         "log-in": f"{secrets.airflow_user} / {password}",

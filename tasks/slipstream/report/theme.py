@@ -68,9 +68,9 @@ h2+p{margin:.1rem 0 .9rem;color:var(--muted);max-width:46rem;font-size:.9rem}
   font-weight:600;border:1px solid currentColor;white-space:nowrap}
 .passed,.pass,.good{color:var(--good)} .rejected,.fail,.missing,.bad{color:var(--bad)}
 .inconclusive,.unsure{color:var(--unsure)} .reference,.muted{color:var(--muted)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:1px;margin:1.6rem 0 0;padding:0;
+.tiles{display:flex;flex-wrap:wrap;gap:1px;margin:1.6rem 0 0;padding:0;
   background:var(--line);border:1px solid var(--line);border-radius:8px;overflow:hidden}
-.tiles div{background:var(--paper);padding:.75rem .95rem}
+.tiles div{background:var(--paper);padding:.75rem .95rem;flex:1 1 8.6rem}
 .tiles dt{font-size:.78rem;color:var(--muted)} .tiles dd{margin:0}
 .tiles dd.value{font-size:1.4rem;font-weight:620;letter-spacing:-.01em}
 .tiles dd.note{font-size:.78rem;color:var(--muted)}
@@ -98,6 +98,7 @@ dl.facts dt{color:var(--muted)} dl.facts dd{margin:0;overflow-wrap:anywhere}
 svg.interval{width:104px;height:16px;vertical-align:middle}
 @media(max-width:62rem){main{padding:1.4rem 1rem 3rem} .drawn{display:none} table{font-size:.8rem}
   td{padding:.45rem .4rem} th{padding:.35rem .4rem} h1{font-size:1.5rem}}
+@media(max-width:50rem){table{font-size:.75rem} th,th small,td small{font-size:.7rem} td,th{padding-inline:.3rem}}
 @media print{details{display:block}}
 """
 )

@@ -17,18 +17,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
+import orjson
+import uvloop
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
-from kserve.errors import InvalidInput
+from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER, PredictorProtocol
+from kserve.errors import InvalidInput, ModelNotReady
 from kserve.model_server import app
+from kserve.protocol.rest.v2_datamodels import InferenceRequest
 
 from slipstream.engines.base import EngineManifest, Runner, load_engine, read_manifest
 from slipstream.errors import SlipstreamError
 from slipstream.frameworks.base import INPUT, OUTPUT
 from slipstream.serving.answers import AnswerLog
-from slipstream.serving.client import DATATYPES, RELEASE, REQUEST_ID
+from slipstream.serving.client import DATATYPES, RELEASE, REQUEST_ID, infer_path
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -37,6 +40,8 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 WARM_UP = 20
 GRACE_S = 10
+INLINE_MS = 5.0
+"""Inferences up to about this long run in the event loop: a hop to a thread and back costs more than they take."""
 
 
 class BadRequest(InvalidInput):  # type: ignore[misc]  # kserve has no type information
@@ -61,16 +66,22 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
         super().__init__(name)
         self._manifest = manifest
         self._runner = runner
-        # A runner serves one thread; outside the event loop, so that health checks are answered meanwhile.
+        # Longer inferences run here, so that health checks are answered meanwhile.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._turn = asyncio.Lock()
+        self._ms_per_sample = 0.0
         self._datatype = DATATYPES[manifest.input_dtype]
         self._dtype = np.dtype(manifest.input_dtype)
 
     def load(self) -> bool:
         """Run the engine a few times, since first runs compile and allocate; then it is ready."""
         sample = np.zeros((1, *self._manifest.input_shape), self._dtype)
+        times = []
         for _ in range(WARM_UP):
-            self._thread.submit(self._runner.run, sample).result()
+            started = time.perf_counter()
+            self._runner.run(sample)
+            times.append((time.perf_counter() - started) * 1e3)
+        self._ms_per_sample = float(np.median(times))
         self.ready = True
         return True
 
@@ -85,7 +96,7 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
     async def predict(self, payload: InferRequest, headers: dict[str, str] | None = None) -> InferResponse:
         """Answer one request. Raises BadRequest, which becomes status 400."""
         batch = self._batch(payload)
-        output = await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, batch)
+        output = await self._run(batch)
         answer = _answer.get()
         answer.request_id = (headers or {}).get(REQUEST_ID) or payload.id or ""
         answer.output = output
@@ -98,6 +109,12 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
             use_binary_outputs=payload.use_binary_outputs,
             requested_outputs=payload.request_outputs,
         )
+
+    async def _run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        async with self._turn:  # a runner serves one thread at a time
+            if self._ms_per_sample * len(batch) <= INLINE_MS:
+                return self._runner.run(batch)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, batch)
 
     def _batch(self, payload: InferRequest) -> npt.NDArray[Any]:
         """The request's only tensor, (N, …) in the engine's dtype. Raises BadRequest."""
@@ -148,29 +165,51 @@ class Releases:
 
 
 class Server(ModelServer):  # type: ignore[misc]  # kserve has no type information
-    """KServe's server on one address, HTTP only, one process, without a line for each request."""
+    """KServe's server on one address, HTTP only, one process, without a line for each request.
+
+    Its inference endpoint is replaced: FastAPI reads and writes JSON with the standard library, which takes 0.8 ms
+    for 784 numbers where orjson takes 0.03 ms (measured on a busy machine).
+    """
 
     def __init__(self, host: str, port: int) -> None:
         super().__init__(
             http_port=port, workers=1, enable_grpc=False, enable_latency_logging=False, grace_period=GRACE_S
         )
         self._host = host
+        app.add_api_route(infer_path("{model_name}"), self.infer, methods=["POST"])
         for chatty in ("kserve.trace", "uvicorn.access"):
             logging.getLogger(chatty).handlers.clear()
             logging.getLogger(chatty).propagate = False
+
+    async def infer(self, model_name: str, request: Request) -> Response:
+        """Answer an inference request, in JSON or with binary tensors. Raises BadRequest, ModelNotFound."""
+        headers = dict(request.headers)
+        if not await self.dataplane.model_ready(model_name, disable_predictor_health_check=True):
+            raise ModelNotReady(model_name)
+        decoded = self._decode(await request.body(), headers, model_name)
+        response, extra = await self.dataplane.infer(model_name=model_name, request=decoded, headers=headers)
+        encoded, more = self.dataplane.encode(model_name, response, headers, req_attributes={})
+        if isinstance(encoded, bytes):
+            return Response(encoded, headers={**extra, **more}, media_type="application/octet-stream")
+        return Response(orjson.dumps(encoded), headers={**extra, **more}, media_type="application/json")
+
+    def _decode(self, body: bytes, headers: dict[str, str], model_name: str) -> InferRequest:
+        binary = INFERENCE_CONTENT_LENGTH_HEADER in headers
+        try:
+            content = body if binary else InferenceRequest.model_validate(orjson.loads(body))
+            decoded, _ = self.dataplane.decode(content, headers, PredictorProtocol.REST_V2.value, model_name)
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadRequest(f"not an Open Inference Protocol V2 request: {error}") from error
+        return decoded
+
+    def setup_event_loop(self) -> None:
+        """Use uvloop. KServe's own method configures a loop that `start` then does not run."""
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
 
     async def _serve(self) -> None:
         # KServe listens on every address and has no option for it.
         self._rest_server.config.host = self._host
         await super()._serve()
-
-
-async def malformed(request: Request, error: Exception) -> JSONResponse:
-    """Status 400, as the protocol wants it, where FastAPI says 422."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return JSONResponse({"error": f"not an Open Inference Protocol V2 request: {where}: {first['msg']}"}, 400)
 
 
 async def refused(request: Request, error: Exception) -> JSONResponse:
@@ -186,7 +225,6 @@ def serve(arguments: argparse.Namespace) -> None:
     log = AnswerLog(arguments.answers, arguments.release)
     server = Server(arguments.host, arguments.port)
     app.add_middleware(Releases, release=arguments.release, log=log)
-    app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(BadRequest, refused)
     try:
         server.start([model])

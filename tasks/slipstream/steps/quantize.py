@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 """Operators with weights, which INT8 makes faster."""
+MOVES = {"Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+"""Operators that hand on values as they are; engines move the quantization across them."""
 BATCH = 64
 
 
@@ -176,10 +178,17 @@ def _parameters(per_channel: bool) -> Any:
 
 
 def coverage(model: onnx.ModelProto) -> dict[str, float]:
-    """How many of the layers with weights compute in INT8: those whose two factors come from DequantizeLinear."""
-    dequantized = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    """How many of the layers with weights compute in INT8: those whose two factors were dequantized just before."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+
+    def dequantized(name: str) -> bool:
+        node = makers.get(name)
+        while node is not None and node.op_type in MOVES:
+            node = makers.get(node.input[0])
+        return node is not None and node.op_type == "DequantizeLinear"
+
     layers = [n for n in model.graph.node if n.op_type in LAYERS]
-    quantized = sum(set(n.input[:2]) <= dequantized for n in layers)
+    quantized = sum(all(dequantized(name) for name in n.input[:2]) for n in layers)
     return {"layers": len(layers), "quantized_layers": quantized, "quantized_share": quantized / max(len(layers), 1)}
 
 

@@ -29,7 +29,7 @@ from slipstream.spec import Spec
 from slipstream.steps.base import Context, require_pass
 from slipstream.tracking import fetch
 from slipstream.traffic.base import Release, Routes, TrafficController
-from slipstream.traffic.guarded import Stage, seen_ms, terminable
+from slipstream.traffic.guarded import Stage, served_ms, terminable
 from slipstream.traffic.load import Record
 from slipstream.traffic.releases import Incumbent, incumbent, selected, serve, sweep
 
@@ -212,7 +212,7 @@ def _judge(stage: Stage, records: list[Record]) -> tuple[Verdict, ...]:
     theirs = [r for r in records if r.release != stage.champion.name]
     return (
         gates.error_rate(sum(r.failed for r in theirs), len(theirs), limits.max_error_rate, sure),
-        gates.p99_cap(seen_ms(records), limits.max_p99_ms, sure),
+        gates.p99_cap(served_ms(records), limits.max_p99_ms, sure),
     )
 
 

@@ -58,7 +58,7 @@ def run(context: Context) -> StepOutput:
     """Score the engine and the baseline, time them side by side, and judge."""
     data = context.data
     with _alone(context.home.root / "measure.lock"):
-        progress = _Progress(context.run, 2 * accuracy.batches(len(data.test)) + PLAN.rounds)
+        progress = _Progress(context.run, 2 * accuracy.batches(len(data.test)) + _plan(context).rounds)
         engine, memory_mib = _load_measured(context.fetch(_built(context, context.cell)), data.test)
         scores = _scores(context, engine, progress)
         timing, server = _timing(context, engine, progress)
@@ -134,7 +134,7 @@ def _baseline_scores(context: Context, progress: _Progress) -> npt.NDArray[np.fl
 def _timing(context: Context, engine: Runner, progress: _Progress) -> tuple[Comparison, Latency]:
     """Engine, reference engine and eager baseline in one interleaved run; then the engine under a Poisson load."""
     assert context.cell.target is not None
-    test, seed = context.data.test, context.spec.seed
+    test, plan, seed = context.data.test, _plan(context), context.spec.seed
     models: dict[str, Runs] = {ENGINE: engine}
     if context.cell.recipe != BASELINE:
         reference = Cell(recipe=BASELINE, target=context.cell.target)
@@ -142,9 +142,13 @@ def _timing(context: Context, engine: Runner, progress: _Progress) -> tuple[Comp
     threads = context.spec.targets[context.cell.target].threads
     models[EAGER] = load_eager(context.fetch(_baseline(context)), threads=threads)
     issues = {name: single(model, test) for name, model in models.items()}
-    timing = latency.compare(issues, len(test), PLAN, seed, tails=(ENGINE,), progress=progress.round)
+    timing = latency.compare(issues, len(test), plan, seed, tails=(ENGINE,), progress=progress.round)
     alone = latency.summary("SingleStream", timing.pooled_ms(ENGINE))
-    return timing, latency.under_load(issues[ENGINE], len(test), PLAN, seed, alone.rate_per_s)
+    return timing, latency.under_load(issues[ENGINE], len(test), plan, seed, alone.rate_per_s)
+
+
+def _plan(context: Context) -> Plan:
+    return PLAN.at(context.spec.objective.confidence)
 
 
 def single(model: Runs, split: Split) -> Issue:

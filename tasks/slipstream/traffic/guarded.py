@@ -130,7 +130,7 @@ class Guard:
 
     def _slow(self, records: list[Record]) -> Verdict | None:
         """The hard cap on what clients see, with the requests still to come counted as instant."""
-        seen = seen_ms(records)
+        seen = served_ms(records)
         if not seen:
             return None
         still = max(self._requests - len(seen), 0)
@@ -151,9 +151,9 @@ class Guard:
         )
 
 
-def seen_ms(records: Sequence[Record]) -> list[float]:
-    """Client latencies that say something about the servers: answered, and this process was not stalled."""
-    return [r.latency_ms for r in records if not r.failed and not r.disturbed]
+def served_ms(records: Sequence[Record]) -> list[float]:
+    """Latencies of the answered requests, as clients see them when their own machine does not stall."""
+    return [r.served_ms for r in records if not r.failed]
 
 
 def windows(phase: str, share: int, sent: Sent) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from slipstream.spec import Spec
 from slipstream.traffic import answers
 from slipstream.traffic.answers import Pair
 from slipstream.traffic.base import Release
-from slipstream.traffic.guarded import seen_ms
+from slipstream.traffic.guarded import served_ms
 from slipstream.traffic.load import Record
 
 NOISY = 0.02
@@ -32,18 +32,18 @@ class Evidence:
     canary: list[Record] = field(default_factory=list)
 
     @property
-    def disturbed_share(self) -> float:
+    def stalled_share(self) -> float:
         """Share of all requests during which the machine stalled this process."""
-        flags = [p.disturbed for p in self.pairs] + [r.disturbed for r in self.canary]
+        flags = [p.stalled_ms > 0 for p in self.pairs] + [r.stalled_ms > 0 for r in self.canary]
         return float(np.mean(flags)) if flags else 0.0
 
     @property
     def noisy(self) -> bool:
         """Whether an absolute latency says little here."""
-        return self.disturbed_share > NOISY
+        return self.stalled_share > NOISY
 
     def verdicts(self) -> tuple[Verdict, ...]:
-        """One verdict for each question; those about latency judge only undisturbed requests."""
+        """One verdict for each question."""
         limits, objective = self.spec.guardrails, self.spec.objective
         rng, sure = np.random.default_rng(self.spec.seed), objective.confidence
         champion_ms, challenger_ms = self._server_ms()
@@ -53,7 +53,7 @@ class Evidence:
             gates.disagreement(answers.different(self.pairs), len(self.pairs), limits.max_disagreement, sure),
             gates.accuracy(*labelled, limits.max_accuracy_drop, sure, rng),
             self._forgiving(gates.p99_ratio(champion_ms, challenger_ms, limits.max_p99_ratio, sure, rng)),
-            self._forgiving(gates.p99_cap(seen_ms(self.canary), limits.max_p99_ms, sure)),
+            gates.p99_cap(served_ms(self.canary), limits.max_p99_ms, sure),
         ]
         if objective.latency_p99_ms is not None:
             verdict = gates.p99_cap(challenger_ms, objective.latency_p99_ms, sure)
@@ -74,13 +74,12 @@ class Evidence:
             "challenger_quality": _percent(right[1]),
             "champion_server_p50_ms": _median(champion_ms),
             "challenger_server_p50_ms": _median(challenger_ms),
-            "disturbed_share": self.disturbed_share,
+            "stalled_share": self.stalled_share,
         }
 
     def _server_ms(self) -> tuple[list[float], list[float]]:
         """Latencies inside the servers, on the same requests at the same time."""
-        clean = [p for p in self.pairs if not p.disturbed]
-        return [p.champion.latency_ms for p in clean], [p.challenger.latency_ms for p in clean]
+        return [p.champion.latency_ms for p in self.pairs], [p.challenger.latency_ms for p in self.pairs]
 
     def _theirs(self) -> list[Record]:
         return [r for r in self.canary if r.release in (self.challenger.name, None)]
@@ -95,7 +94,7 @@ class Evidence:
         """A latency that fails on a noisy machine may be a neighbour's fault: measure on before saying no."""
         if verdict.answer != "fail" or not self.noisy:
             return verdict
-        share = f"{100 * self.disturbed_share:.0f} % of the requests fell into stalls of this machine"
+        share = f"{100 * self.stalled_share:.0f} % of the requests fell into stalls of this machine"
         return verdict.model_copy(update={"answer": "inconclusive", "reason": f"{verdict.reason}; but {share}"})
 
 

@@ -44,8 +44,13 @@ class Record:
     """(1, …) outputs; None unless the status is 200."""
     latency_ms: float
     """From the intended send time to the whole answer."""
-    disturbed: bool = False
-    """Whether this process was stalled meanwhile: then the latency says nothing about the server."""
+    stalled_ms: float = 0.0
+    """Part of the latency during which this process itself did not get the processor."""
+
+    @property
+    def served_ms(self) -> float:
+        """Latency without the sender's own stalls: what is left is the network, the splitter and the server."""
+        return max(self.latency_ms - self.stalled_ms, 0.0)
 
     @property
     def failed(self) -> bool:
@@ -153,9 +158,8 @@ class _Sender:
             status = 0
         end = time.perf_counter()
         intended = begin.clock + i / self.load.rate_per_s
-        disturbed = self._disturbed(intended, end)
         at, latency_ms = begin.epoch + i / self.load.rate_per_s, 1000 * (end - intended)
-        record = Record(name, sample, at, status, release, output, latency_ms, disturbed)
+        record = Record(name, sample, at, status, release, output, latency_ms, self._stalled_ms(intended, end))
         self.sent.records.append(record)
         self.progress(len(self.sent.records), self.load.requests)
 
@@ -173,10 +177,12 @@ class _Sender:
             if now - self.last_beat > HEARTBEAT_S + STALL_S:
                 self.stalls.append((self.last_beat, now))
 
-    def _disturbed(self, begin: float, end: float) -> bool:
-        """Whether a stall lies within, or one is about to be noticed: the heartbeat may run after this answer."""
-        late = end - self.last_beat > HEARTBEAT_S + STALL_S
-        return late or any(s < end and e > begin for s, e in self.stalls[-20:])
+    def _stalled_ms(self, begin: float, end: float) -> float:
+        """Stalls within; one that just ended may be noticed here before the heartbeat notices it."""
+        stalls = self.stalls[-50:]
+        if end - self.last_beat > HEARTBEAT_S + STALL_S:
+            stalls.append((self.last_beat, end))
+        return 1000 * sum(max(min(e, end) - max(s, begin), 0.0) for s, e in stalls)
 
 
 def _output(response: httpx.Response) -> npt.NDArray[np.float32] | None:

@@ -139,8 +139,7 @@ def main() -> None:
     places, secrets = addresses.load(home), addresses.load_secrets(home)
     os.environ.setdefault("MLFLOW_TRACKING_URI", places.mlflow)
     # MLflow's client would wait minutes for a server that is down; here the next round is the retry.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
     app = create_app(home, MlflowClient(), AirflowApi.of(home), secrets.webhook_secret)
     listen = urlsplit(places.triggers)
     uvicorn.run(app, host=listen.hostname or "127.0.0.1", port=listen.port or 80, log_level="warning")

@@ -10,7 +10,17 @@ from slipstream.airflow_api import FINAL, AirflowApi, TaskInstance
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home
 from slipstream.report.find import connect
-from slipstream.watch.journal import OVER, Journal, Line, duration, exit_code, under_way
+from slipstream.watch.journal import (
+    OVER,
+    Journal,
+    Line,
+    Try,
+    duration,
+    exit_code,
+    not_reached,
+    seconds_between,
+    under_way,
+)
 from slipstream.watch.notes import Key, Note, Notes, be_patient_elsewhere
 from slipstream.watch.start import Started
 from slipstream.watch.view import view
@@ -32,7 +42,7 @@ def follow(home: Home, run: Started, console: Console) -> int:
             while not watch.look():
                 shown.show(watch.new_lines(), under_way(watch.tasks, watch.notes), watch.footer())
                 time.sleep(POLL_S)
-            shown.show(watch.new_lines(), (), "")
+            shown.show([*watch.new_lines(), *not_reached(watch.tasks)], (), "")
     except KeyboardInterrupt:
         console.print(f"\nThe run goes on; follow it again with: slipstream watch {run.spec.name} {run.run_id}")
         return 0
@@ -48,16 +58,19 @@ class _Watch:
     def __init__(self, airflow: AirflowApi, source: Notes, run: Started) -> None:
         self._airflow, self._source, self._run = airflow, source, run
         self._journal = Journal()
-        self._began = self._heard = time.monotonic()
+        self._heard = time.monotonic()
+        self._began: str | None = None
+        self._ended: str | None = None
         self._silent = ""
         self.tasks: list[TaskInstance] = []
         self.notes: Mapping[Key, Note] = {}
+        self.reasons: dict[Try, str] = {}
         self.state = ""
 
     @property
-    def seconds(self) -> float:
-        """How long this run has been watched."""
-        return time.monotonic() - self._began
+    def seconds(self) -> float | None:
+        """How long the run took, or has taken so far; None while it is queued."""
+        return seconds_between(self._began, self._ended)
 
     def look(self) -> bool:
         """Ask Airflow, then MLflow; whether the run is over. The last look at the tasks comes after the run's end."""
@@ -66,7 +79,9 @@ class _Watch:
             if found is None:
                 raise InputError(f"{self._run.dag_id} has no run {self._run.run_id}")
             self.state = str(found["state"])
+            self._began, self._ended = found["start_date"], found["end_date"]
             self.tasks = self._airflow.tasks(self._run.dag_id, self._run.run_id)
+            self._ask_for_reasons()
             self._heard, self._silent = time.monotonic(), ""
         except Unavailable:
             if time.monotonic() - self._heard > PATIENCE_S:
@@ -80,7 +95,14 @@ class _Watch:
         return self.state in FINAL
 
     def new_lines(self) -> list[Line]:
-        return self._journal.lines(self.tasks, self.notes)
+        return self._journal.lines(self.tasks, self.notes, self.reasons)
+
+    def _ask_for_reasons(self) -> None:
+        """Read a failed task's log once: a step that never reached MLflow says only there why it failed."""
+        for task in self.tasks:
+            key = (task.task, task.index, task.tries)
+            if task.state in ("failed", "up_for_retry") and task.task != "outcome" and key not in self.reasons:
+                self.reasons[key] = self._airflow.error(self._run.dag_id, self._run.run_id, task)
 
     def footer(self) -> str:
         """One quiet line: how far, how long, and what is silent."""

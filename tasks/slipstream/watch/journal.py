@@ -1,5 +1,6 @@
-"""Turns what Airflow and MLflow say, again and again, into lines that are each said once. Pure: no clock, no screen."""
+"""Turns what Airflow and MLflow say, again and again, into lines that are each said once. Knows no screen."""
 
+import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,10 @@ Kind = Literal["stage", "done", "failed", "skipped", "retry", "pass", "fail", "i
 OVER = ("success", "failed", "upstream_failed", "skipped", "removed")
 UNDER_WAY = ("running", "awaiting_input", "deferred")
 VERDICTS: dict[Answer, Kind] = {"pass": "pass", "fail": "fail", "inconclusive": "inconclusive"}
+
+
+Try = tuple[str, int, int]
+"""Task, map index, number of the try."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class Journal:
         self._said: set[tuple[str, int, int, str]] = set()
         self._stage = ""
 
-    def lines(self, tasks: Sequence[TaskInstance], notes: Mapping[Key, Note]) -> list[Line]:
-        """What happened since the last call, in the order of the flow."""
+    def lines(self, tasks: Sequence[TaskInstance], notes: Mapping[Key, Note], reasons: Mapping[Try, str]) -> list[Line]:
+        """What happened since the last call, in the order of the flow. `reasons` are the errors in Airflow's logs."""
         names = _names(tasks)
         found: list[Line] = []
         for task in sorted(tasks, key=_place):
@@ -56,7 +61,8 @@ class Journal:
             if key in self._said or (state not in OVER and state != "retry"):
                 continue
             self._said.add(key)
-            told = list(_told(task, names.get((task.task, task.index), ""), notes, state))
+            name, reason = names.get((task.task, task.index), ""), reasons.get((task.task, task.index, task.tries), "")
+            told = list(_told(task, name, notes.get((task.task, name or None)), state, reason))
             stage = flow.stage_of(task.task)
             if told and stage != self._stage:
                 self._stage = stage
@@ -81,6 +87,12 @@ def under_way(tasks: Sequence[TaskInstance], notes: Mapping[Key, Note]) -> list[
     ]
 
 
+def not_reached(tasks: Sequence[TaskInstance]) -> list[Line]:
+    """One line that names the tasks that a failure kept from running; it comes last, when that is certain."""
+    names = dict.fromkeys(t.task for t in sorted(tasks, key=_place) if t.state == "upstream_failed")
+    return [Line("skipped", f"not reached: {', '.join(names)}")] if names else []
+
+
 def exit_code(state: str, notes: Mapping[Key, Note]) -> int:
     """0 for a green run; else 3 when a gate said no, 2 when what was given is wrong, 1 for all else."""
     if state == "success":
@@ -100,6 +112,14 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def seconds_between(began: str | None, ended: str | None = None) -> float | None:
+    """Seconds from one ISO 8601 time to another, or to now; None without a beginning."""
+    if began is None:
+        return None
+    end = datetime.datetime.fromisoformat(ended) if ended else datetime.datetime.now(datetime.UTC)
+    return (end - datetime.datetime.fromisoformat(began)).total_seconds()
+
+
 def _place(task: TaskInstance) -> tuple[int, int]:
     order = [t for tasks in flow.STAGES.values() for t in tasks]
     return order.index(task.task) if task.task in order else len(order), task.index
@@ -116,27 +136,24 @@ def _names(tasks: Iterable[TaskInstance]) -> dict[tuple[str, int], str]:
     return {k: v for k, v in found.items() if v}
 
 
-def _told(task: TaskInstance, name: str, notes: Mapping[Key, Note], state: str) -> Iterable[Line]:
+def _told(task: TaskInstance, name: str, note: Note | None, state: str, reason: str) -> Iterable[Line]:
     """A task's line and the lines below it."""
-    note = notes.get((task.task, name or None))
     text, took = f"{task.task:<9} {name}".rstrip(), duration(task.seconds)
     if state == "skipped":
         if task.task not in TECHNIQUES:  # a recipe that lacks a technique is no news
             yield Line("skipped", f"{text}  skipped".rstrip())
     elif state == "retry":
         yield Line("retry", f"{text}  try {task.tries} failed, will be tried again", took)
-        yield from _error(note)
+        yield from _error(note, reason)
     elif state == "success":
         if task.task != "outcome":
             reused = "  unchanged, reused" if note and note.reused else ""
             yield Line("done", text + reused, took)
             yield from _verdicts(note)
-    elif state == "upstream_failed":
-        yield Line("skipped", f"{text}  not reached")
-    elif task.task != "outcome":  # its message repeats what was told
+    elif state == "failed" and task.task != "outcome":  # whose message repeats what was told
         yield Line("failed", text, took)
         yield from _verdicts(note)
-        yield from _error(note)
+        yield from _error(note, reason)
 
 
 def _verdicts(note: Note | None) -> Iterable[Line]:
@@ -144,8 +161,10 @@ def _verdicts(note: Note | None) -> Iterable[Line]:
         yield Line(VERDICTS[answer], f"{gate}: {reason}")
 
 
-def _error(note: Note | None) -> Iterable[Line]:
-    """The first lines of a step's error, unless its verdicts said it."""
-    if note and note.error and not any(answer != "pass" for _, answer, _ in note.verdicts):
-        for line in note.error.splitlines()[:12]:
-            yield Line("detail", line)
+def _error(note: Note | None, reason: str) -> Iterable[Line]:
+    """The first lines of a step's error, as MLflow has it or else Airflow, unless its verdicts said it."""
+    if note and any(answer != "pass" for _, answer, _ in note.verdicts):
+        return
+    said = note.error if note and note.status == "FAILED" else ""
+    for line in (said or reason).splitlines()[:12]:
+        yield Line("detail", line)

@@ -89,5 +89,4 @@ def _verdict(gate: str, text: str) -> tuple[str, Answer, str]:
 
 def be_patient_elsewhere() -> None:
     """Let MLflow's client give up quickly: the display asks again, and must not stand still for minutes."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}

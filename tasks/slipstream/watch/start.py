@@ -53,32 +53,36 @@ def start(home: Home, path: Path, chosen: Mapping[str, Any]) -> Started:
     wanted = spec.load(path)
     check_choices(wanted, chosen)
     airflow = AirflowApi.of(home)
-    conf = dict(chosen) or _promotion(home, wanted, airflow)
+    promoted = None if chosen else _promotion(home, wanted, airflow)
     catalog.publish(home, path)
     dag_id = catalog.dag_id(wanted.name)
     airflow.wait_for_dag(dag_id, catalog.fingerprint(wanted))
     airflow.unpause(dag_id)
-    run_id = str(conf.pop("run_id", f"run-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"))
-    if not airflow.trigger(dag_id, run_id, conf) and not run_id.startswith(wanted.model.alias):
+    if promoted:
+        run_id, conf = promoted
+        airflow.trigger(dag_id, run_id, conf)  # when the reconciler was faster, its run is the one to follow
+        return Started(wanted, dag_id, run_id)
+    run_id = f"run-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
+    if not airflow.trigger(dag_id, run_id, chosen):
         raise Unavailable(f"{dag_id} has a run {run_id} already, started this very second; try again")
     return Started(wanted, dag_id, run_id)
 
 
-def _promotion(home: Home, wanted: Spec, airflow: AirflowApi) -> dict[str, Any]:
+def _promotion(home: Home, wanted: Spec, airflow: AirflowApi) -> tuple[str, dict[str, Any]] | None:
     """Run id and conf of the run that the alias asks for, if it is still to come.
 
     Publishing a spec whose alias points at a version makes the reconciler start that version's run; taking its id
     here means one run instead of two. A spec that trains is asked to train.
     """
     if wanted.model.train is not None:
-        return {}
+        return None
     from slipstream.report.find import connect
     from slipstream.triggers import promotion
 
     version = promotion.promoted_version(connect(home), wanted.model.name, wanted.model.alias)
     if version is None:
-        return {}
+        return None
     run_id = promotion.run_id(wanted.model.alias, version)
     if airflow.run(catalog.dag_id(wanted.name), run_id) is not None:
-        return {}
-    return {"run_id": run_id, "source_version": version}
+        return None
+    return run_id, {"source_version": version}

@@ -1,6 +1,5 @@
 """Shows a run: what has happened stays above as lines, what runs now moves below them. Plain lines off a terminal."""
 
-import datetime
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -14,7 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from slipstream.watch.journal import Kind, Line, UnderWay, duration
+from slipstream.watch.journal import Kind, Line, UnderWay, duration, seconds_between
 
 MARKS: dict[Kind, tuple[str, str, int]] = {
     "stage": ("", "bold", 0),
@@ -84,7 +83,7 @@ class LiveView:
                 Text(task.name),
                 _bar(task),
                 Text(_figures(task), style="cyan"),
-                Text(duration(_elapsed_s(task.started)), style="dim"),
+                Text(duration(seconds_between(task.started)), style="dim"),
             )
         return [table] if now else []
 
@@ -153,9 +152,3 @@ def _figures(task: UnderWay) -> str:
         return ""
     figures = "  ".join(f"{k} {v:.4g}" for k, v in note.figures.items())
     return f"{note.done}/{note.total}  {figures}".rstrip()
-
-
-def _elapsed_s(started: str | None) -> float | None:
-    if started is None:
-        return None
-    return (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(started)).total_seconds()

@@ -1,0 +1,38 @@
+# Everything a person needs from a fresh clone. `make` alone lists the targets.
+SLIPSTREAM := .venv/bin/slipstream
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench lock clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: ## Install: one virtual environment per framework (again only where something changed)
+	@scripts/setup
+
+demo: setup ## Optimize and release the example, live, and show its report
+	@$(SLIPSTREAM) up
+	@$(SLIPSTREAM) run examples/fashion.yaml --watch
+	@$(SLIPSTREAM) report fashion
+
+lint: setup ## Lint and types
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+test: lint ## Lint, types and all tests; `make test-torch` runs one part of the tests
+	@.venv/bin/python scripts/test.py
+
+test-%: setup
+	@.venv/bin/python scripts/test.py $*
+
+bench: setup ## Measure the demo's engines against PyTorch eager
+	@$(SLIPSTREAM) bench examples/fashion.yaml
+
+lock: setup ## Resolve the pins of all environments anew
+	@scripts/lock
+
+clean: ## Stop the platform; remove its state and the environments
+	@if [ -x $(SLIPSTREAM) ]; then $(SLIPSTREAM) down; fi
+	rm -rf .venv .envs .slipstream

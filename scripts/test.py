@@ -1,0 +1,97 @@
+"""Runs the tests, each part in the environment that it needs: `scripts/test.py [ENVIRONMENT ...]`.
+
+Ends with one line that sums up all parts, and exits 1 when anything failed.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parent.parent
+
+SERVE = (
+    "tests/serving",
+    "tests/traffic",
+    "tests/report",
+    "tests/test_registry.py",
+    "tests/steps/test_select.py",
+    "tests/steps/test_trial.py",
+    "tests/steps/test_rollout.py",
+    "tests/steps/test_rollback.py",
+    "tests/steps/test_report.py",
+)
+TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "core": (".venv", ("tests", "tests/platform")),
+    "torch": (".envs/torch", ("tests/frameworks", "tests/engines", "tests/measure", "tests/steps")),
+    "serve": (".envs/serve", SERVE),
+    "airflow": (".envs/airflow", ("tests/dags", "tests/triggers")),
+    "e2e": (".venv", ("tests/e2e",)),
+}
+"""Part → its environment and its test files; a folder stands for the test files right in it. A file that one part
+names is left out of another part's folder."""
+
+
+def files_of(part: str) -> list[Path]:
+    """Test files of a part."""
+    named = {ROOT / p for _, paths in TABLE.values() for p in paths if p.endswith(".py")}
+    found: list[Path] = []
+    for path in TABLE[part][1]:
+        if path.endswith(".py"):
+            found += [ROOT / path] if (ROOT / path).exists() else []
+        else:
+            found += sorted(set((ROOT / path).glob("test_*.py")) - named)
+    return found
+
+
+def forgotten() -> set[Path]:
+    """Test files that no part runs."""
+    return set((ROOT / "tests").rglob("test_*.py")) - {file for part in TABLE for file in files_of(part)}
+
+
+def run(part: str, report: Path) -> bool:
+    """Run a part; whether it passed. Its figures are left in `report`."""
+    files = files_of(part)
+    environment = TABLE[part][0]
+    print(f"\n── {part}: {len(files)} files in {environment}", flush=True)
+    began = time.monotonic()
+    python = ROOT / environment / "bin" / "python"
+    command = [str(python), "-m", "pytest", "-q", "--durations=5", f"--junitxml={report}"]
+    code = subprocess.run([*command, *map(str, files)], cwd=ROOT, check=False).returncode
+    print(f"── {part}: {time.monotonic() - began:.0f} s", flush=True)
+    return code == 0
+
+
+def count(reports: list[Path]) -> dict[str, int]:
+    """Sum up pytest's own reports."""
+    total = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    for report in reports:
+        for suite in ElementTree.parse(report).getroot().iter("testsuite"):  # noqa: S314 (written by pytest just now)
+            for key in total:
+                total[key] += int(suite.get(key, 0))
+    return total
+
+
+def main() -> None:
+    """Run the named parts, or all."""
+    parts = sys.argv[1:] or list(TABLE)
+    unknown = [p for p in parts if p not in TABLE]
+    if unknown:
+        sys.exit(f"no part {', '.join(unknown)}; known: {', '.join(TABLE)}")
+    if left := forgotten():
+        sys.exit(f"{', '.join(str(p.relative_to(ROOT)) for p in sorted(left))}: add to TABLE in scripts/test.py")
+    with tempfile.TemporaryDirectory() as folder:
+        reports = {part: Path(folder) / f"{part}.xml" for part in parts if files_of(part)}
+        failed = [part for part, report in reports.items() if not run(part, report)]
+        total = count([r for r in reports.values() if r.exists()])
+    bad = total["failures"] + total["errors"]
+    if failed:
+        print(f"\nfailed in: {', '.join(failed)}")
+    print(f"\n{total['tests'] - bad - total['skipped']} passed, {bad} failed, {total['skipped']} skipped")
+    sys.exit(1 if failed or not total["tests"] else 0)
+
+
+if __name__ == "__main__":
+    main()

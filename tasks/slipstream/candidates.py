@@ -1,0 +1,40 @@
+"""What the steps that make candidates share: the folder, the log entry in MLflow, the quality."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.contract import Artifact
+from slipstream.data import Split
+from slipstream.frameworks.base import read_manifest
+from slipstream.signature import signature
+from slipstream.steps.base import Context
+
+
+def fresh_folder(context: Context) -> Path:
+    """The folder for a candidate, without what a killed attempt may have left there."""
+    folder = context.workdir / "candidate"
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def log(context: Context, folder: Path, name: str, parents: Iterable[str | None] = ()) -> Artifact:
+    """Log a candidate folder as an MLflow model, linked to the logged models that it was made from."""
+    manifest = read_manifest(folder)
+    shapes = signature(manifest.input_shape, manifest.input_dtype, manifest.output_shape)
+    return context.run.log_model(
+        folder,
+        name,
+        shapes,
+        parents=[p for p in parents if p is not None],
+        metadata={"candidate": manifest.model_dump(mode="json")},
+    )
+
+
+def quality(answers: npt.NDArray[Any], split: Split) -> dict[str, float]:
+    """`test_top1` in percent, for people: no gate uses it, since they judge built engines."""
+    return {"test_top1": float(np.mean(answers.argmax(1) == split.labels) * 100)}

@@ -1,0 +1,84 @@
+"""prune: structured channel pruning in rounds, each followed by fine-tuning.
+
+Each round has its own checkpoint, and cutting is deterministic: a killed step cuts again, loads, and goes on in
+its round and epoch. Details: `rounds`, one entry for each with sparsity, top1, MACs and parameters after it.
+"""
+
+import logging
+from typing import Any
+
+from slipstream import candidates
+from slipstream.contract import StepInput, StepOutput
+from slipstream.data import user_code_digest
+from slipstream.digests import versions
+from slipstream.errors import ModelError
+from slipstream.frameworks.base import Framework, Job, Pruner, Schedule, framework_for
+from slipstream.spec import Prune, Spec
+from slipstream.steps.base import Context
+
+log = logging.getLogger(__name__)
+
+
+def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+    """What decides the result, beside the candidate and the data."""
+    student = spec.distill.student if spec.distill else None
+    return {
+        "prune": spec.prune.model_dump(mode="json"),
+        "architectures": [user_code_digest(spec.model.architecture), user_code_digest(student)],
+        "seed": spec.seed,
+        "versions": versions(*framework_for(spec.model.framework).distributions),
+    }
+
+
+def run(context: Context) -> StepOutput:
+    """Cut and fine-tune, round by round, and log the result as a candidate."""
+    spec = context.spec
+    framework = framework_for(spec.model.framework)
+    source = context.upstream("distill", "retrain")
+    assert source.artifact is not None
+    context.run.params(spec.prune.model_dump(mode="json"))
+    pruner = framework.pruner(context.fetch(source))
+    before = pruner.figures()
+    rounds = [_round(context, framework, pruner, number) for number in range(spec.prune.rounds)]
+    _require_smaller(before, rounds[-1], spec.prune)
+    folder = candidates.fresh_folder(context)
+    pruner.save(folder, context.data.test)
+    artifact = candidates.log(context, folder, "pruned", parents=[source.artifact.model_id])
+    metrics = rounds[-1] | {"macs_before": before["macs"], "parameters_before": before["parameters"]}
+    return context.output(artifact=artifact, metrics=metrics, details={"rounds": rounds})
+
+
+def sparsity_schedule(prune: Prune) -> list[float]:
+    """Sparsity after each round: s_t = s_f + (s_i − s_f)(1 − t/n)³, equation 1 of Zhu and Gupta (2017).
+
+    t runs from 0 to n = rounds − 1, so the first round ends at s_i and the last at s_f; a single round at s_f.
+    """
+    first, last = prune.sparsity
+    steps = prune.rounds - 1
+    return [last + (first - last) * (1 - t / steps) ** 3 if steps else last for t in range(prune.rounds)]
+
+
+def _round(context: Context, framework: Framework, pruner: Pruner, number: int) -> dict[str, float]:
+    """One round; `sparsity`, `macs`, `parameters` and `test_top1` after it."""
+    prune, data = context.spec.prune, context.data
+    pruner.prune(sparsity_schedule(prune)[number], prune.round_to)
+    schedule = Schedule(
+        prune.epochs,
+        prune.learning_rate,
+        epochs_before=number * prune.epochs,
+        epochs_in_step=prune.rounds * prune.epochs,
+    )
+    job = Job(data, context.spec.seed, context.workdir, context.run)
+    framework.fit(pruner.network, job, schedule, f"round-{number + 1}")
+    figures = pruner.figures() | candidates.quality(framework.logits(pruner.network, data.test.inputs), data.test)
+    log.info("round %d of %d: %s", number + 1, prune.rounds, "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+    context.run.metrics({f"round_{k}": v for k, v in figures.items()}, step=number + 1)
+    return figures
+
+
+def _require_smaller(before: dict[str, float], after: dict[str, float], prune: Prune) -> None:
+    if after["parameters"] >= before["parameters"]:
+        raise ModelError(
+            f"prune: no channel could be removed at sparsity {prune.sparsity[1]} with widths in multiples of "
+            f"{prune.round_to}; raise prune.sparsity or lower prune.round_to"
+        )

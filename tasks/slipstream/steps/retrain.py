@@ -1,0 +1,158 @@
+"""retrain: the baseline, either trained anew and registered, or a version of the registry.
+
+Details: `version` (of the registered model), `origin` (`trained` or `registry`).
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from slipstream import candidates
+from slipstream.contract import Artifact, StepInput, StepOutput
+from slipstream.data import user_code_digest
+from slipstream.digests import folder as folder_digest
+from slipstream.digests import versions
+from slipstream.errors import ModelError
+from slipstream.frameworks.base import MANIFEST, WEIGHTS, Framework, Job, framework_for, read_manifest
+from slipstream.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Registry, translated
+from slipstream.spec import Spec
+from slipstream.steps.base import Context
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint"
+
+
+def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+    """What decides the result: the user's code and the seed, or the version to start from."""
+    framework = framework_for(spec.model.framework)
+    version = version_to_load(spec, inputs, MlflowClient())
+    return {
+        "architecture": user_code_digest(spec.model.architecture),
+        "train": user_code_digest(spec.model.train) if version is None else None,
+        "seed": spec.seed,
+        "model": spec.model.name,
+        "version": version,
+        "versions": versions(*framework.distributions),
+    }
+
+
+def run(context: Context) -> StepOutput:
+    """Train or load, log the candidate, and say which version of the registered model it is."""
+    spec = context.spec
+    framework = framework_for(spec.model.framework)
+    version = version_to_load(spec, context.inputs, context.tracking.client)
+    network = _train(context, framework) if version is None else _load(context, framework, version)
+    folder = candidates.fresh_folder(context)
+    framework.save(network, spec.model.architecture, context.data.test, folder)
+    artifact = candidates.log(context, folder, "baseline")
+    metrics = candidates.quality(framework.logits(network, context.data.test.inputs), context.data.test)
+    if version is None:
+        version, origin = _register(context, artifact), "trained"
+    else:
+        origin = "registry"
+    return context.output(artifact=artifact, metrics=metrics, details={"version": version, "origin": origin})
+
+
+def version_to_load(spec: Spec, inputs: StepInput, client: MlflowClient) -> str | None:
+    """The registered version to start from: the one that the run was started for, else the one behind the alias.
+
+    None when the model is to be trained. Raises ModelError when there is neither a version nor a train function.
+    """
+    if given := inputs.params.get("source_version"):
+        return str(given)
+    if spec.model.train is not None:
+        return None
+    version = Registry(spec.model.name, client).alias(spec.model.alias)
+    if version is None:
+        raise ModelError(
+            f"{spec.model.registry}: there is no such alias or model in the registry; register a version and set "
+            "the alias, or name a train function under model.train"
+        )
+    return version
+
+
+def require_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
+    """A version of a registered model. Raises ModelError when there is none."""
+    with translated(f"reading {name} version {version}"):
+        try:
+            return client.get_model_version(name, version)
+        except MlflowException as error:
+            if error.error_code not in ABSENT_CODES:
+                raise
+            raise ModelError(
+                f"{name} has no version {version} in the registry; source_version names one of its versions by number"
+            ) from error
+
+
+def _train(context: Context, framework: Framework) -> Any:
+    function = context.spec.model.train
+    assert function is not None
+    context.run.params({"train": function.function, **function.params, "seed": context.spec.seed})
+    log.info("training with %s", function.function)
+    return framework.train(function, Job(context.data, context.spec.seed, context.workdir, context.run))
+
+
+def _load(context: Context, framework: Framework, version: str) -> Any:
+    """The network of a registered version. Raises ModelError unless it was logged as weights."""
+    name = context.spec.model.name
+    found = require_version(context.tracking.client, name, version)
+    log.info("starting from %s version %s", name, version)
+    context.run.params({"version": version})
+    target = context.workdir / "registered"
+    shutil.rmtree(target, ignore_errors=True)
+    with translated(f"downloading {name} version {version}"):
+        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(target)))
+    return framework.load_weights(_weights(folder, found), context.spec.model.architecture)
+
+
+def _weights(folder: Path, found: ModelVersion) -> Path:
+    """The weights file of a downloaded version. Raises ModelError when there is none, or not the registered one."""
+    where = f"{found.name} version {found.version}"
+    candidate, expected = folder / "data" / "candidate", found.tags.get(SHA256)
+    if (candidate / MANIFEST).is_file():
+        if expected is not None and folder_digest(candidate) != expected:
+            raise ModelError(f"{where}: its files are not those that were registered (tag {SHA256})")
+        if read_manifest(candidate).sparsity > 0:
+            raise ModelError(
+                f"{where}: is a pruned candidate, but a baseline is a whole network; set the alias to the version "
+                "that it was made from"
+            )
+    weights = sorted(folder.rglob(WEIGHTS))
+    if len(weights) == 1:
+        return weights[0]
+    raise ModelError(
+        f"{where}: holds {len(weights)} files {WEIGHTS} instead of one; pickled models are never loaded, so log the "
+        f"weights with safetensors.torch.save_file(model.state_dict(), '{WEIGHTS}') and that file as the model"
+    )
+
+
+def _register(context: Context, artifact: Artifact) -> str:
+    """The version for these weights, made when there is none, and the spec's alias moved to it.
+
+    Tags are given at creation: a webhook that saw a version without `slipstream.pipeline_run` would take it for a
+    person's and start another run. Each write may be repeated after a crash.
+    """
+    model, client = context.spec.model, context.tracking.client
+    registry = Registry(model.name, client)
+    with translated(f"registering {model.name}"):
+        version = _registered(client, model.name, artifact.sha256)
+        if version is None:
+            registry.ensure_model()
+            tags = {KIND: CHECKPOINT, SHA256: artifact.sha256, PIPELINE_RUN: context.inputs.run_key}
+            source = f"models:/{artifact.model_id}"
+            made = client.create_model_version(model.name, source, tags=tags, model_id=artifact.model_id)
+            version = str(made.version)
+    registry.set_alias(model.alias, version)
+    return version
+
+
+def _registered(client: MlflowClient, name: str, sha256: str) -> str | None:
+    found = client.search_model_versions(f"name = '{name}' and tags.`{SHA256}` = '{sha256}'")
+    return next((str(v.version) for v in found if v.tags.get(KIND) == CHECKPOINT), None)

@@ -1,0 +1,194 @@
+"""retrain: trained and registered, or taken from the registry; killed and resumed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from mlflow import MlflowClient
+
+from slipstream.contract import StepInput, StepOutput
+from slipstream.errors import InputError, ModelError
+from slipstream.frameworks.base import WEIGHTS, framework_for
+from slipstream.tracking import fetch
+from tests.steps.training import RUN_KEY, document, spec_of, step
+
+pytestmark = pytest.mark.usefixtures("mlflow_server", "home")
+torch.set_num_threads(1)
+
+
+def test_training_registers_a_tagged_version_and_moves_the_alias() -> None:
+    output = step("retrain", spec_of(document("trained")))
+    client = MlflowClient()
+    version = client.get_model_version_by_alias("trained", "source")
+    assert output.details == {"version": version.version, "origin": "trained"}
+    assert output.artifact is not None
+    expected = {
+        "slipstream.kind": "checkpoint",
+        "slipstream.sha256": output.artifact.sha256,
+        "slipstream.pipeline_run": RUN_KEY,
+    }
+    assert version.tags.items() >= expected.items()
+    assert 0 <= output.metrics["test_top1"] <= 100
+    assert len(client.get_metric_history(output.run_id, "train_loss")) == 1
+    framework_for("torch").load_eager(fetch(output.artifact))
+
+
+def test_same_weights_are_registered_once() -> None:
+    """After a crash between registration and the end of the step, the retry finds its own version."""
+    written = document("once")
+    first = step("retrain", spec_of(written))
+    # Another identity with the same weights: the seed is the same, the parameter changes nothing.
+    written["model"]["train"]["params"]["learning_rate"] = 0.1
+    with pytest.raises(TypeError):  # an unknown parameter of the train function is not cached as a result
+        step("retrain", spec_of(written))
+    from slipstream.steps import retrain
+
+    context: Any = type("Context", (), {})()
+    context.spec, context.inputs = spec_of(document("once")), StepInput(run_key="later", pipeline_run_id="")
+    context.tracking = type("Tracking", (), {"client": MlflowClient()})()
+    assert first.artifact is not None
+    assert retrain._register(context, first.artifact) == first.details["version"]
+    assert len(MlflowClient().search_model_versions("name = 'once'")) == 1
+
+
+def test_unchanged_training_is_reused_and_another_seed_is_not() -> None:
+    written = document("reused")
+    first, second = step("retrain", spec_of(written)), step("retrain", spec_of(written))
+    assert second.reused and second.run_id == first.run_id
+    other = step("retrain", spec_of({**written, "seed": 1}))
+    assert first.artifact is not None and other.artifact is not None
+    assert not other.reused and other.artifact.sha256 != first.artifact.sha256
+
+
+def test_a_version_is_taken_from_the_registry_without_training() -> None:
+    trained = step("retrain", spec_of(document("taken")))
+    asked = step("retrain", spec_of(document("taken")), source_version="1")
+    without_train = document("taken")
+    del without_train["model"]["train"]
+    by_alias = step("retrain", spec_of(without_train))
+    for output in (asked, by_alias):
+        assert output.details == {"version": "1", "origin": "registry"}
+        assert output.artifact is not None and trained.artifact is not None
+        assert output.artifact.sha256 == trained.artifact.sha256
+
+
+def test_weights_that_a_person_logged_are_taken(tmp_path: Path) -> None:
+    register("by-hand", weights_file(tmp_path, {}))
+    written = document("by-hand")
+    del written["model"]["train"]
+    assert step("retrain", spec_of(written)).details == {"version": "1", "origin": "registry"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"11.bias": torch.full((10,), float("nan"))}, "NaN or infinity in 11.bias"),
+        ({"11.bias": torch.zeros(7)}, r"11.bias is \(7,\), not \(10,\)"),
+        ({"extra": torch.zeros(1)}, r"1 unexpected \(extra\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    name = f"misfit-{abs(hash(said))}"
+    register(name, weights_file(tmp_path, change))
+    written = document(name)
+    del written["model"]["train"]
+    with pytest.raises(ModelError, match=said):
+        step("retrain", spec_of(written))
+
+
+def test_a_pickle_is_refused_with_the_mend(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.zeros(1)}, path)
+    register("pickled", path)
+    written = document("pickled")
+    del written["model"]["train"]
+    with pytest.raises(ModelError, match="pickled models are never loaded.*safetensors.torch.save_file"):
+        step("retrain", spec_of(written))
+
+
+def test_neither_version_nor_train_function_is_a_model_error() -> None:
+    written = document("nothing")
+    del written["model"]["train"]
+    with pytest.raises(ModelError, match="no such alias or model"):
+        step("retrain", spec_of(written))
+    with pytest.raises(InputError, match="no version 7"):
+        step("retrain", spec_of(document("nothing")), source_version="7")
+
+
+def test_killed_in_the_middle_it_resumes_to_the_same_weights(home: Path, tmp_path: Path) -> None:
+    """kill -9 after the first epoch; the second attempt goes on there and ends as if nothing had happened."""
+    written = document("killed", limit=1200, epochs=4)
+    process = start(written, tmp_path)
+    wait_for_checkpoint(home, process)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    process = start(written, tmp_path)
+    said = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 0, said
+    assert "resuming fit-1 after " in said
+    resumed = StepOutput.model_validate_json((tmp_path / "out.json").read_text())
+
+    process = start(document("not-killed", limit=1200, epochs=4), tmp_path)
+    assert "resuming" not in process.communicate(timeout=120)[1].decode()
+    whole = StepOutput.model_validate_json((tmp_path / "out.json").read_text())
+
+    assert resumed.artifact is not None and whole.artifact is not None
+    assert resumed.artifact.sha256 == whole.artifact.sha256
+    history = MlflowClient().get_metric_history(resumed.run_id, "train_loss")
+    assert {m.step for m in history} == {0, 1, 2, 3}
+    assert len(history) <= 5  # at most the epoch whose checkpoint the kill prevented is there twice
+
+
+def start(written: dict[str, Any], folder: Path) -> subprocess.Popen[bytes]:
+    """`slipstream step retrain` as a process of its own."""
+    (folder / "spec.yaml").write_text(yaml.safe_dump(written))
+    (folder / "in.json").write_text(StepInput(run_key="killed", pipeline_run_id="").model_dump_json())
+    files = {"spec": "spec.yaml", "inputs": "in.json", "outputs": "out.json"}
+    options = [f"--{option}={folder / name}" for option, name in files.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "slipstream", "step", "retrain", *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for_checkpoint(home: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1].decode()
+        if list(home.glob("work/retrain-*/fit-1.pt")):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint within {seconds} s")
+
+
+def weights_file(folder: Path, change: dict[str, Any]) -> Path:
+    """Weights of an untrained network, with some replaced."""
+    from slipstream.spec import Call
+
+    network = framework_for("torch").build(Call(function="examples.fashion:resnet"), seed=3)
+    path = folder / WEIGHTS
+    safetensors.torch.save_file({**network.state_dict(), **change}, path)
+    return path
+
+
+def register(name: str, path: Path) -> None:
+    """Log a file as a model, as a user would, and set the alias."""
+    client = MlflowClient()
+    with mlflow.start_run() as run:
+        mlflow.log_artifact(str(path), "model")
+    client.create_registered_model(name)
+    source = f"{run.info.artifact_uri}/model"
+    client.create_model_version(name, source, run_id=run.info.run_id)
+    client.set_registered_model_alias(name, "source", "1")

@@ -1,0 +1,124 @@
+import json
+from collections.abc import Callable
+
+import mlflow
+import pytest
+
+from slipstream.contract import Verdict
+from slipstream.errors import DataError, GateFailed
+from slipstream.steps import select
+from tests.steps.stages import FAIL, World, WorldMaker, failing, validated, world, world_maker  # noqa: F401 (fixtures)
+
+OPEN = Verdict(gate="latency", answer="inconclusive", reason="12 queries are too few")
+
+
+@pytest.fixture
+def upstream(world: World) -> Callable[..., tuple]:
+    """Outputs of a whole stage 1; a recipe given as None is missing."""
+
+    def make(**cells: dict | None) -> tuple:
+        given = {"baseline": {"p50_ms": 3.0}, "int8": {"p50_ms": 1.0}, "small": {"p50_ms": 2.0}} | cells
+        found = [validated(recipe, **figures) for recipe, figures in given.items() if figures is not None]
+        return (*found, *(world.built(recipe) for recipe in given))
+
+    return make
+
+
+def test_the_best_passing_engine_becomes_the_challenger(world: World, upstream: Callable[..., tuple]) -> None:
+    context = world.context("select", upstream())
+    output = select.run(context)
+    version = world.registry.alias("challenger")
+    assert output.details["version"] == version
+    assert {k: output.details[k] for k in ("winner", "champion", "already_champion", "missing")} == {
+        "winner": "int8@server",
+        "champion": None,
+        "already_champion": False,
+        "missing": [],
+    }
+    assert output.details["best_per_target"] == {"server": "int8@server"}
+    rows = {r["cell"]: (r["status"], r["release"]) for r in output.details["rows"]}
+    assert rows == {
+        "baseline@server": ("reference", False),
+        "int8@server": ("passed", True),
+        "small@server": ("passed", False),
+    }
+    tags = world.registry.tags(version)
+    assert tags["slipstream.sha256"] == world.engine("int8").sha256
+    assert tags["slipstream.pipeline_run"] == "p-run-1"
+    assert tags["slipstream.validate.accuracy"].startswith("pass: drop 0.1")
+    assert world.registry.artifact(version) == world.engine("int8")
+
+
+def test_a_repeated_step_registers_nothing_new(world: World, upstream: Callable[..., tuple]) -> None:
+    first, second = (select.run(world.context("select", upstream())) for _ in range(2))
+    assert first.details == second.details
+
+
+def test_a_missing_cell_is_listed_and_never_passes(world: World, upstream: Callable[..., tuple]) -> None:
+    output = select.run(world.context("select", upstream(int8=None)))
+    assert output.details["missing"] == ["int8@server"]
+    assert output.details["winner"] == "small@server"
+    assert [r["status"] for r in output.details["rows"]] == ["reference", "missing", "passed"]
+
+
+def test_chosen_recipes_bound_what_is_expected(world: World, upstream: Callable[..., tuple]) -> None:
+    output = select.run(world.context("select", upstream(int8=None), recipes=["small"]))
+    assert output.details["missing"] == []
+    assert [r["cell"] for r in output.details["rows"]] == ["baseline@server", "small@server"]
+
+
+def test_nothing_passes_and_every_engine_has_its_reason(world: World, upstream: Callable[..., tuple]) -> None:
+    context = world.context("select", upstream(int8={"verdict": FAIL}, small={"verdict": OPEN}))
+    message = failing(lambda: select.run(context), GateFailed)
+    assert "int8@server: rejected: accuracy: drop 3.1 points" in message
+    assert "small@server: inconclusive: latency: 12 queries" in message
+    assert world.registry.alias("challenger") is None
+    rows = mlflow.artifacts.load_dict(f"runs:/{context.run.run_id}/rows.json")
+    assert [r["status"] for r in rows] == ["reference", "rejected", "inconclusive"]
+
+
+def test_no_evidence_at_all_is_no_pass(world: World) -> None:
+    message = failing(lambda: select.run(world.context("select", ())), GateFailed)
+    assert message.count("missing") == 3
+
+
+@pytest.mark.parametrize(
+    ("prefer", "winner"),
+    [("latency", "int8"), ("throughput", "int8"), ("size", "small"), ("accuracy", "small")],
+)
+def test_the_objective_says_which_is_best(world_maker: WorldMaker, prefer: str, winner: str) -> None:
+    spec = world_maker(objective={"prefer": prefer}).spec
+    rows = select.table(
+        spec,
+        world_maker()
+        .context(
+            "select",
+            (
+                validated("baseline", p50_ms=0.1, size=1, quality=99),
+                validated("int8", p50_ms=1.0, size=900, quality=90),
+                validated("small", p50_ms=2.0, size=500, quality=90.5),
+            ),
+        )
+        .inputs,
+    )
+    best = select.best(rows, prefer)
+    assert best is not None
+    assert best.cell == f"{winner}@server"
+
+
+def test_the_engine_that_serves_already_is_not_registered_again(world: World, upstream: Callable[..., tuple]) -> None:
+    champion = world.version("int8")
+    world.registry.set_alias("champion", champion)
+    output = select.run(world.context("select", upstream()))
+    assert output.details["already_champion"] is True
+    assert (output.details["version"], output.details["champion"]) == (champion, champion)
+    assert world.registry.alias("challenger") is None
+
+
+def test_evidence_without_its_engine_is_an_error(world: World) -> None:
+    outputs = (validated("baseline"), validated("int8"), validated("small", verdict=FAIL))
+    assert "int8@server" in failing(lambda: select.run(world.context("select", outputs)), DataError)
+
+
+def test_the_table_is_json(world: World, upstream: Callable[..., tuple]) -> None:
+    json.dumps(select.run(world.context("select", upstream())).details)

@@ -1,0 +1,176 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slipstream.contract import StepOutput
+from slipstream.errors import DataError, GateFailed, RegistryError, Unavailable
+from slipstream.steps.trial import small_scale_test
+from slipstream.traffic.base import Release, Routes
+from slipstream.traffic.fake import Behaviour, FakeController
+from tests.steps.stages import World, WorldMaker, failing, fake, world, world_maker  # noqa: F401 (fixtures)
+
+
+def upstream(world: World, champion: str | None, already: bool = False) -> tuple[StepOutput, ...]:
+    version = champion if already and champion else world.version("int8")
+    world.registry.set_alias("challenger", None if already else version)
+    return (world.built("baseline"), world.built("int8"), world.selected(version, champion, already))
+
+
+def with_champion(world: World, fake: FakeController) -> tuple[tuple[StepOutput, ...], Release, Release]:
+    """Outputs of select when a champion serves; champion's and challenger's release."""
+    champion = world.version("old")
+    world.registry.set_alias("champion", champion)
+    outputs = upstream(world, champion)
+    return outputs, world.registry.release(champion), world.registry.release(outputs[-1].details["version"])
+
+
+def at_rest(world: World, fake: FakeController, release: Release) -> bool:
+    return fake.routes(world.model) == Routes(weights={release.name: 100})
+
+
+def test_a_good_challenger_passes_and_the_traffic_is_as_before(world: World, fake: FakeController) -> None:
+    outputs, champion, challenger = with_champion(world, fake)
+    output = small_scale_test(world.context("trial", outputs), fake)
+    assert {v.gate: v.answer for v in output.verdicts} == {
+        gate: "pass" for gate in ("errors", "disagreement", "accuracy", "p99_ratio", "p99_cap")
+    }
+    assert at_rest(world, fake, champion)
+    assert world.registry.alias("challenger") == challenger.name.removeprefix("v")
+    assert fake.deployed(world.model) == {champion.name, challenger.name}
+    figures = output.details["figures"]
+    assert (figures["pairs"], figures["different"], figures["canary_requests"]) == (220, 0, 220)
+    assert 20 <= figures["canary_answered_by_challenger"] <= 75  # 20 % of 220
+    assert figures["champion_quality"] == figures["challenger_quality"] == 100
+    assert [(p["phase"], p["challenger_weight"], p["requests"]) for p in output.details["timeline"]] == [
+        ("shadow", 0, 220),
+        ("canary", 20, 220),
+    ]
+    assert output.details["champion_release"] == champion.name
+
+
+def test_the_first_release_is_compared_with_the_baseline(world: World, fake: FakeController) -> None:
+    output = small_scale_test(world.context("trial", upstream(world, None)), fake)
+    name = f"baseline-{world.engine('baseline').sha256[:8]}"
+    assert output.details["champion"] is None
+    assert output.details["champion_release"] == name
+    assert fake.routes(world.model) == Routes(weights={name: 100})
+
+
+BAD = {
+    "fails": (Behaviour(error_rate=0.5), "errors"),
+    "says something else": (Behaviour(answer=lambda b: -np.asarray(b)[:, :10]), "disagreement"),
+    "answers NaN": (Behaviour(answer=lambda b: np.full((1, 10), np.nan)), "disagreement"),
+    "is slow": (Behaviour(latency_s=0.15), "p99_ratio"),
+    "holds too much memory": (Behaviour(memory_mib=9000), "memory"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_challenger_fails_and_is_gone(
+    world_maker: WorldMaker,
+    fake: FakeController,
+    case: str,  # noqa: F811
+) -> None:
+    behaviour, gate = BAD[case]
+    world = world_maker(guardrails={"max_p99_ratio": 10})
+    outputs, champion, challenger = with_champion(world, fake)
+    fake.behaviours[challenger.name] = behaviour
+    context = world.context("trial", outputs)
+    message = failing(lambda: small_scale_test(context, fake), GateFailed)
+    assert f"{gate}: " in message
+    assert at_rest(world, fake, champion)
+    assert fake.deployed(world.model) == {champion.name}
+    assert world.registry.alias("challenger") is None
+    assert world.registry.champion() == champion.name.removeprefix("v")
+    recorded = world.recorded(context)
+    assert gate in {v.gate for v in recorded.verdicts if v.answer == "fail"}
+    assert recorded.details["timeline"]
+
+
+def test_a_breach_stops_at_once(world: World, fake: FakeController) -> None:
+    world.spec.small_scale_test.model_dump()
+    outputs, _, challenger = with_champion(world, fake)
+    fake.behaviours[challenger.name] = Behaviour(error_rate=1.0)
+    context = world.context("trial", outputs)
+    failing(lambda: small_scale_test(context, fake), GateFailed)
+    [point] = world.recorded(context).details["timeline"]
+    assert point["phase"] == "shadow"
+    assert point["requests"] < 220
+
+
+def test_too_few_requests_are_inconclusive_and_no_pass(world_maker: WorldMaker, fake: FakeController) -> None:
+    few = {"shadow": 50, "requests": 50, "rate_per_s": 400}
+    world = world_maker(small_scale_test=few, objective={"confidence": 0.999})
+    outputs, champion, _ = with_champion(world, fake)
+    context = world.context("trial", outputs)
+    message = failing(lambda: small_scale_test(context, fake), GateFailed)
+    assert "inconclusive" in message
+    assert "too few for a p99" in message
+    assert at_rest(world, fake, champion)
+    phases = [p["phase"] for p in world.recorded(context).details["timeline"]]
+    assert phases == ["shadow", "canary", "shadow-2", "canary-2", "shadow-3", "canary-3"]
+
+
+def test_what_serves_already_is_not_tested_but_served(world: World, fake: FakeController) -> None:
+    champion = world.version("int8")
+    world.registry.set_alias("champion", champion)
+    output = small_scale_test(world.context("trial", upstream(world, champion, already=True)), fake)
+    assert "serves already" in output.details["skipped"]
+    assert at_rest(world, fake, world.registry.release(champion))
+
+
+def test_a_killed_attempt_is_put_right_first(world: World, fake: FakeController, tmp_path: Path) -> None:
+    outputs, champion, challenger = with_champion(world, fake)
+    small_scale_test(world.context("trial", outputs), fake)
+    fake.set_routes(world.model, Routes(weights={champion.name: 95, challenger.name: 5}, mirror=challenger.name))
+    small_scale_test(world.context("trial", outputs), fake)
+    assert at_rest(world, fake, champion)
+
+
+def test_an_unreachable_splitter_is_retried_and_leaves_the_champion(world: World, fake: FakeController) -> None:
+    outputs, champion, challenger = with_champion(world, fake)
+
+    def observe(release: Release) -> None:
+        raise Unavailable("Envoy's admin interface does not answer")
+
+    fake.observe = observe  # type: ignore[assignment,method-assign]  # the outage
+    failing(lambda: small_scale_test(world.context("trial", outputs), fake), Unavailable)
+    assert at_rest(world, fake, champion)
+    assert world.registry.alias("challenger") == challenger.name.removeprefix("v")
+
+
+def test_stale_evidence_is_refused_before_anything_is_touched(world: World, fake: FakeController) -> None:
+    outputs, champion, _ = with_champion(world, fake)
+    world.registry.set_alias("champion", world.version("other"))
+    failing(lambda: small_scale_test(world.context("trial", outputs), fake), RegistryError)
+    assert fake.deployed(world.model) == set()
+
+
+def test_without_select_there_is_nothing_to_test(world: World, fake: FakeController) -> None:
+    failing(lambda: small_scale_test(world.context("trial", ()), fake), DataError)
+
+
+TERMINATED = """
+import sys, time
+from slipstream.traffic.guarded import terminable
+with terminable():
+    try:
+        print("moved", flush=True)
+        time.sleep(30)
+    finally:
+        print("put back", flush=True)
+"""
+
+
+def test_sigterm_puts_the_traffic_back() -> None:
+    process = subprocess.Popen([sys.executable, "-c", TERMINATED], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "moved\n"
+    time.sleep(0.1)
+    process.terminate()
+    assert process.stdout.readline() == "put back\n"
+    assert process.wait(10) == 143

@@ -1,0 +1,82 @@
+"""The command line: exit codes, where output goes, and what it says when it cannot help."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slipstream import errors
+
+ROOT = Path(__file__).parent.parent
+SLIPSTREAM = Path(sys.executable).parent / "slipstream"
+
+
+def slipstream(*arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": "/usr/bin:/bin", "NO_COLOR": "1", "COLUMNS": "110"}
+    environment |= {"SLIPSTREAM_HOME": str(home)} if home else {}
+    return subprocess.run(
+        [str(SLIPSTREAM), *arguments],
+        capture_output=True,
+        check=False,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=120,
+    )
+
+
+def test_help_names_every_command_and_the_exit_codes() -> None:
+    done = slipstream("--help")
+    assert done.returncode == 0
+    for command in ("validate", "schema", "step", "report", "up", "down", "status", "logs"):
+        assert f" {command} " in done.stdout
+    assert "Exit codes: 0 done, 1 failed" in " ".join(done.stdout.split())
+
+
+def test_a_valid_spec() -> None:
+    done = slipstream("validate", "examples/fashion.yaml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "examples/fashion.yaml: valid; 3 recipes × 2 targets\n"
+
+
+def test_a_bad_spec_exits_2_with_every_error_on_stderr() -> None:
+    done = slipstream("validate", "tests/specs/bad-two-problems.yaml")
+    assert done.returncode == errors.EXIT_INPUT
+    assert done.stdout == ""
+    assert "Bad spec: " in done.stderr
+    assert "objective.metric" in done.stderr and "targets.server.threads" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_schema_is_json_on_stdout() -> None:
+    done = slipstream("schema")
+    assert json.loads(done.stdout)["title"] == "Spec"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("step", "fly", "--spec", "x", "--inputs", "y", "--outputs", "z"),
+            "unknown step 'fly'; known: check, retrain",
+        ),
+        (("step", "check", "--spec", "x", "--inputs", "no.json", "--outputs", "z"), "no.json: not an IN document"),
+    ],
+)
+def test_a_step_that_cannot_start_exits_2(arguments: tuple[str, ...], said: str) -> None:
+    done = slipstream(*arguments)
+    assert done.returncode == errors.EXIT_INPUT
+    assert said in done.stderr
+
+
+def test_without_a_platform_a_report_is_unavailable_and_says_what_to_start(tmp_path: Path) -> None:
+    done = slipstream("report", "fashion", home=tmp_path)
+    assert done.returncode == errors.EXIT_RETRY
+    assert "slipstream up" in done.stderr and done.stdout == ""
+
+
+def test_usage_errors_exit_2() -> None:
+    assert slipstream("validate").returncode == 2
+    assert slipstream("no-such-command").returncode == 2

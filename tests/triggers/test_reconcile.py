@@ -1,0 +1,58 @@
+"""What a lost webhook missed is found, once, and one spec's trouble stops no other."""
+
+import threading
+from pathlib import Path
+
+from airflow_stand_in import AirflowStandIn
+from mlflow import MlflowClient
+
+from slipstream.airflow_api import AirflowApi
+from slipstream.home import Home
+from slipstream.triggers.reconcile import INTERVAL_S, keep_reconciling, reconcile
+
+from .conftest import SPEC, version
+
+
+def test_a_missed_promotion_is_started_once(
+    client: MlflowClient, model: str, api: AirflowApi, airflow: AirflowStandIn, published: str
+) -> None:
+    home = Home.from_environment()
+    assert reconcile(home, client, api) == []
+    client.set_registered_model_alias(model, "source", version(client, model))
+    assert reconcile(home, client, api) == ["tiny"]
+    assert reconcile(home, client, api) == []
+    assert list(airflow.runs) == [("optimize-tiny", "source-v1")]
+
+
+def test_trouble_with_one_spec_stops_no_other(
+    home: Path, client: MlflowClient, model: str, api: AirflowApi, airflow: AirflowStandIn, published: str
+) -> None:
+    (home / "specs" / "a-broken.yaml").write_text("name: [")
+    (home / "specs" / "b-unknown.yaml").write_text(SPEC.format(name="b-unknown", model=model))
+    client.set_registered_model_alias(model, "source", version(client, model))
+    assert reconcile(Home.from_environment(), client, api) == ["tiny"]
+
+
+def test_nothing_is_lost_while_airflow_is_down(
+    client: MlflowClient, model: str, api: AirflowApi, airflow: AirflowStandIn, published: str
+) -> None:
+    client.set_registered_model_alias(model, "source", version(client, model))
+    airflow.down = True
+    assert reconcile(Home.from_environment(), client, api) == []
+    airflow.down = False
+    airflow.token = "second"  # a restarted Airflow forgets its tokens
+    assert reconcile(Home.from_environment(), client, api) == ["tiny"]
+
+
+def test_the_loop_survives_whatever_a_round_raises() -> None:
+    stop, rounds = threading.Event(), []
+
+    def once() -> None:
+        rounds.append(1)
+        if len(rounds) == 3:
+            stop.set()
+        raise ValueError("out of the blue")
+
+    keep_reconciling(once, stop, interval_s=0.01)
+    assert len(rounds) == 3
+    assert INTERVAL_S <= 30  # a lost webhook is found within a minute

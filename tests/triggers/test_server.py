@@ -1,0 +1,97 @@
+"""Alias moved in a real MLflow → webhook over HTTP → signature → a run in Airflow, once for each version."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from airflow_stand_in import AirflowStandIn
+from mlflow import MlflowClient
+
+from slipstream.airflow_api import AirflowApi
+from slipstream.home import Home
+from slipstream.platform import addresses
+from slipstream.platform.addresses import Addresses
+from slipstream.triggers import server
+
+from .conftest import SECRET, until, version
+
+
+@pytest.fixture
+def receiver(
+    home: Path, client: MlflowClient, api: AirflowApi, airflow: AirflowStandIn, published: str
+) -> Iterator[str]:
+    """The receiver on a free port, registered in MLflow; yields its webhook address."""
+    here = Home.from_environment()
+    config = uvicorn.Config(lambda: None, port=0)
+    listening = config.bind_socket()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    addresses.save(here, Addresses(airflow=airflow.url, mlflow="", envoy="", envoy_admin="", triggers=url))
+    for left in client.list_webhooks():
+        client.delete_webhook(left.webhook_id)
+    app = server.create_app(here, client, api, SECRET)
+    running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=running.run, args=([listening],))
+    thread.start()
+    until(lambda: running.started and len(client.list_webhooks()) == 1)
+    yield url + server.PATH
+    running.should_exit = True
+    thread.join(20)
+
+
+def test_moving_the_alias_starts_one_run_for_each_version(
+    client: MlflowClient, model: str, airflow: AirflowStandIn, receiver: str
+) -> None:
+    first, second = version(client, model), version(client, model)
+    for number in (first, first, second):
+        client.set_registered_model_alias(model, "source", number)
+        until(lambda number=number: ("optimize-tiny", f"source-v{number}") in airflow.runs)
+    assert {k: v["conf"] for k, v in airflow.runs.items()} == {
+        ("optimize-tiny", "source-v1"): {"source_version": "1"},
+        ("optimize-tiny", "source-v2"): {"source_version": "2"},
+    }
+
+
+def test_other_aliases_and_own_versions_start_nothing(
+    client: MlflowClient, model: str, airflow: AirflowStandIn, receiver: str
+) -> None:
+    own, theirs = version(client, model, {"slipstream.pipeline_run": "r"}), version(client, model)
+    client.set_registered_model_alias(model, "champion", theirs)
+    client.set_registered_model_alias(model, "source", own)
+    client.set_registered_model_alias(model, "source", theirs)  # the mark that all were delivered
+    until(lambda: len(airflow.runs) > 0)
+    assert list(airflow.runs) == [("optimize-tiny", f"source-v{theirs}")]
+
+
+def test_a_forged_delivery_is_refused(receiver: str, client: MlflowClient, model: str, airflow: AirflowStandIn) -> None:
+    with httpx.Client() as forger:
+        answer = forger.post(
+            receiver, json={"entity": "model_version_alias"}, headers={"X-MLflow-Signature": "v1,AA=="}
+        )
+    assert answer.status_code == 401
+    assert not airflow.runs
+
+
+def test_while_airflow_is_down_the_delivery_is_put_off(
+    home: Path, client: MlflowClient, model: str, api: AirflowApi, airflow: AirflowStandIn, published: str
+) -> None:
+    from slipstream.errors import Unavailable
+
+    client.set_registered_model_alias(model, "source", version(client, model))
+    data = {"name": model, "alias": "source", "version": "1"}
+    body = json.dumps({"entity": "model_version_alias", "action": "created", "data": data})
+    airflow.down = True
+    with pytest.raises(Unavailable):
+        server.deliver(Home.from_environment(), client, api, body.encode())
+    airflow.down = False
+    assert server.deliver(Home.from_environment(), client, api, body.encode()) == ["tiny"]
+
+
+def test_registering_the_webhook_again_changes_nothing(client: MlflowClient, receiver: str) -> None:
+    server.ensure_webhook(client, receiver, SECRET)
+    server.ensure_webhook(client, receiver, SECRET)
+    [webhook] = client.list_webhooks()
+    assert (webhook.name, webhook.url) == (server.NAME, receiver)
