@@ -4,7 +4,7 @@ Read `pipeline` from top to bottom; it is the Airflow graph. What each step buil
 does is `slipstream.steps`, where it runs is `runtime`.
 """
 
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
@@ -16,6 +16,8 @@ from slipstream import catalog, flow
 from slipstream.errors import SpecError
 from slipstream.home import Home
 from slipstream.spec import Spec
+
+HOME = Home.from_environment()
 
 NAMED = {"map_index_template": "{{ task.cell }}"}
 """Mapped tasks show their recipe or cell instead of a number."""
@@ -39,7 +41,7 @@ def pipeline(spec: Spec) -> DAG:
         doc_md=describe(spec),
         params=trigger_form(spec),
         schedule=spec.schedule,
-        start_date=datetime(2026, 1, 1),
+        start_date=catalog.published_at(HOME, spec.name),
         catchup=False,
         max_active_runs=1,
         default_args=RETRIES,
@@ -174,7 +176,7 @@ def broken(name: str, error: SpecError) -> DAG:
 
 
 wanted = get_parsing_context().dag_id  # a task process needs only its own DAG
-for spec_name, found in catalog.published(Home.from_environment()):
+for spec_name, found in catalog.published(HOME):
     if wanted in (None, catalog.dag_id(spec_name)):
         made = pipeline(found) if isinstance(found, Spec) else broken(spec_name, found)
         globals()[made.dag_id] = made

@@ -1,15 +1,16 @@
+# ruff: noqa: F811 (pytest passes fixtures by the name of the parameter)
 import socket
 import threading
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from tests.steps.stages import FAIL, PASS, World, fake, world, world_maker  # noqa: F401 (fixtures)
 
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.registry import Registry, drift
 from slipstream.traffic.base import Release, Routes
 from slipstream.traffic.fake import FakeController
-from tests.steps.stages import FAIL, PASS, World, fake, world, world_maker  # noqa: F401 (fixtures)
 
 
 def test_a_missing_alias_and_a_missing_model_are_none(world: World) -> None:

@@ -24,7 +24,7 @@ from slipstream.evidence import EngineEvidence, Latency, Row, row_of
 from slipstream.flow import cell_of, cells
 from slipstream.frameworks.base import framework_for, load_eager
 from slipstream.home import write_atomically
-from slipstream.measure import latency
+from slipstream.measure import latency, stats
 from slipstream.measure.latency import Comparison, Plan
 from slipstream.measure.stats import Bounds
 from slipstream.spec import BASELINE, Spec
@@ -60,7 +60,14 @@ class Bench:
     """Name of the eager baseline among the subjects."""
     toolchain: Mapping[str, str]
 
+    @property
+    def eager_counts(self) -> bool:
+        """Whether the eager baseline had the cores that it needs."""
+        return not self.comparison.crowded(max(target.threads for target in self.spec.targets.values()))
+
     def ratio(self, subject: str, reference: str) -> Bounds:
+        if reference == self.eager and not self.eager_counts:
+            return stats.unknown(len(self.comparison.judged))
         return self.comparison.speedup(subject, reference, self.spec.objective.confidence)
 
     def latency(self, subject: str) -> Latency:
@@ -120,7 +127,9 @@ def markdown(bench: Bench) -> str:
     noise = bench.comparison.noise
     quiet = f"{noise.clean_rounds} of {noise.rounds} judged rounds were quiet"
     if noise.noisy:
-        quiet += "; the others shared the machine with other work, and the intervals are wider for it"
+        quiet += "; the others shared the machine with other work, so ratios compare undisturbed queries"
+    if not bench.eager_counts:
+        quiet += f"; others took cores that {bench.eager} needs, so nothing is compared with it: run it again in quiet"
     body = "\n".join("| " + " | ".join(cells) + " |" for cells in (HEAD, ("---",) * len(HEAD), *_lines(bench)))
     return (
         f"# {bench.spec.name}: engines against {bench.eager}\n\n{body}\n\n"

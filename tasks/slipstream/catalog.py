@@ -1,6 +1,7 @@
 """The published specs: the YAML files under `specs/` of the home. Each is a DAG, and each alias it names a trigger."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from slipstream.contract import digest
@@ -22,7 +23,9 @@ def fingerprint(spec: Spec) -> str:
 def publish(home: Home, path: Path) -> Spec:
     """Validate a spec file and put it, comments included, where Airflow finds it. Raises SpecError."""
     spec = load(path)
-    write_atomically(home.specs / f"{spec.name}.yaml", path.read_text(encoding="utf-8"))
+    published, text = home.specs / f"{spec.name}.yaml", path.read_text(encoding="utf-8")
+    if not published.exists() or published.read_text(encoding="utf-8") != text:
+        write_atomically(published, text)
     return spec
 
 
@@ -41,6 +44,11 @@ def published(home: Home) -> Iterator[tuple[str, Spec | SpecError]]:
             yield path.stem, read(path)
         except SpecError as error:
             yield path.stem, error
+
+
+def published_at(home: Home, name: str) -> datetime:
+    """When a spec was published. Its schedule counts from here: publishing must not start a run by itself."""
+    return datetime.fromtimestamp((home.specs / f"{name}.yaml").stat().st_mtime, UTC)
 
 
 def naming(home: Home, model: str, alias: str) -> list[Spec]:

@@ -63,7 +63,7 @@ class EngineEvidence(Document):
     latency: Latency
     server: Latency | None = None
     eager: Latency | None = None
-    """The baseline by its own framework, in the same interleaved run."""
+    """The baseline by its own framework, in the same interleaved run; None when others took the cores it needs."""
     reference: Latency | None = None
     """The baseline's FP32 engine on the same target, in the same interleaved run."""
     speedup_eager: Interval | None = None

@@ -19,7 +19,9 @@ class PyFunc:
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> npt.NDArray[Any]:
         """(N, …) inputs to (N, …) outputs."""
-        return self._model.run(np.asarray(model_input))
+        # MLflow hands over the tensors by the names in the signature; there is one.
+        batch = next(iter(model_input.values())) if isinstance(model_input, dict) else model_input
+        return self._model.run(np.asarray(batch))
 
 
 def _load_pyfunc(path: str) -> PyFunc:

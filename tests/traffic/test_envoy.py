@@ -8,6 +8,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.conftest import free_port
+from tests.traffic.conftest import TOY_SERVER, await_ready
+from tests.traffic.contract import A, B, TrafficContract, engine, load, shares
 
 from slipstream.errors import Unavailable
 from slipstream.home import Home
@@ -15,9 +18,6 @@ from slipstream.platform import supervisor
 from slipstream.traffic import envoy
 from slipstream.traffic.base import Routes, TrafficController
 from slipstream.traffic.envoy import EnvoyController
-from tests.conftest import free_port
-from tests.traffic.conftest import TOY_SERVER, await_ready
-from tests.traffic.contract import A, B, TrafficContract, engine, load, shares
 
 
 class TestEnvoy(TrafficContract):

@@ -2,9 +2,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.traffic.contract import TrafficContract
 
 from slipstream.traffic.fake import FakeController
-from tests.traffic.contract import TrafficContract
 
 
 class TestFake(TrafficContract):

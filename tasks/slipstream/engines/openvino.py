@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import openvino as ov
+from openvino._offline_transformations import apply_moc_transformations
 
 from slipstream import digests, hardware
 from slipstream.engines.base import Runner, require_batch
@@ -104,8 +105,11 @@ class OpenVINO:
     def build(self, candidate: Path, target: Target, folder: Path) -> None:
         """Convert to IR. Weights stay in FP32 (or INT8): compressing them to FP16 is a change nobody asked for."""
         try:
-            # Not ov.convert_model: it compiles to the same kernels, takes longer, and reports its use to its makers.
-            ov.save_model(ov.Core().read_model(candidate / ONNX), folder / IR, compress_to_fp16=False)
+            model = ov.Core().read_model(candidate / ONNX)
+            # What ov.convert_model does, which also reports its use to its makers. It folds Q/DQ pairs: a small INT8
+            # ResNet's IR shrinks from 191 kB to 94 kB.
+            apply_moc_transformations(model, cf=False)
+            ov.save_model(model, folder / IR, compress_to_fp16=False)
         except FAILURES as error:
             raise EngineError(f"openvino: cannot convert {candidate.name}/{ONNX}: {error}") from error
 

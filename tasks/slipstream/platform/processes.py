@@ -54,7 +54,7 @@ def listener(port: int) -> Process | None:
     inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     if not inodes:
         return None
-    return next((p for p in _all() if inodes & set(_open_files(p.pid))), None)
+    return next((p for p in _all() if inodes & _open_files(p.pid)), None)
 
 
 def memory_mib(pid: int) -> float:
@@ -135,11 +135,19 @@ def _listening_inodes(port: int) -> set[str]:
     return found
 
 
-def _open_files(pid: int) -> list[str]:
+def _open_files(pid: int) -> set[str]:
     try:
-        return [str(fd.readlink()) for fd in (PROC / str(pid) / "fd").iterdir()]
+        return {_target(fd) for fd in (PROC / str(pid) / "fd").iterdir()}
     except OSError:
-        return []
+        return set()
+
+
+def _target(link: Path) -> str:
+    """Where a link points; empty when it is gone, as the one by which the folder itself was read."""
+    try:
+        return str(link.readlink())
+    except OSError:
+        return ""
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

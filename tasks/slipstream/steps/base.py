@@ -139,8 +139,13 @@ def run_step(step: str, spec: Spec, inputs: StepInput) -> StepOutput:
         reason = str(error) if isinstance(error, SlipstreamError) else f"{type(error).__name__}: {error}"
         tracking.fail(run, reason, getattr(error, "exit_code", EXIT_RETRY))
         raise
-    tracking.finish(run, output, cache=STEPS[step].cached)
+    tracking.finish(run, output, cache=STEPS[step].cached and not _undecided(output))
     return output
+
+
+def _undecided(output: StepOutput) -> bool:
+    """Whether the evidence did not suffice. A busy machine passes; its evidence must not be reused for ever."""
+    return bool(output.verdicts) and combine(output.verdicts) == "inconclusive"
 
 
 def require_pass(gate: str, verdicts: tuple[Verdict, ...]) -> None:

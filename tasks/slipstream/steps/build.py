@@ -33,9 +33,10 @@ MIN_AGREEMENT = 0.5
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """The target, and what its engine's bytes depend on: versions and hardware."""
+    """The target, and what its engine's bytes depend on: versions and hardware. Raises EngineError."""
     target = _target(spec, inputs)
     engine = engine_for(target.engine)
+    engine.check(target)  # a device that is not here has no fingerprint
     return {
         "target": target.model_dump(mode="json"),
         "versions": digests.versions(*engine.distributions),

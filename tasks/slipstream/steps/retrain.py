@@ -21,7 +21,7 @@ from slipstream.digests import versions
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import MANIFEST, WEIGHTS, Framework, Job, framework_for, read_manifest
 from slipstream.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Registry, translated
-from slipstream.spec import Spec
+from slipstream.spec import Model, Spec
 from slipstream.steps.base import Context
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ def run(context: Context) -> StepOutput:
     artifact = candidates.log(context, folder, "baseline")
     metrics = candidates.quality(framework.logits(network, context.data.test.inputs), context.data.test)
     if version is None:
-        version, origin = _register(context, artifact), "trained"
+        client, run_key = context.tracking.client, context.inputs.run_key
+        version, origin = register_checkpoint(client, spec.model, artifact, run_key), "trained"
     else:
         origin = "registry"
     return context.output(artifact=artifact, metrics=metrics, details={"version": version, "origin": origin})
@@ -133,19 +134,18 @@ def _weights(folder: Path, found: ModelVersion) -> Path:
     )
 
 
-def _register(context: Context, artifact: Artifact) -> str:
+def register_checkpoint(client: MlflowClient, model: Model, artifact: Artifact, run_key: str) -> str:
     """The version for these weights, made when there is none, and the spec's alias moved to it.
 
     Tags are given at creation: a webhook that saw a version without `slipstream.pipeline_run` would take it for a
     person's and start another run. Each write may be repeated after a crash.
     """
-    model, client = context.spec.model, context.tracking.client
     registry = Registry(model.name, client)
     with translated(f"registering {model.name}"):
         version = _registered(client, model.name, artifact.sha256)
         if version is None:
             registry.ensure_model()
-            tags = {KIND: CHECKPOINT, SHA256: artifact.sha256, PIPELINE_RUN: context.inputs.run_key}
+            tags = {KIND: CHECKPOINT, SHA256: artifact.sha256, PIPELINE_RUN: run_key}
             source = f"models:/{artifact.model_id}"
             made = client.create_model_version(model.name, source, tags=tags, model_id=artifact.model_id)
             version = str(made.version)

@@ -94,9 +94,10 @@ class _Rollout:
 
     def move(self) -> tuple[tuple[Verdict, ...], list[dict[str, Any]]]:
         """Writes 1 to 4, unless an earlier attempt got that far: then its verdicts are in the journal."""
-        if self.registry.champion() == self.version:
+        journal = self.registry.journal(JOURNAL)
+        if journal.get("to") == self.version == self.registry.champion():
             log.info("rollout: %s is champion already; an earlier attempt was stopped after that", self.release.key)
-            earlier = self.context.tracking.output(self.registry.journal(JOURNAL)["run_id"])
+            earlier = self.context.tracking.output(journal["run_id"])
             return earlier.verdicts, earlier.details["timeline"]
         self.registry.expect_champion(self.chosen["champion"])
         old = self.incumbent()
@@ -132,7 +133,7 @@ class _Rollout:
             },
         )
         self.registry.set_alias(CHALLENGER, None)
-        self.registry.write_journal(JOURNAL, {"state": "done", "to": self.version})
+        self.registry.write_journal(JOURNAL, self.registry.journal(JOURNAL) | {"state": "done"})
         sweep(self.controller, self.registry)
 
     def _begin(self, old: Incumbent) -> None:
@@ -196,7 +197,7 @@ class _Rollout:
         self._record(verdicts, stage.timeline)
         self.registry.set_alias(PREVIOUS, self.registry.journal(JOURNAL)["previous"])
         self.registry.set_alias(CHALLENGER, None)
-        self.registry.write_journal(JOURNAL, {"state": "reverted", "to": self.version})
+        self.registry.write_journal(JOURNAL, self.registry.journal(JOURNAL) | {"state": "reverted"})
         self.controller.retire(stage.challenger)
         require_pass("rollout", verdicts)
 

@@ -62,7 +62,7 @@ def run(context: Context) -> StepOutput:
         engine, memory_mib = _load_measured(context.fetch(_built(context, context.cell)), data.test)
         scores = _scores(context, engine, progress)
         timing, server = _timing(context, engine, progress)
-    judgement = _Judgement(context.spec.objective, context.cell, scores, timing, context.spec.seed)
+    judgement = _Judgement(context.spec, context.cell, scores, timing)
     size_bytes = digests.folder_size(context.fetch(_built(context, context.cell)))
     evidence = judgement.evidence(data, server=server, size_bytes=size_bytes, memory_mib=memory_mib)
     return context.output(
@@ -160,14 +160,23 @@ def single(model: Runs, split: Split) -> Issue:
 class _Judgement:
     """What the measurements say of the engine."""
 
-    objective: Objective
+    spec: Spec
     cell: Cell
     scores: _Scores
     timing: Comparison
-    seed: int
+
+    @property
+    def objective(self) -> Objective:
+        return self.spec.objective
+
+    @property
+    def eager_counts(self) -> bool:
+        """Whether the eager baseline had the cores that it needs; its figures are left out otherwise."""
+        assert self.cell.target is not None
+        return not self.timing.crowded(self.spec.targets[self.cell.target].threads)
 
     def drop(self) -> Bounds:
-        rng = np.random.default_rng(self.seed)
+        rng = np.random.default_rng(self.spec.seed)
         return stats.paired_drop(self.scores.baseline, self.scores.engine, self.objective.confidence, rng)
 
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -188,6 +197,8 @@ class _Judgement:
             return verdict
         others = "an unknown number of" if noise.others_cores is None else f"{noise.others_cores:.1f}"
         note = f"only {noise.clean_rounds} of {noise.rounds} rounds were quiet (others used {others} cores)"
+        if verdict.gate == "speedup":
+            note += ", so all count, by their undisturbed queries"
         return verdict.model_copy(update={"reason": f"{verdict.reason}; {note}"})
 
     def evidence(self, data: Data, *, server: Latency, size_bytes: int, memory_mib: float | None) -> EngineEvidence:
@@ -202,9 +213,9 @@ class _Judgement:
             worst_class_drop_pp=worst[1],
             latency=self._latency(ENGINE),
             server=server,
-            eager=self._latency(EAGER),
+            eager=self._latency(EAGER) if self.eager_counts else None,
             reference=self._latency(REFERENCE) if self.cell.recipe != BASELINE else None,
-            speedup_eager=self._speedup(EAGER),
+            speedup_eager=self._speedup(EAGER) if self.eager_counts else None,
             speedup_reference=self._speedup(REFERENCE) if self.cell.recipe != BASELINE else None,
             size_bytes=size_bytes,
             memory_mib=memory_mib,

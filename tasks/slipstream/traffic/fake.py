@@ -73,6 +73,12 @@ class FakeController:
         self._server.shutdown()
         self._server.server_close()
 
+    def misbehave(self, release: Release, behaviour: Behaviour) -> None:
+        """Change how a release answers, also when it is deployed already."""
+        self.behaviours[release.name] = behaviour
+        if release.name in self._deployed.get(release.model, {}):
+            self._deployed[release.model][release.name].behaviour = behaviour
+
     def deploy(self, release: Release, engine: Path) -> None:
         """See the protocol."""
         known = self._deployed.setdefault(release.model, {})
@@ -119,12 +125,13 @@ class FakeController:
         return self.folder / f"{release.key}.jsonl"
 
     def handle(self, model: str, request_id: str, content: bytes) -> tuple[int, str, bytes]:
-        """Answer one request: status, release, body. The mirrored copy is answered first and thrown away."""
+        """Answer one request: status, release, body. The mirrored copy is answered beside it and thrown away."""
         routes = self.routes(model)
         if not routes.weights:
             return 404, "", b"{}"
         if routes.mirror is not None:
-            self._answer(Release(model=model, name=routes.mirror), request_id, content)
+            copy = (Release(model=model, name=routes.mirror), request_id, content)
+            threading.Thread(target=self._answer, args=copy, daemon=True).start()
         with self._lock:
             [name] = self._random.choices(list(routes.weights), list(routes.weights.values()))
         status, body = self._answer(Release(model=model, name=name), request_id, content)
@@ -168,7 +175,11 @@ class _Handler(BaseHTTPRequestHandler):
     fake: FakeController
 
     def do_POST(self) -> None:
-        content = self.rfile.read(int(self.headers.get("content-length", 0)))
+        length = int(self.headers.get("content-length", 0))
+        content = self.rfile.read(length)
+        if len(content) < length:  # the client went away, as an aborted load does
+            self.close_connection = True
+            return
         model = self.path.split("/")[3]
         try:
             status, release, body = self.fake.handle(model, self.headers.get(client.REQUEST_ID, ""), content)

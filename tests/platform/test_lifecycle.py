@@ -1,0 +1,151 @@
+"""The real platform: Airflow, MLflow, Envoy and the trigger receiver come up, survive and go. In this order."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from mlflow import MlflowClient
+from tests.conftest import ROOT
+
+from slipstream.errors import Unavailable
+from slipstream.home import Home
+from slipstream.platform import addresses, health, lifecycle, processes, supervisor
+from slipstream.platform.addresses import Addresses, port_of
+from slipstream.platform.health import ServiceStatus
+
+METRICS = 40
+
+
+@dataclass(frozen=True)
+class Platform:
+    home: Home
+    addresses: Addresses
+
+    def pids(self) -> dict[str, int | None]:
+        return {name: state.pid for name, state in supervisor.states(self.home).items()}
+
+    def status(self) -> dict[str, ServiceStatus]:
+        return {s.name: s for s in health.status(self.home, self.addresses)}
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        places = {"SLIPSTREAM_HOME": self.home.root, "SLIPSTREAM_ENVS": self.home.envs, "SLIPSTREAM_CODE": ROOT}
+        return subprocess.run(
+            [sys.executable, "-c", "from slipstream.cli import main; main()", *words],
+            env=os.environ | {k: str(v) for k, v in places.items()},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+def silent(_: list[ServiceStatus]) -> None:
+    """Nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    home = Home(tmp_path_factory.mktemp("platform") / "home", ROOT / ".envs", ROOT)
+    try:
+        yield Platform(home, lifecycle.up(home, silent))
+    finally:
+        lifecycle.down(home)
+
+
+def test_a_taken_port_is_named_with_its_owner(tmp_path_factory: pytest.TempPathFactory) -> None:
+    home = Home(tmp_path_factory.mktemp("taken"), ROOT / ".envs", ROOT)
+    port = port_of(addresses.choose(home, set()).mlflow)
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", port))
+        stranger.listen()
+        with pytest.raises(Unavailable, match=rf"port {port}, where mlflow .* pid {os.getpid()} .*\n.*--new-ports"):
+            lifecycle.up(home, silent)
+        assert port_of(lifecycle._addresses(home, new_ports=True).mlflow) != port
+    assert supervisor.running_pid(home) is None
+
+
+def test_everything_answers(platform: Platform) -> None:
+    assert {name: s.healthy for name, s in platform.status().items()} == dict.fromkeys(platform.status(), True)
+    secrets = addresses.load_secrets(platform.home)
+    login = {"username": secrets.airflow_user, "password": secrets.airflow_password}
+    token = httpx.post(f"{platform.addresses.airflow}/auth/token", json=login).raise_for_status().json()["access_token"]
+    pools = httpx.get(f"{platform.addresses.airflow}/api/v2/pools", headers={"Authorization": f"Bearer {token}"}).json()
+    assert {p["name"]: p["slots"] for p in pools["pools"] if p["name"] != "default_pool"} == {
+        "machine": 1,
+        "release": 1,
+    }
+    assert "<title>MLflow" in httpx.get(platform.addresses.mlflow).text
+
+
+def test_a_wrong_password_is_refused(platform: Platform) -> None:
+    guess = {"username": "admin", "password": "admin"}
+    assert httpx.post(f"{platform.addresses.airflow}/auth/token", json=guess).status_code == 401
+
+
+def test_only_this_machine_is_listened_to(platform: Platform) -> None:
+    rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
+    listening = {tuple(row[1].split(":")) for row in rows if row[3] == "0A"}
+    for url in platform.addresses.model_dump().values():
+        at = {address for address, port in listening if int(port, 16) == port_of(url)}
+        assert at == {"0100007F"}, url  # 127.0.0.1, the lowest byte first
+
+
+def test_a_second_up_changes_nothing(platform: Platform) -> None:
+    before = platform.pids()
+    assert lifecycle.up(platform.home, silent) == platform.addresses
+    assert platform.pids() == before
+
+
+def test_status_and_logs_on_the_command_line(platform: Platform) -> None:
+    shown = platform.command("status", "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert {s["name"] for s in json.loads(shown.stdout)["services"]} >= {"mlflow", "envoy", "airflow-scheduler"}
+    assert "spawned: 'mlflow'" in platform.command("logs", "supervisord", "-n", "1000").stdout
+    unknown = platform.command("logs", "no-such")
+    assert unknown.returncode == 2
+    assert "known: airflow-api-server" in unknown.stderr
+
+
+def test_mlflow_killed_under_a_step_loses_nothing(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in lifecycle._environment(platform.home, platform.addresses).items():
+        monkeypatch.setenv(name, value)
+    client = MlflowClient(platform.addresses.mlflow)
+    run = client.create_run(client.create_experiment("killed"), run_name="step").info.run_id
+    for step in range(METRICS):
+        if step == METRICS // 4:
+            server = platform.pids()["mlflow"]
+            assert server is not None
+            os.killpg(server, signal.SIGKILL)
+        client.log_metric(run, "loss", 1 / (step + 1), step=step)
+    assert [m.step for m in client.get_metric_history(run, "loss")] == list(range(METRICS))
+
+
+def test_a_power_cut_loses_nothing(platform: Platform) -> None:
+    for process in processes.supervised(platform.home):
+        os.kill(process.pid, signal.SIGKILL)
+    while processes.supervised(platform.home):
+        time.sleep(0.05)
+    assert platform.command("status").returncode == 1
+    assert lifecycle.up(platform.home, silent) == platform.addresses
+    client = MlflowClient(platform.addresses.mlflow)
+    experiment = client.get_experiment_by_name("killed")
+    assert experiment is not None
+    [run] = client.search_runs([experiment.experiment_id])
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == METRICS
+
+
+def test_down_leaves_nothing_running(platform: Platform) -> None:
+    lifecycle.down(platform.home)
+    assert processes.supervised(platform.home) == []
+    mentioned = [p.command for p in processes._all() if f"{platform.home.root}/" in p.command]
+    assert mentioned == []
+    assert all(addresses.is_free(port_of(url)) for url in platform.addresses.model_dump().values())
+    assert lifecycle.down(platform.home) == []

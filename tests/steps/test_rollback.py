@@ -1,0 +1,70 @@
+import pytest
+from tests.steps.stages import World, failing
+from tests.steps.test_rollout import Fuse, Killed
+
+from slipstream.errors import RegistryError
+from slipstream.registry import drift
+from slipstream.steps.rollback import rollback
+from slipstream.tracking import fetch
+from slipstream.traffic.base import Routes
+from slipstream.traffic.fake import FakeController
+
+
+@pytest.fixture
+def two(world: World, fake: FakeController) -> tuple[str, str]:
+    """Versions (previous, champion); only the champion is deployed and has the traffic."""
+    old, new = world.version("old"), world.version("new")
+    world.registry.set_alias("previous", old)
+    world.registry.set_alias("champion", new)
+    fake.deploy(world.registry.release(new), fetch(world.engine("new")))
+    fake.set_routes(world.model, Routes(weights={f"v{new}": 100}))
+    return old, new
+
+
+def back(world: World, fake: FakeController, old: str, new: str) -> None:
+    assert (world.registry.champion(), world.registry.alias("previous")) == (old, new)
+    assert fake.routes(world.model) == Routes(weights={f"v{old}": 100})
+    assert drift(world.model, fake) == []
+
+
+def test_previous_serves_again_and_can_be_undone(world: World, fake: FakeController, two: tuple[str, str]) -> None:
+    old, new = two
+    assert rollback(world.model, fake, world.tracking.client, "a person") == {"champion": old, "previous": new}
+    back(world, fake, old, new)
+    assert world.registry.tags(new)["slipstream.rolled_back_by"] == "a person"
+    rollback(world.model, fake, world.tracking.client, "the same person, later")
+    back(world, fake, new, old)
+
+
+def test_the_same_run_does_not_roll_back_twice(world: World, fake: FakeController, two: tuple[str, str]) -> None:
+    for _ in range(2):
+        rollback(world.model, fake, world.tracking.client, "run-1")
+    back(world, fake, *two)
+
+
+def test_there_must_be_something_to_go_back_to(world: World, fake: FakeController) -> None:
+    message = failing(lambda: rollback(world.model, fake, world.tracking.client, "me"), RegistryError)
+    assert "no previous release" in message
+    world.registry.set_alias("champion", world.version("only"))
+    failing(lambda: rollback(world.model, fake, world.tracking.client, "me"), RegistryError)
+
+
+WRITES = 8
+
+
+@pytest.mark.parametrize("writes", range(WRITES))
+def test_killed_between_any_two_writes_the_next_one_finishes(
+    world: World, fake: FakeController, two: tuple[str, str], writes: int
+) -> None:
+    fuse = Fuse(writes)
+    with pytest.raises(Killed):
+        rollback(world.model, fuse.guard(fake), fuse.guard(world.tracking.client), "run-1")
+    # By another: a rollback that is under way is finished, not turned around.
+    rollback(world.model, fake, world.tracking.client, "run-2")
+    back(world, fake, *two)
+
+
+def test_every_write_is_covered(world: World, fake: FakeController, two: tuple[str, str]) -> None:
+    fuse = Fuse(1000)
+    rollback(world.model, fuse.guard(fake), fuse.guard(world.tracking.client), "run-1")
+    assert 1000 - fuse.left == WRITES
