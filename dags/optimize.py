@@ -22,6 +22,9 @@ HOME = Home.from_environment()
 NAMED = {"map_index_template": "{{ task.cell }}"}
 """Mapped tasks show their recipe or cell instead of a number."""
 
+WHOLE_MACHINE = {"pool": "machine", "pool_slots": 2}
+"""What measures, or fills all cores by itself, runs alone; recipes share the machine, two at a time."""
+
 # A step that was killed or found a service down is tried again after some 15 and 30 s; what is wrong stays wrong
 # and is not (runtime.py).
 RETRIES = {
@@ -50,13 +53,15 @@ def pipeline(spec: Spec) -> DAG:
         recipes = StepOperator(task_id="check")
 
         with TaskGroup("optimize", prefix_group_id=False) as optimize:
-            cells = StepOperator(task_id="retrain")
-            engines = StepOperator.partial(task_id="build", trigger_rule="all_done", **NAMED).expand(cell=cells.output)
+            cells = StepOperator(task_id="retrain", **WHOLE_MACHINE)
+            engines = StepOperator.partial(task_id="build", trigger_rule="all_done", pool="machine", **NAMED).expand(
+                cell=cells.output
+            )
             cells >> candidate.expand(recipe=recipes.output) >> engines
 
         with TaskGroup("accuracy_validation", prefix_group_id=False) as accuracy_validation:
             validated = StepOperator.partial(
-                task_id="validate", trigger_rule="all_done", pool="machine", **NAMED
+                task_id="validate", trigger_rule="all_done", **WHOLE_MACHINE, **NAMED
             ).expand(cell=cells.output)
             validated >> StepOperator(task_id="select", trigger_rule="all_done_min_one_success")
 
@@ -77,9 +82,10 @@ def pipeline(spec: Spec) -> DAG:
 @task_group(prefix_group_id=False)
 def candidate(recipe: str) -> None:
     """One recipe: the techniques that it names, in their order; the others are skipped."""
-    distill = StepOperator(task_id="distill", cell=recipe, **NAMED)
-    prune = StepOperator(task_id="prune", cell=recipe, trigger_rule="none_failed", **NAMED)
-    quantize = StepOperator(task_id="quantize", cell=recipe, trigger_rule="none_failed", **NAMED)
+    shared = {"cell": recipe, "pool": "machine", **NAMED}
+    distill = StepOperator(task_id="distill", **shared)
+    prune = StepOperator(task_id="prune", trigger_rule="none_failed", **shared)
+    quantize = StepOperator(task_id="quantize", trigger_rule="none_failed", **shared)
     distill >> prune >> quantize
 
 

@@ -25,7 +25,7 @@ SERVE = (
     "tests/steps/test_report.py",
 )
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
-    "core": (".venv", ("tests", "tests/platform")),
+    "core": (".venv", ("tests", "tests/platform", "tests/watch")),
     "torch": (".envs/torch", ("tests/frameworks", "tests/engines", "tests/measure", "tests/steps")),
     "serve": (".envs/serve", SERVE),
     "airflow": (".envs/airflow", ("tests/dags", "tests/triggers")),

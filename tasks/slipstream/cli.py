@@ -154,6 +154,16 @@ def step(
 
 
 @app.command()
+def rollback(model: Annotated[str, typer.Argument(help="Registered model, such as fashion-resnet.")]) -> None:
+    """Put the previous release back: the traffic first, then the aliases."""
+    from slipstream.home import Home
+    from slipstream.steps.rollback import by_hand
+
+    done = by_hand(model, Home.from_environment())
+    typer.echo(f"{model}: version {done['champion']} serves again, instead of version {done['previous']}")
+
+
+@app.command()
 def up(
     new_ports: Annotated[bool, typer.Option(help="Where a remembered port is taken, choose another one.")] = False,
 ) -> None:

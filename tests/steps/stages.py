@@ -99,15 +99,19 @@ class World:
 
     def engine(self, name: str, **behaviour: Any) -> Artifact:
         """An engine logged as an MLflow model, once for all tests; its content differs from that of every other."""
-        key = json.dumps({"name": name, **behaviour}, sort_keys=True)
+        key = json.dumps({"name": name, **behaviour}, sort_keys=True) if name not in ENGINES else name
         if key not in ENGINES:
             folder = self.folder / f"made-{uuid.uuid4().hex}" / "engine"
             folder.mkdir(parents=True)
             (folder / "behaviour.json").write_text(key)
-            run = self.tracking.start("build", "build", None, uuid.uuid4().hex)
-            sample = np.zeros((1, 10), np.float32)
-            ENGINES[key] = run.log_model(folder, name, infer_signature(sample, sample))
+            self.log(key, folder)
         return ENGINES[key]
+
+    def log(self, key: str, folder: Path) -> None:
+        """Log an engine folder as an MLflow model."""
+        run = self.tracking.start("build", "build", None, uuid.uuid4().hex)
+        sample = np.zeros((1, 10), np.float32)
+        ENGINES[key] = run.log_model(folder, "engine", infer_signature(sample, sample))
 
     def built(self, recipe: str, **behaviour: Any) -> StepOutput:
         cell = Cell(recipe=recipe, target="server")

@@ -150,7 +150,7 @@ def test_without_select_there_is_nothing_to_test(world: World, fake: FakeControl
 
 TERMINATED = """
 import sys, time
-from slipstream.traffic.guarded import terminable
+from slipstream.traffic.termination import terminable
 with terminable():
     try:
         print("moved", flush=True)

@@ -26,9 +26,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "airflow-triggerer": ("triggerer", "--skip-serve-logs"),
 }
 POOLS = {
-    "machine": "Heavy steps: one at a time, so that none disturbs another one's measurements",
-    "release": "Small-scale tests, rollouts and rollbacks: one at a time (registry protocol)",
+    "machine": (2, "This machine: training steps share it, a measuring step takes both slots and has it alone"),
+    "release": (1, "Small-scale tests, rollouts and rollbacks: one at a time (registry protocol)"),
 }
+"""Name → slots and description."""
 
 
 def settings(home: Home, addresses: Addresses, secrets: Secrets) -> dict[str, str]:
@@ -51,8 +52,9 @@ def settings(home: Home, addresses: Addresses, secrets: Secrets) -> dict[str, st
         "AIRFLOW__API_AUTH__JWT_SECRET": secrets.airflow_jwt_secret,
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home.root}/airflow/airflow.db",
         "AIRFLOW__LOGGING__COLORED_CONSOLE_LOG": "False",
-        # A spec published now is a DAG within some 5 s, instead of 30 s; a new DAG file too, instead of 300 s.
-        "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
+        # Parsing takes a core for some 2 s, which every measurement would see: seldom by itself, and on request when a
+        # spec is published (airflow_api.py).
+        "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "30",
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
         "AIRFLOW__CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "2",
         # After a crash, tasks without a living process are retried within two minutes, instead of ten.
@@ -104,9 +106,9 @@ def ensure_pools(addresses: Addresses, secrets: Secrets) -> None:
             login = {"username": secrets.airflow_user, "password": secrets.airflow_password}
             token = client.post("/auth/token", json=login).raise_for_status().json()["access_token"]
             client.headers["Authorization"] = f"Bearer {token}"
-            for name, description in POOLS.items():
+            for name, (slots, description) in POOLS.items():
                 if client.get(f"/api/v2/pools/{name}").status_code == httpx.codes.NOT_FOUND:
-                    pool = {"name": name, "slots": 1, "description": description, "include_deferred": False}
+                    pool = {"name": name, "slots": slots, "description": description, "include_deferred": False}
                     client.post("/api/v2/pools", json=pool).raise_for_status()
     except httpx.HTTPError as error:
         raise Unavailable(f"Airflow at {addresses.airflow} does not take its pools: {error}") from error

@@ -5,6 +5,7 @@ of being turned around. Details: `champion` and `previous`, the versions that th
 """
 
 import datetime
+import getpass
 import logging
 from typing import Any
 
@@ -13,12 +14,14 @@ from mlflow import MlflowClient
 from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput
 from slipstream.errors import RegistryError
+from slipstream.home import Home
 from slipstream.registry import CHAMPION, PREVIOUS, Registry
+from slipstream.report.find import connect
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
 from slipstream.tracking import fetch
 from slipstream.traffic.base import Routes, TrafficController
-from slipstream.traffic.guarded import terminable
+from slipstream.traffic.termination import terminable
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,12 @@ def run(context: Context) -> StepOutput:
     controller = traffic.controller(context.home)
     details = rollback(context.spec.model.name, controller, context.tracking.client, context.inputs.run_key)
     return context.output(details=details)
+
+
+def by_hand(model: str, home: Home) -> dict[str, Any]:
+    """What `slipstream rollback MODEL` does, with MLflow and Envoy of the platform in `home`."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return rollback(model, traffic.controller(home), connect(home), f"{getpass.getuser()} at {now}")
 
 
 def rollback(model: str, controller: TrafficController, client: MlflowClient, by: str) -> dict[str, Any]:

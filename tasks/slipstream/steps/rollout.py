@@ -29,9 +29,10 @@ from slipstream.spec import Spec
 from slipstream.steps.base import Context, require_pass
 from slipstream.tracking import fetch
 from slipstream.traffic.base import Release, Routes, TrafficController
-from slipstream.traffic.guarded import Stage, served_ms, terminable
+from slipstream.traffic.guarded import Stage, served_ms
 from slipstream.traffic.load import Record
 from slipstream.traffic.releases import Incumbent, incumbent, selected, serve, sweep
+from slipstream.traffic.termination import terminable
 
 log = logging.getLogger(__name__)
 

@@ -18,10 +18,11 @@ from slipstream.steps.base import Context, require_pass
 from slipstream.tracking import fetch
 from slipstream.traffic import answers
 from slipstream.traffic.base import TrafficController
-from slipstream.traffic.guarded import Phase, Stage, terminable
+from slipstream.traffic.guarded import Phase, Stage
 from slipstream.traffic.judging import Evidence, settle
 from slipstream.traffic.load import REQUEST_TIMEOUT_S
 from slipstream.traffic.releases import incumbent, selected, serve, sweep
+from slipstream.traffic.termination import terminable
 
 log = logging.getLogger(__name__)
 

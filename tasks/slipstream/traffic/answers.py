@@ -1,6 +1,7 @@
 """What two servers said to the same requests: their answer logs, read from where a phase began, paired by id."""
 
 import json
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Mark:
 
     path: Path
     offset: int
+    inode: int | None
+    """Which file it was; None when there was none yet."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,27 @@ class Pair:
 
 def mark(path: Path) -> Mark:
     """The end of a log as it is now."""
-    return Mark(path, path.stat().st_size if path.exists() else 0)
+    if not path.exists():
+        return Mark(path, 0, None)
+    found = path.stat()
+    return Mark(path, found.st_size, found.st_ino)
 
 
 def read(since: Mark) -> dict[str, Answered]:
-    """Request id → answer for all whole lines since a mark; from the start when the log was begun anew."""
-    if not since.path.exists():
-        return {}
-    offset = since.offset if since.path.stat().st_size >= since.offset else 0
-    with since.path.open("rb") as log:
-        log.seek(offset)
-        lines = log.read().split(b"\n")[:-1]
-    return dict(_parse(line) for line in lines if line)
+    """Request id → answer for all whole lines since a mark, also when the server has rotated its log meanwhile."""
+    rotated = since.path.with_name(f"{since.path.name}.1")  # as serving/answers.py names it
+    found: dict[str, Answered] = {}
+    for path in (rotated, since.path):
+        if not path.exists():
+            continue
+        with path.open("rb") as log:
+            marked = os.fstat(log.fileno()).st_ino == since.inode
+            if path == rotated and not marked:
+                continue
+            log.seek(since.offset if marked else 0)
+            lines = log.read().split(b"\n")[:-1]
+        found |= dict(_parse(line) for line in lines if line)
+    return found
 
 
 def wait_for(since: Mark, ids: Iterable[str], seconds: float) -> dict[str, Answered]:

@@ -5,12 +5,8 @@ a guess from the first odd request, and stops the load at once.
 """
 
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -178,21 +174,3 @@ def windows(phase: str, share: int, sent: Sent) -> list[dict[str, Any]]:
             }
         )
     return points
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within, SIGTERM raises SystemExit once, so that `finally` puts the traffic back; a second one is ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

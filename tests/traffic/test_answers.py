@@ -1,0 +1,100 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slipstream.data import Split
+from slipstream.serving.answers import AnswerLog
+from slipstream.traffic import answers
+from slipstream.traffic.load import Record
+
+
+def record(name: str, sample: int = 0) -> Record:
+    return Record(name, sample, 0.0, 200, "v1", np.zeros((1, 3), np.float32), 1.0)
+
+
+def write(log: AnswerLog, *ids: str, output: tuple[float, ...] = (1, 0, 0)) -> None:
+    for name in ids:
+        log.write(name, 2.5, np.array([output], np.float32))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "answers.jsonl"
+
+
+def test_only_what_comes_after_the_mark_is_read(path: Path) -> None:
+    before = answers.mark(path)
+    log = AnswerLog(path, "net--v1")
+    write(log, "a", "b")
+    middle = answers.mark(path)
+    write(log, "c")
+    assert set(answers.read(before)) == {"a", "b", "c"}
+    assert set(answers.read(middle)) == {"c"}
+    found = answers.read(middle)["c"]
+    assert found.latency_ms == 2.5
+    np.testing.assert_array_equal(found.output, [1, 0, 0])
+
+
+def test_a_log_that_was_rotated_meanwhile_loses_nothing(path: Path) -> None:
+    log = AnswerLog(path, "net--v1", limit_bytes=600)
+    write(log, "a")
+    mark = answers.mark(path)
+    write(log, *(f"r{i}" for i in range(8)))
+    assert path.with_name("answers.jsonl.1").exists()
+    assert set(answers.read(mark)) == {f"r{i}" for i in range(8)}
+
+
+def test_half_a_line_is_not_read_yet(path: Path) -> None:
+    log = AnswerLog(path, "net--v1")
+    write(log, "a")
+    with path.open("a") as file:
+        file.write('{"id": "b", "late')
+    assert set(answers.read(answers.Mark(path, 0, path.stat().st_ino))) == {"a"}
+
+
+def test_waiting_ends_when_all_are_there_or_the_time_is_up(path: Path) -> None:
+    mark = answers.mark(path)
+    write(AnswerLog(path, "net--v1"), "a")
+    assert set(answers.wait_for(mark, ["a"], 60)) == {"a"}
+    assert set(answers.wait_for(mark, ["a", "never"], 0.2)) == {"a"}
+
+
+def test_pairs_are_made_by_id_and_missing_answers_counted(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    write(AnswerLog(path, "net--v1"), "a", "b", "c")
+    write(AnswerLog(other, "net--v2"), "c", "a", output=(0, 1, 0))
+    both = [answers.read(answers.Mark(p, 0, None)) for p in (path, other)]
+    pairs, unanswered = answers.pair([record("a", 4), record("b"), record("c", 2), record("unknown")], *both)
+    assert [p.sample for p in pairs] == [4, 2]
+    assert unanswered == 1
+    assert answers.different(pairs) == 2
+
+
+def answered(*output: float) -> answers.Answered:
+    return answers.Answered(1.0, np.array(output, np.float32))
+
+
+def test_a_nan_answer_is_different_and_wrong() -> None:
+    nan = answered(float("nan"), 0, 0)
+    pairs = [answers.Pair(0, nan, nan, 0.0), answers.Pair(0, answered(1, 0, 0), answered(2, 0, 0), 0.0)]
+    split = Split(np.zeros((1, 3), np.float32), np.array([0], np.int64))
+    assert answers.different(pairs) == 1
+    champion, challenger = answers.scores(pairs, split, "top1")
+    np.testing.assert_array_equal(champion, [0, 1])
+    np.testing.assert_array_equal(challenger, [0, 1])
+
+
+def test_top5_counts_the_five_highest() -> None:
+    output = answered(*[10 - i for i in range(10)])
+    split = Split(np.zeros((10, 1), np.float32), np.arange(10, dtype=np.int64))
+    pairs = [answers.Pair(i, output, output, 0.0) for i in range(10)]
+    assert answers.scores(pairs, split, "top5")[0].sum() == 5
+    assert answers.scores(pairs, split, "top1")[0].sum() == 1
+
+
+def test_no_pairs_have_no_scores() -> None:
+    split = Split(np.zeros((1, 1), np.float32), np.zeros(1, np.int64))
+    assert [len(s) for s in answers.scores([], split, "top1")] == [0, 0]
+    assert json.dumps(answers.different([])) == "0"

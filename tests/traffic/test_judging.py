@@ -1,0 +1,106 @@
+"""The verdicts of the small-scale test, on evidence that is made up."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.steps.stages import make_spec
+
+from slipstream.contract import Verdict
+from slipstream.data import Split
+from slipstream.traffic.answers import Answered, Pair
+from slipstream.traffic.base import Release
+from slipstream.traffic.judging import Evidence, settle
+from slipstream.traffic.load import Record
+
+SPLIT = Split(np.zeros((1, 3), np.float32), np.array([0], np.int64))
+RIGHT, WRONG = np.array([1, 0, 0], np.float32), np.array([0, 1, 0], np.float32)
+CHALLENGER = Release(model="net", name="v2")
+
+
+def pairs(
+    n: int, *, wrong: int = 0, champion_ms: float = 2.0, challenger_ms: float = 1.0, stalled: int = 0
+) -> list[Pair]:
+    jitter = np.random.default_rng(0).lognormal(0, 0.1, (n, 2))
+    return [
+        Pair(
+            0,
+            Answered(champion_ms * jitter[i, 0], RIGHT),
+            Answered(challenger_ms * jitter[i, 1], WRONG if i < wrong else RIGHT),
+            500.0 if i < stalled else 0.0,
+        )
+        for i in range(n)
+    ]
+
+
+def canary(n: int, *, failed: int = 0, release: str | None = "v2", ms: float = 3.0) -> list[Record]:
+    bad = [Record(f"b{i}", 0, 0.0, 503, release, None, ms) for i in range(failed)]
+    return [*bad, *(Record(f"r{i}", 0, 0.0, 200, "v2", np.zeros((1, 3), np.float32), ms) for i in range(n - failed))]
+
+
+def judged(tmp_path: Path, evidence: dict[str, Any], **spec: Any) -> dict[str, str]:
+    spec = {
+        "objective": {"confidence": 0.95},
+        "guardrails": {"max_error_rate": 1, "max_p99_ms": 250, "max_p99_ratio": 2},
+    } | spec
+    found = Evidence(make_spec(tmp_path, "net", **spec), SPLIT, CHALLENGER, **evidence)
+    return {v.gate: v.answer for v in found.verdicts()}
+
+
+GOOD: dict[str, Any] = {"pairs": pairs(500), "canary": canary(500)}
+LIMIT = {"objective": {"confidence": 0.95, "latency_p99_ms": 5}}
+
+
+def test_good_evidence_passes_everything(tmp_path: Path) -> None:
+    gates = ("errors", "disagreement", "accuracy", "p99_ratio", "p99_cap", "latency")
+    assert judged(tmp_path, GOOD, **LIMIT) == dict.fromkeys(gates, "pass")
+
+
+def test_no_evidence_passes_nothing(tmp_path: Path) -> None:
+    assert set(judged(tmp_path, {}, **LIMIT).values()) == {"inconclusive"}
+
+
+@pytest.mark.parametrize(
+    ("change", "gate"),
+    [
+        ({"canary": canary(500, failed=40)}, "errors"),
+        ({"canary": canary(500, failed=40, release=None)}, "errors"),
+        ({"unanswered": 60}, "errors"),
+        ({"pairs": pairs(500, wrong=90)}, "disagreement"),
+        ({"pairs": pairs(500, wrong=40)}, "accuracy"),
+        ({"pairs": pairs(500, challenger_ms=5.0)}, "p99_ratio"),
+        ({"canary": canary(500, ms=400)}, "p99_cap"),
+        ({"pairs": pairs(500, champion_ms=20, challenger_ms=15)}, "latency"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_evidence_fails_its_gate(tmp_path: Path, change: dict[str, Any], gate: str) -> None:
+    assert judged(tmp_path, GOOD | change, **LIMIT)[gate] == "fail"
+
+
+def test_errors_of_the_champion_are_not_held_against_the_challenger(tmp_path: Path) -> None:
+    assert judged(tmp_path, GOOD | {"canary": [*canary(300), *canary(50, failed=50, release="v1")]})["errors"] == "pass"
+
+
+@pytest.mark.parametrize(("stalled", "answer"), [(0, "fail"), (100, "inconclusive")])
+def test_a_latency_that_fails_on_a_noisy_machine_is_measured_on(tmp_path: Path, stalled: int, answer: str) -> None:
+    evidence = {"pairs": pairs(500, champion_ms=20, challenger_ms=15, stalled=stalled), "canary": canary(500)}
+    assert judged(tmp_path, evidence, **LIMIT)["latency"] == answer
+
+
+def verdict(gate: str, answer: Any) -> Verdict:
+    return Verdict(gate=gate, answer=answer, reason="because")
+
+
+def test_only_an_open_latency_under_noise_is_set_aside_and_only_beside_a_passed_ratio() -> None:
+    ratio, errors = verdict("p99_ratio", "pass"), verdict("errors", "inconclusive")
+    left, notes = settle((ratio, verdict("latency", "inconclusive"), errors), noisy=True)
+    assert left == (ratio, errors)
+    assert "latency was not judged" in notes[0]
+    for given, noisy in (
+        ((ratio, verdict("latency", "inconclusive")), False),
+        ((ratio, verdict("latency", "fail")), True),
+        ((verdict("p99_ratio", "inconclusive"), verdict("latency", "inconclusive")), True),
+    ):
+        assert settle(given, noisy=noisy) == (given, [])

@@ -1,0 +1,94 @@
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.conftest import free_port
+from tests.traffic.contract import split
+
+from slipstream.errors import Unavailable
+from slipstream.traffic.base import Release, Routes
+from slipstream.traffic.fake import Behaviour, FakeController
+from slipstream.traffic.load import Load, Record, send
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> Iterator[FakeController]:
+    fake = FakeController(tmp_path)
+    fake.deploy(Release(model="net", name="v1"), tmp_path)
+    fake.set_routes("net", Routes(weights={"v1": 100}))
+    yield fake
+    fake.close()
+
+
+def load(url: str, requests: int = 40, rate: float = 100) -> Load:
+    return Load(url, "net", "run", "shadow", split(16), requests, rate, seed=3)
+
+
+def nothing(records: Sequence[Record]) -> None:
+    return None
+
+
+def test_requests_are_paced_named_and_in_seeded_order(control: FakeController) -> None:
+    seen = []
+    wanted = load(control.endpoint("net"))
+    sent = send(wanted, nothing, lambda done, total: seen.append((done, total)))
+    records = sorted(sent.records, key=lambda r: r.at)
+    assert [r.id for r in records] == [f"run-shadow-{i}" for i in range(40)]
+    assert [r.sample for r in records] == list(wanted.samples())
+    assert set(wanted.samples()) == set(range(16))
+    assert records[-1].at - records[0].at == pytest.approx(0.39)
+    assert seen[-1] == (40, 40)
+    assert sent.aborted is None
+    assert all(r.latency_ms >= r.served_ms >= 0 for r in records)
+
+
+def test_a_stalled_server_does_not_slow_the_sending(control: FakeController) -> None:
+    control.misbehave(Release(model="net", name="v1"), Behaviour(latency_s=0.8))
+    begun = time.monotonic()
+    sent = send(load(control.endpoint("net")), nothing, lambda done, total: None)
+    assert time.monotonic() - begun < 20  # one after the other would take 32 s
+    assert all(r.latency_ms >= 800 for r in sent.records)
+
+
+def test_a_reason_stops_the_load(control: FakeController) -> None:
+    def watch(records: Sequence[Record]) -> str | None:
+        return "enough" if len(records) >= 5 else None
+
+    sent = send(load(control.endpoint("net"), requests=10_000), watch, lambda done, total: None)
+    assert sent.aborted == "enough"
+    assert len(sent.records) < 1000
+
+
+def test_a_breach_in_the_last_answers_is_seen(control: FakeController) -> None:
+    def watch(records: Sequence[Record]) -> str | None:
+        return "late" if len(records) == 3 else None
+
+    assert send(load(control.endpoint("net"), requests=3, rate=1000), watch, lambda done, total: None).aborted == "late"
+
+
+def test_a_guard_that_cannot_look_stops_the_load(control: FakeController) -> None:
+    def watch(records: Sequence[Record]) -> str | None:
+        raise Unavailable("the splitter does not answer")
+
+    with pytest.raises(Unavailable, match="does not answer"):
+        send(load(control.endpoint("net"), requests=10_000), watch, lambda done, total: None)
+
+
+def test_nobody_there_is_a_record_and_no_exception() -> None:
+    sent = send(load(f"http://127.0.0.1:{free_port()}", requests=5), nothing, lambda done, total: None)
+    assert [(r.status, r.failed, r.release) for r in sent.records] == [(0, True, None)] * 5
+
+
+def test_errors_have_no_output(control: FakeController) -> None:
+    control.misbehave(Release(model="net", name="v1"), Behaviour(error_rate=1.0))
+    sent = send(load(control.endpoint("net"), requests=5), nothing, lambda done, total: None)
+    assert {(r.status, r.failed, r.release) for r in sent.records} == {(503, True, "v1")}
+
+
+def test_outputs_are_those_of_the_sample(control: FakeController) -> None:
+    wanted = load(control.endpoint("net"), requests=5)
+    for record in send(wanted, nothing, lambda done, total: None).records:
+        assert record.output is not None
+        np.testing.assert_allclose(record.output, wanted.split.inputs[record.sample][None], rtol=1e-5)
