@@ -71,6 +71,16 @@ class AirflowApi:
         for dag in found:
             self._ask("PUT", f"/parseDagFile/{dag['file_token']}", fine=(409,))
 
+    def ensure_pool(self, name: str, slots: int, description: str) -> None:
+        """Create a pool, or give it the slots that it lacks: a task that needs more than there are waits for ever."""
+        answer = self._ask("GET", f"/pools/{name}", fine=(404,))
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            pool = {"name": name, "slots": slots, "description": description, "include_deferred": False}
+            self._ask("POST", "/pools", pool, fine=(409,))
+        elif answer.json()["slots"] < slots:
+            # Airflow 3.3 wants the fields that do not change, too, and under another name than POST does.
+            self._ask("PATCH", f"/pools/{name}", {"pool": name, "slots": slots, "include_deferred": False})
+
     def unpause(self, dag_id: str) -> None:
         """Let a DAG run; fine when it does already."""
         self._ask("PATCH", f"/dags/{dag_id}", {"is_paused": False})

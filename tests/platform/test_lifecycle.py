@@ -16,9 +16,10 @@ import pytest
 from mlflow import MlflowClient
 from tests.conftest import ROOT
 
+from slipstream.airflow_api import AirflowApi
 from slipstream.errors import Unavailable
 from slipstream.home import Home
-from slipstream.platform import addresses, health, lifecycle, processes, supervisor
+from slipstream.platform import addresses, airflow, health, lifecycle, processes, supervisor
 from slipstream.platform.addresses import Addresses, port_of
 from slipstream.platform.health import ServiceStatus
 
@@ -74,15 +75,17 @@ def test_a_taken_port_is_named_with_its_owner(tmp_path_factory: pytest.TempPathF
 
 def test_everything_answers(platform: Platform) -> None:
     assert {name: s.healthy for name, s in platform.status().items()} == dict.fromkeys(platform.status(), True)
-    secrets = addresses.load_secrets(platform.home)
-    login = {"username": secrets.airflow_user, "password": secrets.airflow_password}
-    token = httpx.post(f"{platform.addresses.airflow}/auth/token", json=login).raise_for_status().json()["access_token"]
-    pools = httpx.get(f"{platform.addresses.airflow}/api/v2/pools", headers={"Authorization": f"Bearer {token}"}).json()
-    assert {p["name"]: p["slots"] for p in pools["pools"] if p["name"] != "default_pool"} == {
-        "machine": 1,
-        "release": 1,
-    }
     assert "<title>MLflow" in httpx.get(platform.addresses.mlflow).text
+
+
+def test_pools_get_the_slots_that_they_lack(platform: Platform) -> None:
+    api = AirflowApi.of(platform.home)
+    assert {n: api._ask("GET", f"/pools/{n}").json()["slots"] for n in airflow.POOLS} == {
+        name: slots for name, (slots, _) in airflow.POOLS.items()
+    }
+    api.ensure_pool("release", 3, "more")
+    api.ensure_pool("release", 1, "fewer is left alone: somebody may have raised it")
+    assert api._ask("GET", "/pools/release").json()["slots"] == 3
 
 
 def test_a_wrong_password_is_refused(platform: Platform) -> None:

@@ -27,7 +27,7 @@ from slipstream.home import Home, write_atomically
 from slipstream.platform import addresses, supervisor
 from slipstream.registry import drift
 from slipstream.spec import Target
-from slipstream.steps.rollback import by_hand
+from slipstream.steps.rollback import rollback
 from slipstream.steps.rollout import full_rollout
 from slipstream.steps.trial import small_scale_test
 from slipstream.traffic import envoy
@@ -76,7 +76,7 @@ def test_a_release_from_trial_to_rollback(world_maker: WorldMaker, platform: tup
     assert output.details["released"] == challenger
     assert control.routes(world.model) == Routes(weights={f"v{challenger}": 100})
     assert drift(world.model, control) == []
-    assert by_hand(world.model, platform[0]) == {"champion": champion, "previous": challenger}
+    rollback(world.model, control, world.tracking.client, "run-2")
     assert control.routes(world.model) == Routes(weights={f"v{champion}": 100})
     assert drift(world.model, control) == []
 
@@ -173,7 +173,7 @@ def test_real_engines_behind_real_servers(world_maker: WorldMaker, platform: tup
     world, control = world_maker(guardrails=PATIENT), EnvoyController(*platform)
     for scale, name in enumerate(("real-old", "real-new"), start=1):
         log_openvino(world, name, scale)
-    outputs, _, challenger = released_then_challenged(world, "real-old", "real-new")
+    outputs, champion, challenger = released_then_challenged(world, "real-old", "real-new")
     trial = small_scale_test(world.context("trial", outputs), control)
     figures = trial.details["figures"]
     assert (figures["pairs"], figures["different"], figures["champion_quality"]) == (220, 0, 100)
@@ -185,3 +185,15 @@ def test_real_engines_behind_real_servers(world_maker: WorldMaker, platform: tup
     answer = httpx.post(f"{control.endpoint(world.model)}/v2/models/{world.model}/infer", json=body)
     assert int(np.argmax(answer.json()["outputs"][0]["data"])) == 7
     assert control.observe(world.registry.release(challenger)).memory_mib > 10
+    command = [
+        str(platform[0].python("serve")),
+        "-c",
+        "from slipstream.cli import main; main()",
+        "rollback",
+        world.model,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == f"{world.model}: version {champion} serves again, instead of version {challenger}\n", (
+        done.stderr
+    )
+    assert drift(world.model, control) == []

@@ -106,7 +106,7 @@ def test_too_few_requests_are_inconclusive_and_no_pass(world_maker: WorldMaker, 
     assert "too few for a p99" in message
     assert at_rest(world, fake, champion)
     phases = [p["phase"] for p in world.recorded(context).details["timeline"]]
-    assert phases == ["shadow", "canary", "shadow-2", "canary-2", "shadow-3", "canary-3"]
+    assert phases == ["shadow", "canary", "shadow-2", "canary-2"]
 
 
 def test_what_serves_already_is_not_tested_but_served(world: World, fake: FakeController) -> None:

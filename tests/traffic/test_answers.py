@@ -78,7 +78,7 @@ def answered(*output: float) -> answers.Answered:
 
 def test_a_nan_answer_is_different_and_wrong() -> None:
     nan = answered(float("nan"), 0, 0)
-    pairs = [answers.Pair(0, nan, nan, 0.0), answers.Pair(0, answered(1, 0, 0), answered(2, 0, 0), 0.0)]
+    pairs = [answers.Pair(0, nan, nan), answers.Pair(0, answered(1, 0, 0), answered(2, 0, 0))]
     split = Split(np.zeros((1, 3), np.float32), np.array([0], np.int64))
     assert answers.different(pairs) == 1
     champion, challenger = answers.scores(pairs, split, "top1")
@@ -89,7 +89,7 @@ def test_a_nan_answer_is_different_and_wrong() -> None:
 def test_top5_counts_the_five_highest() -> None:
     output = answered(*[10 - i for i in range(10)])
     split = Split(np.zeros((10, 1), np.float32), np.arange(10, dtype=np.int64))
-    pairs = [answers.Pair(i, output, output, 0.0) for i in range(10)]
+    pairs = [answers.Pair(i, output, output) for i in range(10)]
     assert answers.scores(pairs, split, "top5")[0].sum() == 5
     assert answers.scores(pairs, split, "top1")[0].sum() == 1
 

@@ -105,3 +105,30 @@ def test_the_timeline_has_few_points_and_no_percentile_from_too_few_requests() -
     assert points(500)[0]["p99_ms"] == pytest.approx(98, abs=1)
     assert len(points(60_000)) == 10
     assert points(0) == []
+
+
+def test_a_machine_that_carries_the_rate_keeps_it(patient: Stage) -> None:
+    patient.put_back()
+    patient.probe(300)
+    assert (patient.slowdown, patient.notes) == (1, [])
+
+
+def test_a_machine_that_cannot_carry_the_rate_gets_less(stage: Stage) -> None:
+    stage.controller.misbehave(CHAMPION, Behaviour(latency_s=0.4))  # type: ignore[attr-defined]  # the fake has it
+    stage.put_back()
+    stage.probe(1600)
+    assert stage.slowdown == 8
+    assert "200/s" in stage.notes[0]
+
+
+def test_the_cap_gives_way_to_the_champions_own_p99_and_only_under_noise(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.champion_phases += [[record(3, release="v1")] * 100, [record(300, release="v1")] * 100]
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.1, 0.1))
+    assert stage.cap_ms() == 250
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.1, 0.1))
+    assert stage.cap_ms() == 300 * stage.spec.guardrails.max_p99_ratio
+    stage.champion_phases.pop()
+    assert stage.cap_ms([record(200, release="v1")] * 50) == 200 * stage.spec.guardrails.max_p99_ratio
+    assert stage.cap_ms([record(900)] * 50) == 250  # the challenger's own slowness never raises it

@@ -168,3 +168,15 @@ def _p99(name: str, latencies_ms: npt.ArrayLike, limit_ms: float, confidence: fl
 
 def _bound(confidence: float, side: str = "upper") -> str:
     return f"{100 * confidence:g} % {side} bound"
+
+
+def settle(verdicts: tuple[Verdict, ...], *, noisy: bool, ratio: str) -> tuple[tuple[Verdict, ...], list[str]]:
+    """The final verdicts, and notes on what was set aside.
+
+    On a noisy machine an absolute latency limit that stays open is set aside when the verdict named `ratio`,
+    measured interleaved under the same noise, has passed. Nothing else is ever set aside.
+    """
+    carried = any(v.gate == ratio and v.passed for v in verdicts)
+    aside = [v for v in verdicts if v.gate == "latency" and v.answer == "inconclusive" and noisy and carried]
+    notes = [f"{v.gate} was not judged: {v.reason}; the {ratio}, measured interleaved, stands instead" for v in aside]
+    return tuple(v for v in verdicts if v not in aside), notes

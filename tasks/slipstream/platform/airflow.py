@@ -8,8 +8,7 @@ import json
 import subprocess
 from pathlib import Path
 
-import httpx
-
+from slipstream.airflow_api import AirflowApi
 from slipstream.errors import Unavailable
 from slipstream.home import Home, write_atomically
 from slipstream.platform import supervisor
@@ -99,19 +98,11 @@ def prepare(home: Home, environment: dict[str, str], secrets: Secrets) -> None:
     write_atomically(stamp, version)
 
 
-def ensure_pools(addresses: Addresses, secrets: Secrets) -> None:
+def ensure_pools(home: Home) -> None:
     """Create the pools that DAGs name. Raises Unavailable."""
-    try:
-        with httpx.Client(base_url=addresses.airflow, timeout=30) as client:
-            login = {"username": secrets.airflow_user, "password": secrets.airflow_password}
-            token = client.post("/auth/token", json=login).raise_for_status().json()["access_token"]
-            client.headers["Authorization"] = f"Bearer {token}"
-            for name, (slots, description) in POOLS.items():
-                if client.get(f"/api/v2/pools/{name}").status_code == httpx.codes.NOT_FOUND:
-                    pool = {"name": name, "slots": slots, "description": description, "include_deferred": False}
-                    client.post("/api/v2/pools", json=pool).raise_for_status()
-    except httpx.HTTPError as error:
-        raise Unavailable(f"Airflow at {addresses.airflow} does not take its pools: {error}") from error
+    api = AirflowApi.of(home)
+    for name, (slots, description) in POOLS.items():
+        api.ensure_pool(name, slots, description)
 
 
 def _passwords_file(home: Home) -> Path:

@@ -47,7 +47,7 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False) -> Addresses:
         for program in (*airflow.programs(home, with_airflow), _triggers(home, environment)):
             supervisor.start(home, program)
         _await_healthy(home, found, watch)
-        airflow.ensure_pools(found, secrets)
+        airflow.ensure_pools(home)
         return found
 
 

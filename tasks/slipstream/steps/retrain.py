@@ -50,9 +50,10 @@ def run(context: Context) -> StepOutput:
     version = version_to_load(spec, context.inputs, context.tracking.client)
     network = _train(context, framework) if version is None else _load(context, framework, version)
     folder = candidates.fresh_folder(context)
-    framework.save(network, spec.model.architecture, context.data.test, folder)
+    manifest = framework.save(network, spec.model.architecture, context.data.test, folder)
     artifact = candidates.log(context, folder, "baseline")
     metrics = candidates.quality(framework.logits(network, context.data.test.inputs), context.data.test)
+    metrics["parameters"] = float(manifest.parameters)
     if version is None:
         client, run_key = context.tracking.client, context.inputs.run_key
         version, origin = register_checkpoint(client, spec.model, artifact, run_key), "trained"

@@ -12,7 +12,7 @@ The order of writes, each of which can be the last before a crash:
 A step that is tried again reads the champion first. Is it the challenger, the rollout finishes from 5. Is it still
 the old one, the traffic goes back, and the rollout starts anew. So champion and traffic agree after either.
 
-Details: `timeline`, `released` (version), `previous` (version or None); or `skipped` with the reason.
+Details: `timeline`, `notes`, `released` (version), `previous` (version or None); or `skipped` with the reason.
 """
 
 import datetime
@@ -66,10 +66,10 @@ def full_rollout(context: Context, controller: TrafficController) -> StepOutput:
         return context.output(details={"skipped": f"version {chosen['version']} is this engine and serves already"})
     trial = _passed_trial(context.inputs)
     with terminable():
-        verdicts, timeline = rollout.move()
-        rollout.finish(trial.verdicts, verdicts)
-    details = {"timeline": timeline, "released": rollout.version, "previous": rollout.registry.alias(PREVIOUS)}
-    return context.output(verdicts=verdicts, details=details)
+        moved = rollout.move()
+        rollout.finish(trial.verdicts, moved.verdicts)
+    done = {"released": rollout.version, "previous": rollout.registry.alias(PREVIOUS)}
+    return context.output(verdicts=moved.verdicts, details=moved.details | done)
 
 
 @dataclass
@@ -93,13 +93,12 @@ class _Rollout:
         """What serves now."""
         return incumbent(self.registry, self.context.inputs, self.chosen["winner"])
 
-    def move(self) -> tuple[tuple[Verdict, ...], list[dict[str, Any]]]:
-        """Writes 1 to 4, unless an earlier attempt got that far: then its verdicts are in the journal."""
+    def move(self) -> StepOutput:
+        """Writes 1 to 4, and the evidence; that of an earlier attempt when it got that far."""
         journal = self.registry.journal(JOURNAL)
         if journal.get("to") == self.version == self.registry.champion():
             log.info("rollout: %s is champion already; an earlier attempt was stopped after that", self.release.key)
-            earlier = self.context.tracking.output(journal["run_id"])
-            return earlier.verdicts, earlier.details["timeline"]
+            return self.context.tracking.output(journal["run_id"])
         self.registry.expect_champion(self.chosen["champion"])
         old = self.incumbent()
         serve(self.controller, old)
@@ -109,8 +108,7 @@ class _Rollout:
         try:
             verdicts = self._steps(stage)
             if combine(verdicts) == "pass":
-                self._promote(old, verdicts, stage.timeline)
-                return verdicts, stage.timeline
+                return self._promote(old, stage, verdicts)
         except BaseException:
             self._put_back_unless_out(stage)
             raise
@@ -160,6 +158,7 @@ class _Rollout:
     def _steps(self, stage: Stage) -> tuple[Verdict, ...]:
         """Write 2. The verdicts over all requests; ends at once with the first guardrail or failing verdict."""
         settings, records = stage.spec.rollout, list[Record]()
+        stage.probe(settings.rate_per_s)
         shares = [*settings.steps, *[settings.steps[-1]] * EXTRA]
         verdicts: tuple[Verdict, ...] = ()
         for number, share in enumerate(shares, start=1):
@@ -174,13 +173,14 @@ class _Rollout:
                 break
         return verdicts
 
-    def _promote(self, old: Incumbent, verdicts: tuple[Verdict, ...], timeline: list[dict[str, Any]]) -> None:
+    def _promote(self, old: Incumbent, stage: Stage, verdicts: tuple[Verdict, ...]) -> StepOutput:
         """Writes 3 and 4. Before them the evidence is recorded, for an attempt that only has to finish."""
         self.registry.expect_champion(old.version)
-        self._record(verdicts, timeline)
+        evidence = self._record(stage, verdicts)
         if old.version is not None:
             self.registry.set_alias(PREVIOUS, old.version)
         self.registry.set_alias(CHAMPION, self.version)
+        return evidence
 
     def _put_back_unless_out(self, stage: Stage) -> None:
         """After an error between writes: the traffic goes where the champion alias points."""
@@ -195,17 +195,19 @@ class _Rollout:
     def _refuse(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> None:
         """A breach: traffic first, aliases after, then the server. Raises GateFailed."""
         stage.put_back()
-        self._record(verdicts, stage.timeline)
+        self._record(stage, verdicts)
         self.registry.set_alias(PREVIOUS, self.registry.journal(JOURNAL)["previous"])
         self.registry.set_alias(CHALLENGER, None)
         self.registry.write_journal(JOURNAL, self.registry.journal(JOURNAL) | {"state": "reverted"})
         self.controller.retire(stage.challenger)
         require_pass("rollout", verdicts)
 
-    def _record(self, verdicts: tuple[Verdict, ...], timeline: list[dict[str, Any]]) -> None:
+    def _record(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> StepOutput:
         """Write the evidence into this step's MLflow run; nothing is released yet."""
-        details = {"timeline": timeline, "released": None, "previous": self.registry.alias(PREVIOUS)}
-        self.context.tracking.record(self.context.run, self.context.output(verdicts=verdicts, details=details))
+        details = {"timeline": stage.timeline, "notes": stage.notes, "released": None}
+        output = self.context.output(verdicts=verdicts, details=details)
+        self.context.tracking.record(self.context.run, output)
+        return output
 
 
 def _judge(stage: Stage, records: list[Record]) -> tuple[Verdict, ...]:
@@ -214,7 +216,7 @@ def _judge(stage: Stage, records: list[Record]) -> tuple[Verdict, ...]:
     theirs = [r for r in records if r.release != stage.champion.name]
     return (
         gates.error_rate(sum(r.failed for r in theirs), len(theirs), limits.max_error_rate, sure),
-        gates.p99_cap(served_ms(records), limits.max_p99_ms, sure),
+        gates.p99_cap(served_ms(records), stage.cap_ms(), sure),
     )
 
 

@@ -26,7 +26,7 @@ from slipstream.traffic.termination import terminable
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 3
+ROUNDS = 2
 """Shadow and canary are repeated while a verdict is inconclusive, at most this often in all."""
 
 
@@ -84,7 +84,8 @@ def small_scale_test(context: Context, controller: TrafficController) -> StepOut
 
 def _test(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
     """Rounds of shadow and canary until every verdict is conclusive; a breach ends it at once."""
-    evidence = Evidence(stage.spec, stage.split, stage.challenger)
+    stage.probe(stage.spec.small_scale_test.rate_per_s)
+    evidence = Evidence(stage.spec, stage.split, stage.challenger, stage.cap_ms())
     verdicts: tuple[Verdict, ...] = ()
     for number in range(1, ROUNDS + 1):
         suffix = "" if number == 1 else f"-{number}"
@@ -92,14 +93,17 @@ def _test(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
         if phase.breach is None:
             phase = _canary(stage, evidence, f"canary{suffix}")
         if phase.breach is not None:
-            return (phase.breach,), {"figures": evidence.figures(), "notes": [f"stopped in {phase.name}"]}
+            notes = [*stage.notes, f"stopped in {phase.name}"]
+            return (phase.breach,), {"figures": evidence.figures(), "notes": notes}
+        evidence.noisy = evidence.noisy or stage.noisy()
+        evidence.cap_ms = stage.cap_ms()
         verdicts = evidence.verdicts()
         if combine(verdicts) != "inconclusive":
             break
         open_ones = ", ".join(v.gate for v in verdicts if v.answer == "inconclusive")
         log.info("trial: round %d of %d leaves %s inconclusive", number, ROUNDS, open_ones)
     verdicts, notes = settle(verdicts, noisy=evidence.noisy)
-    return verdicts, {"figures": evidence.figures(), "notes": notes}
+    return verdicts, {"figures": evidence.figures(), "notes": [*stage.notes, *notes]}
 
 
 def _shadow(stage: Stage, evidence: Evidence, name: str) -> Phase:

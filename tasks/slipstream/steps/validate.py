@@ -65,10 +65,13 @@ def run(context: Context) -> StepOutput:
     judgement = _Judgement(context.spec, context.cell, scores, timing)
     size_bytes = digests.folder_size(context.fetch(_built(context, context.cell)))
     evidence = judgement.evidence(data, server=server, size_bytes=size_bytes, memory_mib=memory_mib)
+    verdicts, notes = gates.settle(judgement.verdicts(), noisy=evidence.noise.noisy, ratio="speedup")
+    for note in notes:
+        log.warning("%s", note)
     return context.output(
         metrics=_metrics(evidence),
-        verdicts=judgement.verdicts(),
-        details={"evidence": evidence.model_dump(mode="json")},
+        verdicts=verdicts,
+        details={"evidence": evidence.model_dump(mode="json"), "notes": notes},
     )
 
 

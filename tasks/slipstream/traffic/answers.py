@@ -43,8 +43,6 @@ class Pair:
     sample: int
     champion: Answered
     challenger: Answered
-    stalled_ms: float
-    """As in the request's record."""
 
 
 def mark(path: Path) -> Mark:
@@ -87,7 +85,7 @@ def pair(
 ) -> tuple[list[Pair], int]:
     """Pairs of all requests that the champion answered, and how many of those the challenger left unanswered."""
     answered = [r for r in records if r.id in champion]
-    pairs = [Pair(r.sample, champion[r.id], challenger[r.id], r.stalled_ms) for r in answered if r.id in challenger]
+    pairs = [Pair(r.sample, champion[r.id], challenger[r.id]) for r in answered if r.id in challenger]
     return pairs, len(answered) - len(pairs)
 
 

@@ -197,16 +197,19 @@ class EnvoyController:
 
     def _await_ready(self, deployment: Deployment) -> None:
         """Raises Unavailable, with the end of the server's log, when it fails to start time and again."""
-        name, failures, before = _program_name(deployment.release), 0, ""
-        deadline = time.monotonic() + READY_WITHIN_S
+        name, deadline = _program_name(deployment.release), time.monotonic() + READY_WITHIN_S
+        processes, refusals, before = set[int](), 0, ""
         while not _ready(deployment.port):
-            state = supervisor.state(self._home, name).state
-            failures += state != before and state in ("BACKOFF", "FATAL", "EXITED", "ABSENT")
-            if failures >= START_ATTEMPTS or state in ("FATAL", "ABSENT") or time.monotonic() > deadline:
+            now = supervisor.state(self._home, name)
+            # supervisord calls a start that fails within 2 s BACKOFF; a later end shows only as another process.
+            refusals += now.state != before and now.state == "BACKOFF"
+            processes |= {now.pid} if now.pid else set()
+            failed = max(refusals, len(processes) - 1) >= START_ATTEMPTS or now.state in ("FATAL", "ABSENT")
+            if failed or time.monotonic() > deadline:
                 log = supervisor.log_file(self._home, name)
                 tail = log.read_text(errors="replace")[-1500:] if log.exists() else "(no log)"
-                raise Unavailable(f"{name} is not ready ({state}); its log {log} ends with:\n{tail}")
-            before = state
+                raise Unavailable(f"{name} is not ready ({now.state}); its log {log} ends with:\n{tail}")
+            before = now.state
             time.sleep(0.05)
 
     def _give_up(self, deployment: Deployment) -> None:

@@ -5,6 +5,7 @@ a guess from the first odd request, and stops the load at once.
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,18 @@ from slipstream.data import Split
 from slipstream.measure import gates, stats
 from slipstream.spec import Guardrails, Spec
 from slipstream.traffic.base import Observation, Release, Routes, TrafficController
-from slipstream.traffic.load import Load, Record, Sent, send
+from slipstream.traffic.load import Load, Record, Sent, Watch, send
 
 log = logging.getLogger(__name__)
 
 WINDOW = 500
 """Requests in a point of the timeline, at least: enough for a p99."""
+PROBE = 200
+"""Requests that find out what this machine can carry now."""
+SLOWEST = 8
+"""The rate is lowered to an eighth at most; slower still, and a test would never end."""
+NOISY = 0.02
+"""Share of requests during which the sender itself was stalled, from which on the machine counts as noisy."""
 POINTS = 10
 """Points for a phase, at most."""
 
@@ -52,6 +59,12 @@ class Stage:
     run_key: str
     progress: Callable[..., None] = lambda done, total, **figures: None
     timeline: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What had to be adapted to the machine."""
+    slowdown: int = 1
+    """Rates are divided by this; see `probe`."""
+    champion_phases: list[list[Record]] = field(default_factory=list)
+    """What the champion answered in each phase of this stage, the probe included."""
 
     @property
     def model(self) -> str:
@@ -69,16 +82,59 @@ class Stage:
             self.controller.set_routes(self.model, self.weights(0))
             log.info("traffic: %s is back at %s", self.model, self.champion.name)
 
+    def probe(self, rate_per_s: float) -> None:
+        """Ask the champion, alone, what this machine carries now: halve the rate until it keeps up.
+
+        That is, until nine in ten answers take less than a fifth of the cap. A queue that a busy neighbour fills
+        says nothing about the challenger; and since only the champion is asked, a slow challenger gains nothing.
+        """
+        while True:
+            sent = self._send(f"probe-{self.slowdown}", PROBE, rate_per_s, lambda records: None)
+            seen = served_ms(sent.records)
+            keeps_up = not seen or np.quantile(seen, 0.9) < self.spec.guardrails.max_p99_ms / 5
+            if keeps_up or self.slowdown >= SLOWEST:
+                break
+            self.slowdown *= 2
+        self.champion_phases.append(sent.records)
+        if self.slowdown > 1:
+            self.notes.append(f"this machine is busy: requests are sent at {rate_per_s / self.slowdown:g}/s")
+            log.warning("traffic: %s", self.notes[-1])
+
+    def noisy(self, records: Sequence[Record] = ()) -> bool:
+        """Whether others kept the machine busy in this stage; `records` are of the phase under way."""
+        return any(noisy(phase) for phase in (*self.champion_phases, records))
+
+    def cap_ms(self, records: Sequence[Record] = ()) -> float:
+        """The cap on the p99 that clients see: `guardrails.max_p99_ms`.
+
+        Where others keep the machine busy, and the champion's own p99 in any phase, times the allowed ratio, is over
+        it, that product: then the cap says something about the neighbours only. `records` are of the phase under way.
+        """
+        limits = self.spec.guardrails
+        if not self.noisy(records):
+            return limits.max_p99_ms
+        under_way = [r for r in records if r.release == self.champion.name]
+        seen = [served_ms(phase) for phase in (*self.champion_phases, under_way)]
+        worst_ms = max((float(np.quantile(ms, 0.99)) for ms in seen if ms), default=0.0)
+        return max(limits.max_p99_ms, limits.max_p99_ratio * worst_ms)
+
     def phase(self, name: str, routes: Routes, requests: int, rate_per_s: float) -> Phase:
         """Set routes, send the load, and watch it. Leaves the routes as they are."""
         share = routes.weights.get(self.challenger.name, 0)
         planned = requests if routes.mirror else round(requests * share / 100)
         before = self.controller.observe(self.challenger)
         self.controller.set_routes(self.model, routes)
-        log.info(
-            "traffic: %s: %d requests at %g/s, %d %% to %s", name, requests, rate_per_s, share, self.challenger.name
-        )
+        log.info("traffic: %s: %d requests, %d %% of them to %s", name, requests, share, self.challenger.name)
         guard = Guard(self, before, planned, requests, shadow=routes.mirror is not None)
+        sent = self._send(name, requests, rate_per_s, guard, challenger_share=float(share))
+        self.timeline += windows(name, share, sent)
+        if guard.breach is not None:
+            log.warning("traffic: %s stopped: %s: %s", name, guard.breach.gate, guard.breach.reason)
+        phase = Phase(name, sent.records, guard.breach)
+        self.champion_phases.append(phase.of(self.champion))
+        return phase
+
+    def _send(self, name: str, requests: int, rate_per_s: float, watch: Watch, **figures: float) -> Sent:
         load = Load(
             url=self.controller.endpoint(self.model),
             model=self.model,
@@ -86,14 +142,10 @@ class Stage:
             phase=name,
             split=self.split,
             requests=requests,
-            rate_per_s=rate_per_s,
+            rate_per_s=rate_per_s / self.slowdown,
             seed=self.spec.seed + len(self.timeline),  # every phase its own order, every run the same ones
         )
-        sent = send(load, guard, lambda done, total: self.progress(done, total, challenger_share=float(share)))
-        self.timeline += windows(name, share, sent)
-        if guard.breach is not None:
-            log.warning("traffic: %s stopped: %s: %s", name, guard.breach.gate, guard.breach.reason)
-        return Phase(name, sent.records, guard.breach)
+        return send(load, watch, lambda done, total: self.progress(done, total, **figures))
 
 
 class Guard:
@@ -130,7 +182,7 @@ class Guard:
         if not seen:
             return None
         still = max(self._requests - len(seen), 0)
-        return gates.p99_cap([*seen, *([0.0] * still)], self._limits.max_p99_ms, self._confidence)
+        return gates.p99_cap([*seen, *([0.0] * still)], self._stage.cap_ms(records), self._confidence)
 
     def _memory(self, now: Observation) -> Verdict | None:
         if now.memory_mib <= self._limits.max_memory_mib:
@@ -145,6 +197,12 @@ class Guard:
             unit="MiB",
             n=1,
         )
+
+
+def noisy(records: Sequence[Record]) -> bool:
+    """Whether others keep this machine busy: more wants to run than there are cores, or the sender itself stalled."""
+    stalled = np.mean([r.stalled_ms > 0 for r in records]) if records else 0.0
+    return os.getloadavg()[0] > len(os.sched_getaffinity(0)) or bool(stalled > NOISY)
 
 
 def served_ms(records: Sequence[Record]) -> list[float]:

@@ -15,9 +15,6 @@ from slipstream.traffic.base import Release
 from slipstream.traffic.guarded import served_ms
 from slipstream.traffic.load import Record
 
-NOISY = 0.02
-"""Share of requests during which the sender itself was stalled, from which on the machine counts as noisy."""
-
 
 @dataclass
 class Evidence:
@@ -26,21 +23,14 @@ class Evidence:
     spec: Spec
     split: Split
     challenger: Release
+    cap_ms: float
+    """Cap on the p99 that clients see."""
+    noisy: bool = False
+    """Whether others kept the machine busy, so that an absolute latency says little."""
     pairs: list[Pair] = field(default_factory=list)
     unanswered: int = 0
     """Mirrored requests that the champion answered and the challenger did not."""
     canary: list[Record] = field(default_factory=list)
-
-    @property
-    def stalled_share(self) -> float:
-        """Share of all requests during which the machine stalled this process."""
-        flags = [p.stalled_ms > 0 for p in self.pairs] + [r.stalled_ms > 0 for r in self.canary]
-        return float(np.mean(flags)) if flags else 0.0
-
-    @property
-    def noisy(self) -> bool:
-        """Whether an absolute latency says little here."""
-        return self.stalled_share > NOISY
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """One verdict for each question."""
@@ -53,7 +43,7 @@ class Evidence:
             gates.disagreement(answers.different(self.pairs), len(self.pairs), limits.max_disagreement, sure),
             gates.accuracy(*labelled, limits.max_accuracy_drop, sure, rng),
             self._forgiving(gates.p99_ratio(champion_ms, challenger_ms, limits.max_p99_ratio, sure, rng)),
-            gates.p99_cap(served_ms(self.canary), limits.max_p99_ms, sure),
+            gates.p99_cap(served_ms(self.canary), self.cap_ms, sure),
         ]
         if objective.latency_p99_ms is not None:
             verdict = gates.p99_cap(challenger_ms, objective.latency_p99_ms, sure)
@@ -74,7 +64,7 @@ class Evidence:
             "challenger_quality": _percent(right[1]),
             "champion_server_p50_ms": _median(champion_ms),
             "challenger_server_p50_ms": _median(challenger_ms),
-            "stalled_share": self.stalled_share,
+            "noisy": self.noisy,
         }
 
     def _server_ms(self) -> tuple[list[float], list[float]]:
@@ -94,8 +84,8 @@ class Evidence:
         """A latency that fails on a noisy machine may be a neighbour's fault: measure on before saying no."""
         if verdict.answer != "fail" or not self.noisy:
             return verdict
-        share = f"{100 * self.stalled_share:.0f} % of the requests fell into stalls of this machine"
-        return verdict.model_copy(update={"answer": "inconclusive", "reason": f"{verdict.reason}; but {share}"})
+        reason = f"{verdict.reason}; but this machine was too busy to hold that against the challenger"
+        return verdict.model_copy(update={"answer": "inconclusive", "reason": reason})
 
 
 def settle(verdicts: tuple[Verdict, ...], *, noisy: bool) -> tuple[tuple[Verdict, ...], list[str]]:
