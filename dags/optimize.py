@@ -22,8 +22,9 @@ HOME = Home.from_environment()
 NAMED = {"map_index_template": "{{ task.cell }}"}
 """Mapped tasks show their recipe or cell instead of a number."""
 
-WHOLE_MACHINE = {"pool": "machine", "pool_slots": 2}
-"""What measures, or fills all cores by itself, runs alone; recipes share the machine, two at a time."""
+WHOLE_MACHINE: dict[str, Any] = {"pool": "machine", "pool_slots": 2}
+HALF_THE_MACHINE: dict[str, Any] = {"pool": "machine", "pool_slots": 1}
+"""What measures, or trains on all cores, runs alone; the other heavy steps run two at a time."""
 
 # A step that was killed or found a service down is tried again after some 15 and 30 s; what is wrong stays wrong
 # and is not (runtime.py).
@@ -54,9 +55,9 @@ def pipeline(spec: Spec) -> DAG:
 
         with TaskGroup("optimize", prefix_group_id=False) as optimize:
             cells = StepOperator(task_id="retrain", **WHOLE_MACHINE)
-            engines = StepOperator.partial(task_id="build", trigger_rule="all_done", pool="machine", **NAMED).expand(
-                cell=cells.output
-            )
+            engines = StepOperator.partial(
+                task_id="build", trigger_rule="all_done", **HALF_THE_MACHINE, **NAMED
+            ).expand(cell=cells.output)
             cells >> candidate.expand(recipe=recipes.output) >> engines
 
         with TaskGroup("accuracy_validation", prefix_group_id=False) as accuracy_validation:
@@ -82,10 +83,9 @@ def pipeline(spec: Spec) -> DAG:
 @task_group(prefix_group_id=False)
 def candidate(recipe: str) -> None:
     """One recipe: the techniques that it names, in their order; the others are skipped."""
-    shared = {"cell": recipe, "pool": "machine", **NAMED}
-    distill = StepOperator(task_id="distill", **shared)
-    prune = StepOperator(task_id="prune", trigger_rule="none_failed", **shared)
-    quantize = StepOperator(task_id="quantize", trigger_rule="none_failed", **shared)
+    distill = StepOperator(task_id="distill", cell=recipe, **WHOLE_MACHINE, **NAMED)
+    prune = StepOperator(task_id="prune", cell=recipe, trigger_rule="none_failed", **WHOLE_MACHINE, **NAMED)
+    quantize = StepOperator(task_id="quantize", cell=recipe, trigger_rule="none_failed", **HALF_THE_MACHINE, **NAMED)
     distill >> prune >> quantize
 
 

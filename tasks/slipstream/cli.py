@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -149,6 +150,8 @@ def step(
         given = StepInput.model_validate_json(inputs.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{inputs}: not an IN document: {error}") from error
+    for variable, value in STEPS[name].variables.items():
+        os.environ.setdefault(variable, value)
     output = run_step(name, specs.load(spec), given)
     write_atomically(outputs, output.model_dump_json(indent=2))
 

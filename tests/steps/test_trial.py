@@ -63,7 +63,7 @@ BAD = {
     "fails": (Behaviour(error_rate=0.5), "errors", {}),
     "says something else": (Behaviour(answer=lambda b: -np.asarray(b)[:, :10]), "disagreement", {}),
     "answers NaN": (Behaviour(answer=lambda b: np.full((1, 10), np.nan)), "disagreement", {}),
-    "is slow": (Behaviour(latency_s=1.5), "p99_cap", {"max_p99_ms": 700, "max_p99_ratio": 5000}),
+    "is slow": (Behaviour(latency_s=1.5), "p99_", {"max_p99_ms": 700, "max_p99_ratio": 5}),
     "holds too much memory": (Behaviour(memory_mib=9000), "memory", {}),
 }
 
@@ -76,13 +76,15 @@ def test_a_bad_challenger_fails_and_is_gone(world_maker: WorldMaker, fake: FakeC
     fake.behaviours[challenger.name] = behaviour
     context = world.context("trial", outputs)
     message = failing(lambda: small_scale_test(context, fake), GateFailed)
-    assert f"{gate}: " in message
+    assert gate in message
     assert at_rest(world, fake, champion)
     assert fake.deployed(world.model) == {champion.name}
     assert world.registry.alias("challenger") is None
     assert world.registry.champion() == champion.name.removeprefix("v")
     recorded = world.recorded(context)
-    assert gate in {v.gate for v in recorded.verdicts if v.answer == "fail"}
+    # A busy machine turns a slow challenger's "fail" into "inconclusive", which is no pass either.
+    answers = ("fail", "inconclusive") if gate == "p99_" else ("fail",)
+    assert any(v.gate.startswith(gate) and v.answer in answers for v in recorded.verdicts)
     assert recorded.details["timeline"]
 
 

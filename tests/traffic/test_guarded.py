@@ -129,6 +129,7 @@ def test_the_cap_gives_way_to_the_champions_own_p99_and_only_under_noise(
     assert stage.cap_ms() == 250
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.1, 0.1))
     assert stage.cap_ms() == 300 * stage.spec.guardrails.max_p99_ratio
+    assert "instead of 250 ms" in stage.adapted()[-1]
     stage.champion_phases.pop()
     assert stage.cap_ms([record(200, release="v1")] * 50) == 200 * stage.spec.guardrails.max_p99_ratio
     assert stage.cap_ms([record(900)] * 50) == 250  # the challenger's own slowness never raises it

@@ -204,7 +204,7 @@ class _Rollout:
 
     def _record(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> StepOutput:
         """Write the evidence into this step's MLflow run; nothing is released yet."""
-        details = {"timeline": stage.timeline, "notes": stage.notes, "released": None}
+        details = {"timeline": stage.timeline, "notes": stage.adapted(), "released": None}
         output = self.context.output(verdicts=verdicts, details=details)
         self.context.tracking.record(self.context.run, output)
         return output

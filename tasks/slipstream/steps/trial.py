@@ -93,7 +93,7 @@ def _test(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
         if phase.breach is None:
             phase = _canary(stage, evidence, f"canary{suffix}")
         if phase.breach is not None:
-            notes = [*stage.notes, f"stopped in {phase.name}"]
+            notes = [*stage.adapted(), f"stopped in {phase.name}"]
             return (phase.breach,), {"figures": evidence.figures(), "notes": notes}
         evidence.noisy = evidence.noisy or stage.noisy()
         evidence.cap_ms = stage.cap_ms()
@@ -103,7 +103,7 @@ def _test(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
         open_ones = ", ".join(v.gate for v in verdicts if v.answer == "inconclusive")
         log.info("trial: round %d of %d leaves %s inconclusive", number, ROUNDS, open_ones)
     verdicts, notes = settle(verdicts, noisy=evidence.noisy)
-    return verdicts, {"figures": evidence.figures(), "notes": [*stage.notes, *notes]}
+    return verdicts, {"figures": evidence.figures(), "notes": [*stage.adapted(), *notes]}
 
 
 def _shadow(stage: Stage, evidence: Evidence, name: str) -> Phase:

@@ -60,7 +60,7 @@ class Stage:
     progress: Callable[..., None] = lambda done, total, **figures: None
     timeline: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What had to be adapted to the machine."""
+    """What `probe` had to adapt to the machine."""
     slowdown: int = 1
     """Rates are divided by this; see `probe`."""
     champion_phases: list[list[Record]] = field(default_factory=list)
@@ -107,8 +107,10 @@ class Stage:
     def cap_ms(self, records: Sequence[Record] = ()) -> float:
         """The cap on the p99 that clients see: `guardrails.max_p99_ms`.
 
-        Where others keep the machine busy, and the champion's own p99 in any phase, times the allowed ratio, is over
-        it, that product: then the cap says something about the neighbours only. `records` are of the phase under way.
+        On a noisy machine it is at least the champion's own p99 in any phase times the allowed ratio: a cap that
+        the champion breaks beside it says nothing about the challenger. The price: a challenger that starves the
+        champion of the processor, on a machine that is noisy, is caught by the ratio alone. `records` are of the
+        phase under way.
         """
         limits = self.spec.guardrails
         if not self.noisy(records):
@@ -117,6 +119,13 @@ class Stage:
         seen = [served_ms(phase) for phase in (*self.champion_phases, under_way)]
         worst_ms = max((float(np.quantile(ms, 0.99)) for ms in seen if ms), default=0.0)
         return max(limits.max_p99_ms, limits.max_p99_ratio * worst_ms)
+
+    def adapted(self) -> list[str]:
+        """What had to be adapted to the machine, the cap included, as sentences for the record."""
+        cap, asked = self.cap_ms(), self.spec.guardrails.max_p99_ms
+        if cap <= asked:
+            return self.notes
+        return [*self.notes, f"this machine is noisy: the cap on p99 was {cap:.0f} ms instead of {asked:g} ms"]
 
     def phase(self, name: str, routes: Routes, requests: int, rate_per_s: float) -> Phase:
         """Set routes, send the load, and watch it. Leaves the routes as they are."""
