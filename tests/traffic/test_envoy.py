@@ -67,6 +67,18 @@ def test_an_engine_that_cannot_be_loaded_is_not_deployed(
     assert toy_envoy.deployed("net") == {"v1"}
 
 
+def test_another_installations_server_at_the_port_is_not_taken_for_ours(
+    toy_envoy: EnvoyController, envoy_home: tuple[Home, str, str], tmp_path: Path
+) -> None:
+    toy_envoy.deploy(A, engine(tmp_path / "a" / "engine"))
+    record = envoy_home[0].releases / A.key / "deployment.json"
+    stranger = engine(tmp_path / "b" / "engine")
+    toy_envoy.deploy(B, stranger)
+    port = json.loads((envoy_home[0].releases / B.key / "deployment.json").read_text())["port"]
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"port": port}))
+    assert toy_envoy.deployed("net") == {"v2"}
+
+
 def test_a_killed_server_comes_back_at_its_port(
     toy_envoy: EnvoyController, envoy_home: tuple[Home, str, str], tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, body: bytes) -> None:
         self.send_response(status)
         self.send_header("content-length", str(len(body)))
+        self.send_header("x-slipstream-release", self.options.release)
         self.end_headers()
         self.wfile.write(body)
 

@@ -25,14 +25,15 @@ def show(reference: str, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(report.model_dump(mode="json"), indent=2) + "\n")
         return
     console = Console(highlight=False)
-    console.width = max(console.width, tables.WIDTH) if not console.is_terminal else console.width
+    console.width = max(console.width, tables.WIDTH)  # a narrow terminal wraps lines, rather than lose columns
     console.print(tables.summary(report))
     try:
         places = addresses.load(home)
     except Unavailable:  # a report read from another MLflow server has no pages here
         return
     console.print()
-    console.print(tables.links(pages(home, places, report, reveal=console.is_terminal)))
+    for name, value in pages(home, places, report, reveal=console.is_terminal).items():
+        console.print(f"[dim]{name:<10}[/]  {value}", soft_wrap=True)  # unbroken, so that it can be copied
     line = request_line(home, places, report)
     if line:
         console.print("\nSend a held-out image to the release; the data set calls it", report.sample_label + ":")

@@ -96,16 +96,6 @@ def summary(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-def links(entries: dict[str, str]) -> Table:
-    """Names and addresses, unbroken so that they can be copied."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="ignore", no_wrap=True)
-    for name, value in entries.items():
-        table.add_row(name, value)
-    return table
-
-
 def curl(url: str, request: Path, classes: Path | None) -> str:
     """A shell line that sends the sample to the release and prints its label.
 

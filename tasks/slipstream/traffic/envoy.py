@@ -5,6 +5,7 @@ routes. Envoy's admin interface says what is really loaded; every change waits u
 """
 
 import fcntl
+import hashlib
 import json
 import shutil
 import socket
@@ -116,7 +117,7 @@ class EnvoyController:
     def deployed(self, model: str) -> set[str]:
         """See the protocol."""
         found = (d for d in self._deployments() if d.release.model == model)
-        return {d.release.name for d in found if _ready(d.port)}
+        return {d.release.name for d in found if _ready(d)}
 
     def routes(self, model: str) -> Routes:
         """See the protocol."""
@@ -176,7 +177,7 @@ class EnvoyController:
         if not (folder / "engine").exists():
             shutil.copytree(engine, folder / "engine")
         taken = {d.port for d in self._deployments()}
-        port = next(p for p in PORTS if p not in taken and _free(p))
+        port = next(p for p in _ports_from(folder) if p not in taken and _free(p))
         deployment = Deployment(release=release, port=port, sha256=sha256)
         write_atomically(record, deployment.model_dump_json(indent=1))
         return deployment
@@ -199,7 +200,7 @@ class EnvoyController:
         """Raises Unavailable, with the end of the server's log, when it fails to start time and again."""
         name, deadline = _program_name(deployment.release), time.monotonic() + READY_WITHIN_S
         processes, refusals, before = set[int](), 0, ""
-        while not _ready(deployment.port):
+        while not _ready(deployment):
             now = supervisor.state(self._home, name)
             # supervisord calls a start that fails within 2 s BACKOFF; a later end shows only as another process.
             refusals += now.state != before and now.state == "BACKOFF"
@@ -290,11 +291,20 @@ def _program_name(release: Release) -> str:
     return f"server-{release.key}"
 
 
-def _ready(port: int) -> bool:
+def _ready(deployment: Deployment) -> bool:
+    """Whether the release's own server answers: another installation's may have taken the port meanwhile."""
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/v2/health/ready", timeout=2).status_code == httpx.codes.OK
+        response = httpx.get(f"http://127.0.0.1:{deployment.port}/v2/health/ready", timeout=2)
     except httpx.HTTPError:
         return False
+    theirs = response.headers.get(envoy_config.RELEASE_HEADER)
+    return response.status_code == httpx.codes.OK and theirs == deployment.release.key
+
+
+def _ports_from(folder: Path) -> list[int]:
+    """All ports, from one that depends on the folder on: installations that start servers at once rarely collide."""
+    start = int(hashlib.sha256(str(folder).encode()).hexdigest(), 16) % len(PORTS)
+    return [*PORTS[start:], *PORTS[:start]]
 
 
 def _free(port: int) -> bool:
