@@ -30,13 +30,13 @@ def data(limit=None):
 
 
 def resnet():
-    """ResNet-14 for 28×28 grey images (He et al. 2015), 16 to 64 channels."""
+    """ResNet-14 for grey images (He et al. 2015): 16 to 64 channels, half the resolution from the first layer on."""
     return _resnet(width=16, blocks=2)
 
 
 def student():
-    """ResNet-8, 8 to 32 channels."""
-    return _resnet(width=8, blocks=1)
+    """ResNet-8: as wide, but half as deep."""
+    return _resnet(width=16, blocks=1)
 
 
 def train(training, epochs=4):

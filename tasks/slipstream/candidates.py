@@ -1,5 +1,7 @@
 """What the steps that make candidates share: the folder, the log entry in MLflow, the quality."""
 
+import logging
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,9 +12,12 @@ import numpy.typing as npt
 
 from slipstream.contract import Artifact
 from slipstream.data import Split
-from slipstream.frameworks.base import read_manifest
+from slipstream.frameworks.base import Framework, read_manifest
 from slipstream.signature import signature
 from slipstream.steps.base import Context
+from slipstream.tracking import fetch
+
+_log = logging.getLogger(__name__)
 
 
 def fresh_folder(context: Context) -> Path:
@@ -38,3 +43,24 @@ def log(context: Context, folder: Path, name: str, parents: Iterable[str | None]
 def quality(answers: npt.NDArray[Any], split: Split) -> dict[str, float]:
     """`test_top1` in percent, for people: no gate uses it, since they judge built engines."""
     return {"test_top1": float(np.mean(answers.argmax(1) == split.labels) * 100)}
+
+
+def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> npt.NDArray[np.float32]:
+    """(N, classes) logits of a candidate for the training split, from the cache or computed once.
+
+    They belong to the images as they are, so whoever learns from them trains without augmentation.
+    """
+    split = context.data.train
+    path = context.home.cache / "soft-answers" / f"{teacher.sha256}-{split.digest}.npy"
+    if path.exists():
+        _log.info("teacher: answers for %d images found in the cache", len(split))
+        cached: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
+        return cached
+    _log.info("teacher: answering %d images", len(split))
+    logits = framework.logits(framework.load(fetch(teacher)), split.inputs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        np.save(file, logits)
+    aside.replace(path)
+    return logits

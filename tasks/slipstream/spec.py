@@ -183,8 +183,12 @@ class Prune(Section):
     """Rounds; the share grows along the cubic schedule of Zhu and Gupta (2017)."""
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Fine-tuning epochs after each round."""
-    learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
     """Peak of the one-cycle schedule of each round's fine-tuning."""
+    soft_weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of the soft loss: the network also relearns its own answers from before pruning. 0 turns that off."""
+    temperature: Annotated[float, Field(ge=1, le=100)] = 4.0
+    """Softens those answers, as in distillation."""
     round_to: Annotated[int, Field(ge=1, le=128)] = 8
     """Channel counts stay multiples of this, since engines compute in blocks."""
 

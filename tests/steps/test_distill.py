@@ -29,7 +29,7 @@ def test_student_is_smaller_linked_and_made_with_cached_teacher_answers(
     assert manifest.parameters == output.metrics["parameters"] < baseline.metrics["parameters"]
     assert output.metrics["teacher_top1"] == baseline.metrics["test_top1"]
 
-    (cached,) = (home / "cache" / "teacher-logits").glob("*.npy")
+    (cached,) = (home / "cache" / "soft-answers").glob("*.npy")
     assert baseline.artifact.sha256 in cached.name
     assert np.load(cached).shape == (200, 10)
     written["distill"]["temperature"] = 2

@@ -27,9 +27,9 @@ class StepInfo:
 
 STEPS: dict[str, StepInfo] = {
     "check": StepInfo(FRAMEWORK, cached=False),
-    "retrain": StepInfo(FRAMEWORK, ("frameworks", "data.py"), variables=TRAINING),
-    "distill": StepInfo(FRAMEWORK, ("frameworks", "data.py"), variables=TRAINING),
-    "prune": StepInfo(FRAMEWORK, ("frameworks", "data.py"), variables=TRAINING),
+    "retrain": StepInfo(FRAMEWORK, ("frameworks", "candidates.py", "data.py"), variables=TRAINING),
+    "distill": StepInfo(FRAMEWORK, ("frameworks", "candidates.py", "data.py"), variables=TRAINING),
+    "prune": StepInfo(FRAMEWORK, ("frameworks", "candidates.py", "data.py"), variables=TRAINING),
     "quantize": StepInfo(FRAMEWORK, ("frameworks", "data.py")),
     "build": StepInfo(FRAMEWORK, ("engines",)),
     "validate": StepInfo(FRAMEWORK, ("engines", "measure", "data.py")),

@@ -5,12 +5,8 @@ They belong to the images as they are, so the student trains without augmentatio
 Details: `student` and `teacher_sha256`. Metrics: `test_top1` of the student, `teacher_top1`, `parameters`.
 """
 
-import logging
-import os
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from slipstream import candidates
@@ -18,11 +14,9 @@ from slipstream.contract import StepInput, StepOutput
 from slipstream.data import user_code_digest
 from slipstream.digests import versions
 from slipstream.errors import ModelError
-from slipstream.frameworks.base import Framework, Job, Schedule, SoftTargets, framework_for
+from slipstream.frameworks.base import Job, Schedule, SoftTargets, framework_for
 from slipstream.spec import Distill, Spec
 from slipstream.steps.base import Context
-
-log = logging.getLogger(__name__)
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -43,7 +37,7 @@ def run(context: Context) -> StepOutput:
     teacher = context.upstream("retrain")
     assert teacher.artifact is not None
     context.run.params(section.model_dump(mode="json"))
-    logits = _teacher_logits(context, framework, context.fetch(teacher), teacher.artifact.sha256)
+    logits = candidates.soft_answers(context, framework, teacher.artifact)
     student = framework.build(section.student, spec.seed)
     _require_same_classes(framework.logits(student, data.train.inputs[:2]), logits, section)
     framework.fit(
@@ -68,24 +62,6 @@ def run(context: Context) -> StepOutput:
 def _section(spec: Spec) -> Distill:
     assert spec.distill is not None, "spec.py refuses a recipe that distills without a distill section"
     return spec.distill
-
-
-def _teacher_logits(context: Context, framework: Framework, teacher: Path, sha256: str) -> npt.NDArray[np.float32]:
-    """(N, classes) answers of the teacher for the training split, from the cache or computed once."""
-    split = context.data.train
-    path = context.home.cache / "teacher-logits" / f"{sha256}-{split.digest}.npy"
-    if path.exists():
-        log.info("teacher: answers for %d images found in the cache", len(split))
-        cached: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-        return cached
-    log.info("teacher: answering %d images", len(split))
-    logits = framework.logits(framework.load(teacher), split.inputs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
-        np.save(file, logits)
-    aside.replace(path)
-    return logits
 
 
 def _require_same_classes(student: npt.NDArray[Any], teacher: npt.NDArray[Any], section: Distill) -> None:
