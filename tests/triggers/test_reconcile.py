@@ -8,7 +8,9 @@ from mlflow import MlflowClient
 
 from slipstream.airflow_api import AirflowApi
 from slipstream.home import Home
-from slipstream.triggers.reconcile import INTERVAL_S, keep_reconciling, reconcile
+from slipstream.traffic.base import Release, Routes
+from slipstream.traffic.fake import FakeController
+from slipstream.triggers.reconcile import INTERVAL_S, keep_reconciling, reconcile, report_drift
 
 from .conftest import SPEC, version
 
@@ -42,6 +44,21 @@ def test_nothing_is_lost_while_airflow_is_down(
     airflow.down = False
     airflow.token = "second"  # a restarted Airflow forgets its tokens
     assert reconcile(Home.from_environment(), client, api) == ["tiny"]
+
+
+def test_traffic_without_a_champion_is_reported(
+    client: MlflowClient, model: str, published: str, tmp_path: Path
+) -> None:
+    version(client, model)
+    fake = FakeController(tmp_path)
+    try:
+        assert report_drift(Home.from_environment(), client, fake) == []
+        fake.deploy(Release(model=model, name="v1"), tmp_path)
+        fake.set_routes(model, Routes(weights={"v1": 100}))
+        [sentence] = report_drift(Home.from_environment(), client, fake)
+        assert f"{model}: there is no champion, but v1 (100 %) has traffic" in sentence
+    finally:
+        fake.close()
 
 
 def test_the_loop_survives_whatever_a_round_raises() -> None:

@@ -1,4 +1,4 @@
-"""Finds what a lost webhook missed: compares each published spec's alias with the runs that Airflow has."""
+"""Finds what a lost webhook missed, and reports where a champion and its traffic disagree."""
 
 import logging
 import threading
@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from mlflow import MlflowClient
 
-from slipstream import catalog
+from slipstream import catalog, registry
 from slipstream.errors import SlipstreamError
 from slipstream.home import Home
 from slipstream.spec import Spec
+from slipstream.traffic.base import TrafficController
 from slipstream.triggers import promotion
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,23 @@ def reconcile(home: Home, client: MlflowClient, airflow: promotion.Runs) -> list
         except SlipstreamError as error:
             log.warning("%s: not reconciled, next try in %d s: %s", name, INTERVAL_S, error)
     return started
+
+
+def report_drift(home: Home, client: MlflowClient, traffic: TrafficController) -> list[str]:
+    """Log where alias and real traffic of a published model disagree, as they do while a rollout is under way.
+
+    Only reported: the rollout that was interrupted, or `slipstream rollback`, knows in which direction to mend it.
+    """
+    models = {spec.model.name for _, spec in catalog.published(home) if isinstance(spec, Spec)}
+    found = []
+    for model in sorted(models):
+        try:
+            found += registry.drift(model, traffic, client)
+        except SlipstreamError as error:
+            log.warning("%s: traffic not compared with the registry: %s", model, error)
+    for sentence in found:
+        log.warning("drift: %s", sentence)
+    return found
 
 
 def keep_reconciling(once: Callable[[], object], stop: threading.Event, interval_s: float = INTERVAL_S) -> None:

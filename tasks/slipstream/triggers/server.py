@@ -18,13 +18,13 @@ from fastapi.concurrency import run_in_threadpool
 from mlflow import MlflowClient
 from pydantic import BaseModel, ValidationError
 
-from slipstream import catalog
+from slipstream import catalog, traffic
 from slipstream.airflow_api import AirflowApi
 from slipstream.errors import Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses
 from slipstream.triggers import promotion, signature
-from slipstream.triggers.reconcile import keep_reconciling, reconcile
+from slipstream.triggers.reconcile import keep_reconciling, reconcile, report_drift
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, secret
             ensure_webhook(client, addresses.load(home).triggers + PATH, secret)
             registered.set()
         reconcile(home, client, airflow)
+        report_drift(home, client, traffic.controller(home))
 
     app = FastAPI(title="slipstream triggers", lifespan=_beside(once), docs_url=None, redoc_url=None, openapi_url=None)
 
