@@ -28,7 +28,7 @@ test-%: setup
 	@.venv/bin/python scripts/test.py $*
 
 bench: setup ## Measure the demo's engines against PyTorch eager
-	@$(SLIPSTREAM) bench examples/fashion.yaml
+	@$(SLIPSTREAM) bench examples/fashion.yaml --out docs/benchmark.md
 
 lock: setup ## Resolve the pins of all environments anew
 	@scripts/lock

@@ -20,7 +20,7 @@ class ChannelPruner:
 
     A layer's width goes to the multiple of `round_to` that is nearest to its share; torch-pruning's own rounding
     goes down, which makes 8 of 16 channels from a sparsity of 0.1. Ranking within each group of coupled layers
-    keeps the widths what the spec says; global ranking starved single layers at these sizes.
+    keeps the widths what the spec says.
     """
 
     def __init__(

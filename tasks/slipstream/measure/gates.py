@@ -132,8 +132,8 @@ def disagreement(different: int, n: int, max_percent: float, confidence: float) 
 
 
 MIN_SPEEDUP = 1.02
-"""Two copies of one engine, loaded side by side, differed by 1 to 2 % in one process (ONNX Runtime and OpenVINO on a
-2-core EPYC): memory layout, not speed. So less than this is not called faster."""
+"""Two copies of one ONNX Runtime engine, loaded side by side in one process, differed by about 1 % (2-core EPYC, under
+load): memory layout, not speed. So less than this is not called faster."""
 
 
 def speedup(
