@@ -9,9 +9,10 @@ from tests.steps.stages import make_spec
 
 from slipstream.contract import Verdict
 from slipstream.data import Split
+from slipstream.measure.gates import settle
 from slipstream.traffic.answers import Answered, Pair
 from slipstream.traffic.base import Release
-from slipstream.traffic.judging import Evidence, settle
+from slipstream.traffic.judging import Evidence
 from slipstream.traffic.load import Record
 
 SPLIT = Split(np.zeros((1, 3), np.float32), np.array([0], np.int64))
@@ -92,7 +93,7 @@ def verdict(gate: str, answer: Any) -> Verdict:
 
 def test_only_an_open_latency_under_noise_is_set_aside_and_only_beside_a_passed_ratio() -> None:
     ratio, errors = verdict("p99_ratio", "pass"), verdict("errors", "inconclusive")
-    left, notes = settle((ratio, verdict("latency", "inconclusive"), errors), noisy=True)
+    left, notes = settle((ratio, verdict("latency", "inconclusive"), errors), noisy=True, ratio="p99_ratio")
     assert left == (ratio, errors)
     assert "latency was not judged" in notes[0]
     for given, noisy in (
@@ -100,4 +101,4 @@ def test_only_an_open_latency_under_noise_is_set_aside_and_only_beside_a_passed_
         ((ratio, verdict("latency", "fail")), True),
         ((verdict("p99_ratio", "inconclusive"), verdict("latency", "inconclusive")), True),
     ):
-        assert settle(given, noisy=noisy) == (given, [])
+        assert settle(given, noisy=noisy, ratio="p99_ratio") == (given, [])

@@ -12,6 +12,7 @@ from typing import Any
 
 from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput, Verdict, combine
+from slipstream.measure import gates
 from slipstream.registry import CHALLENGER, Registry
 from slipstream.spec import Spec
 from slipstream.steps.base import Context, require_pass
@@ -19,7 +20,7 @@ from slipstream.tracking import fetch
 from slipstream.traffic import answers
 from slipstream.traffic.base import TrafficController
 from slipstream.traffic.guarded import Phase, Stage
-from slipstream.traffic.judging import Evidence, settle
+from slipstream.traffic.judging import Evidence
 from slipstream.traffic.load import REQUEST_TIMEOUT_S
 from slipstream.traffic.releases import incumbent, selected, serve, sweep
 from slipstream.traffic.termination import terminable
@@ -102,7 +103,7 @@ def _test(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
             break
         open_ones = ", ".join(v.gate for v in verdicts if v.answer == "inconclusive")
         log.info("trial: round %d of %d leaves %s inconclusive", number, ROUNDS, open_ones)
-    verdicts, notes = settle(verdicts, noisy=evidence.noisy)
+    verdicts, notes = gates.settle(verdicts, noisy=evidence.noisy, ratio="p99_ratio")
     return verdicts, {"figures": evidence.figures(), "notes": [*stage.adapted(), *notes]}
 
 

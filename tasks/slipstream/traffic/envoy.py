@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from slipstream.contract import Document
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.home import Home, write_atomically
 from slipstream.platform import addresses, supervisor
+from slipstream.platform.addresses import is_free
 from slipstream.traffic import envoy_config
 from slipstream.traffic.base import Observation, Release, Routes
 
@@ -170,14 +170,14 @@ class EnvoyController:
                     f"{release.key} is deployed with engine {known.sha256[:12]}…, not {sha256[:12]}…; "
                     "deploy the other engine under a name of its own"
                 )
-            if self._alive(release) or _free(known.port):
+            if self._alive(release) or is_free(known.port):
                 return known
         elif folder.exists():  # a killed deployment left half a copy
             shutil.rmtree(folder)
         if not (folder / "engine").exists():
             shutil.copytree(engine, folder / "engine")
         taken = {d.port for d in self._deployments()}
-        port = next(p for p in _ports_from(folder) if p not in taken and _free(p))
+        port = next(p for p in _ports_from(folder) if p not in taken and is_free(p))
         deployment = Deployment(release=release, port=port, sha256=sha256)
         write_atomically(record, deployment.model_dump_json(indent=1))
         return deployment
@@ -305,14 +305,3 @@ def _ports_from(folder: Path) -> list[int]:
     """All ports, from one that depends on the folder on: installations that start servers at once rarely collide."""
     start = int(hashlib.sha256(str(folder).encode()).hexdigest(), 16) % len(PORTS)
     return [*PORTS[start:], *PORTS[:start]]
-
-
-def _free(port: int) -> bool:
-    with socket.socket() as probe:
-        # As the servers do: a port in TIME_WAIT after a restart is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True

@@ -88,18 +88,6 @@ class Evidence:
         return verdict.model_copy(update={"answer": "inconclusive", "reason": reason})
 
 
-def settle(verdicts: tuple[Verdict, ...], *, noisy: bool) -> tuple[tuple[Verdict, ...], list[str]]:
-    """The final verdicts, and notes on what was set aside.
-
-    On a noisy machine an absolute latency limit that stays open is set aside when the ratio to the champion,
-    measured side by side under the same noise, has passed. Nothing else is ever set aside.
-    """
-    ratio = any(v.gate == "p99_ratio" and v.passed for v in verdicts)
-    aside = [v for v in verdicts if v.gate == "latency" and v.answer == "inconclusive" and noisy and ratio]
-    notes = [f"{v.gate} was not judged: {v.reason}; the ratio to the champion stands instead" for v in aside]
-    return tuple(v for v in verdicts if v not in aside), notes
-
-
 def _percent(scores: Any) -> float | None:
     return 100 * float(np.mean(scores)) if len(scores) else None
 
