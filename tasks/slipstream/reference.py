@@ -10,7 +10,7 @@ from slipstream.spec import PATTERNS, json_schema
 INTRODUCTION = """\
 # The spec
 
-<!-- Made by `slipstream schema --markdown`; tests/test_docs.py compares. Change the docstrings in spec.py instead. -->
+<!-- Made by `slipstream schema --markdown`; tests/test_docs.py compares. Change the docstrings in spec/ instead. -->
 
 One YAML file says what to optimize, how good it must stay, how fast it must get, where it runs and how it goes live.
 [examples/fashion.yaml](../examples/fashion.yaml) is a whole one. Unknown keys are refused; `slipstream validate FILE`
@@ -25,7 +25,7 @@ on the first line. A user function is written `module:function`, or `{function: 
 keyword arguments; it is imported from the folder that `SLIPSTREAM_CODE` names (the checkout, by default).
 """
 ORDER = ("Model", "DataFiles", "Objective", "Distill", "Prune", "Quantize", "Target", "SmallScaleTest", "Rollout",
-         "Guardrails", "Call")  # fmt: skip
+         "Guardrails", "Training", "Resources", "Toleration", "Call")  # fmt: skip
 TITLES = {"Spec": "Top level", "DataFiles": "Data files", "SmallScaleTest": "Small-scale test", "Call": "User function"}
 
 

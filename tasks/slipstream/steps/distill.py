@@ -60,7 +60,7 @@ def run(context: Context) -> StepOutput:
 
 
 def _section(spec: Spec) -> Distill:
-    assert spec.distill is not None, "spec.py refuses a recipe that distills without a distill section"
+    assert spec.distill is not None, "the spec refuses a recipe that distills without a distill section"
     return spec.distill
 
 

@@ -1,100 +1,12 @@
-"""The spec: one YAML file that says what to optimize, how good it must stay and how it goes live.
+"""The sections of a spec. Their docstrings are the reference in docs/spec.md."""
 
-This module is the single source of the vocabulary: the JSON Schema, the reference in docs/spec.md and the
-Airflow trigger form are generated from it. Validation is pure: it asks no network, GPU or environment.
-"""
-
-import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from slipstream.engines import ENGINES
-from slipstream.errors import SpecError
-
-Technique = Literal["distill", "prune", "quantize"]
-TECHNIQUES: tuple[Technique, ...] = ("distill", "prune", "quantize")
-BASELINE = "baseline"
-"""Name of the implicit recipe with no techniques: the reference for every gate."""
-
-NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
-REGISTRY = r"^models:/[A-Za-z0-9_.-]+@[A-Za-z0-9_-]+$"
-SCHEDULE = r"^(@(hourly|daily|weekly|monthly|quarterly|yearly)|[-\w*,/]+( +[-\w*,/#]+){4})$"
-FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
-PATTERNS = {
-    FUNCTION_NAME: "of the form module:function, such as examples.fashion:data",
-    NAME: "a name of lower-case letters, digits and hyphens, at most 40 of them",
-    REGISTRY: "of the form models:/NAME@ALIAS, such as models:/fashion-resnet@source",
-    SCHEDULE: "a preset such as @weekly, nor a cron expression of five fields such as `0 3 * * 1`",
-}
-"""What a pattern means, for the error that quotes it."""
-
-Name = Annotated[str, Field(pattern=NAME)]
-
-
-def _function(value: str) -> str:
-    if not re.match(FUNCTION_NAME, value):
-        raise ValueError(f"{value!r} is not {PATTERNS[FUNCTION_NAME]}")
-    return value
-
-
-def _percent(value: object) -> object:
-    """`5%` and `5` both mean five percent."""
-    if isinstance(value, str) and value.strip().endswith("%"):
-        return value.strip().removesuffix("%").strip()
-    return value
-
-
-def _uri(value: str) -> str:
-    if "://" in value and not value.startswith("s3://"):
-        raise ValueError(f"{value!r} is neither a local path nor an s3:// URI")
-    return value
-
-
-FunctionName = Annotated[str, AfterValidator(_function)]
-Percent = Annotated[
-    float,
-    BeforeValidator(_percent, json_schema_input_type=Annotated[float, Field(ge=0, le=100)] | str),
-    Field(ge=0, le=100),
-]
-FileUri = Annotated[str, AfterValidator(_uri)]
-
-
-class Section(BaseModel):
-    """Base of every part of a spec: immutable, and a misspelt key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Call(Section):
-    """A function in the user's code and the keyword arguments it is called with."""
-
-    function: FunctionName
-    """`module:function`, importable from the folder that SLIPSTREAM_CODE names."""
-    params: dict[str, int | float | str | bool] = {}
-    """Keyword arguments."""
-
-
-def _call(value: object) -> object:
-    return {"function": value} if isinstance(value, str) else value
-
-
-UserFunction = Annotated[
-    Call, BeforeValidator(_call, json_schema_input_type=Annotated[str, Field(pattern=FUNCTION_NAME)] | Call)
-]
+from slipstream.spec.fields import MEMORY, REGISTRY, FileUri, Percent, Section, UserFunction, percent
 
 
 class Model(Section):
@@ -255,7 +167,7 @@ class SmallScaleTest(Section):
     """Requests that are mirrored to the challenger; the two answers are compared in pairs."""
     share: Annotated[
         float,
-        BeforeValidator(_percent, json_schema_input_type=Annotated[float, Field(gt=0, le=50)] | str),
+        BeforeValidator(percent, json_schema_input_type=Annotated[float, Field(gt=0, le=50)] | str),
         Field(gt=0, le=50),
     ] = 5.0
     """Share of traffic that the challenger then answers, in percent."""
@@ -284,113 +196,43 @@ class Rollout(Section):
         return self
 
 
-class Spec(Section):
-    """One model, from trained to released."""
+class Training(Section):
+    """How training steps (retrain, distill, prune's fine-tuning) are spread."""
 
-    name: Name
-    """Name of the spec; its DAG is `optimize-NAME`. The MLflow experiment is named after the registered model."""
-    model: Model
-    """Where the trained model comes from."""
-    data: DataSource
-    """A function that returns the splits, or files."""
-    objective: Objective = Objective()
-    """How good it must stay, how fast it must get."""
-    recipes: dict[Name, tuple[Technique, ...]]
-    """Named lists of techniques, in the order distill, prune, quantize."""
-    distill: Distill | None = None
-    """Settings of distillation."""
-    prune: Prune = Prune()
-    """Settings of pruning."""
-    quantize: Quantize = Quantize()
-    """Settings of quantization."""
-    targets: dict[Name, Target]
-    """Where engines run."""
-    small_scale_test: SmallScaleTest = SmallScaleTest()
-    """Stage 2."""
-    rollout: Rollout = Rollout()
-    """Stage 3."""
-    guardrails: Guardrails = Guardrails()
-    """Limits for stages 2 and 3."""
-    schedule: Annotated[str, Field(pattern=SCHEDULE)] | None = None
-    """Cron expression or preset such as `@weekly`; none means only by hand or by the alias."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Seed of every random choice."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if not self.recipes:
-            raise ValueError("recipes is empty; name at least one, such as `int8: [quantize]`")
-        if not self.targets:
-            raise ValueError("targets is empty; name at least one, such as `server: {engine: openvino}`")
-        for name, techniques in self.recipes.items():
-            if name == BASELINE:
-                raise ValueError(f"recipes.{name}: the name is reserved for the unchanged model")
-            if list(techniques) != [t for t in TECHNIQUES if t in techniques]:
-                raise ValueError(
-                    f"recipes.{name}: {list(techniques)} must name each technique once, in the order "
-                    f"{', '.join(TECHNIQUES)}"
-                )
-            if "distill" in techniques and self.distill is None:
-                raise ValueError(f"recipes.{name} distills, but there is no `distill:` section with a student")
-        return self
-
-    def techniques(self, recipe: str) -> tuple[Technique, ...]:
-        """Techniques of a recipe; the baseline has none."""
-        return () if recipe == BASELINE else self.recipes[recipe]
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes that share each batch (PyTorch DDP). On one machine they run side by side; on Kubernetes each is a
+    pod, and together they are a Kubeflow Trainer job."""
 
 
-def parse(text: str, source: str) -> Spec:
-    """Read a spec from YAML text; `source` names it in errors.
+class Toleration(Section):
+    """Kubernetes toleration: lets a pod run on nodes that a taint keeps others from."""
 
-    Raises SpecError with one line for each problem: file, field, what is wrong.
-    """
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{source}: not valid YAML: {error}") from None
-    if not isinstance(document, Mapping):
-        raise SpecError(f"{source}: a spec is a mapping that starts with `name:`, not {type(document).__name__}")
-    try:
-        return Spec.model_validate(document)
-    except ValidationError as error:
-        raise SpecError("\n".join(_explain(source, e) for e in error.errors())) from None
+    key: str | None = None
+    """Key of the taint; none matches every taint."""
+    operator: Literal["Equal", "Exists"] = "Equal"
+    """Whether the value must be equal, or the key only be there."""
+    value: str | None = None
+    """Value of the taint."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Effect of the taint; none matches every effect."""
 
 
-def load(path: Path) -> Spec:
-    """Read and validate a spec file. Raises SpecError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from None
-    return parse(text, str(path))
+class Resources(Section):
+    """What a step may use, where it runs, and in which image. What is left out comes from the settings."""
 
+    cpu: Annotated[float, Field(gt=0, le=1024)] | None = None
+    """Processor cores: what Kubernetes reserves; a limit in Docker."""
+    memory: Annotated[str, Field(pattern=MEMORY)] | None = None
+    """Memory such as `4Gi`; a step that exceeds it is killed, and says so."""
+    gpu: Annotated[int, Field(ge=0, le=64)] | None = None
+    """Number of NVIDIA GPUs."""
+    node_selector: dict[str, str] | None = None
+    """Labels that the node must have (Kubernetes)."""
+    tolerations: tuple[Toleration, ...] | None = None
+    """Taints that the step tolerates (Kubernetes)."""
+    image: str | None = None
+    """Image to run instead of the one of the step's environment."""
 
-def dump(spec: Spec) -> str:
-    """The spec as YAML, defaults filled in, so that a run's snapshot can be read without this version."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of the spec, for editors and for the generated docs."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()}
-
-
-def _explain(source: str, error: Mapping[str, Any]) -> str:
-    """One line: file, field, what is wrong there and what to do."""
-    field = ".".join(str(part) for part in error["loc"] if part not in (FILES, FUNCTION, "[key]"))
-    return f"{source}: {field}: {_message(error)}" if field else f"{source}: {_message(error)}"
-
-
-def _message(error: Mapping[str, Any]) -> str:
-    kind, value = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        return "unknown key; remove it or check its spelling (`slipstream schema` lists all keys)"
-    if kind == "missing":
-        return "missing; this key is required"
-    if kind in ("model_type", "dict_type"):
-        return f"must be a mapping of keys to values, not {value!r}"
-    if kind == "string_pattern_mismatch":
-        return f"{value!r} is not {PATTERNS[error['ctx']['pattern']]}"
-    if kind == "value_error":
-        return str(error["msg"]).removeprefix("Value error, ")
-    return str(error["msg"]).replace("Input should be", "must be").replace("String should", "must") + f", not {value!r}"
+    def over(self, base: "Resources") -> "Resources":
+        """These, and what they leave out from `base`."""
+        return Resources(**(base.model_dump(exclude_none=True) | self.model_dump(exclude_none=True)))

@@ -1,0 +1,119 @@
+"""The installation's settings: where steps run, in which images, with how much of a machine.
+
+One YAML file, `settings.yaml` in SLIPSTREAM_HOME or where SLIPSTREAM_SETTINGS says; without one the defaults hold. A
+spec may override the resources of its steps (`resources:`), and nothing else: a spec that runs on a laptop runs on a
+cluster unchanged.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from slipstream.digests import versions
+from slipstream.errors import SpecError
+from slipstream.home import Home
+from slipstream.spec import Resources, Spec
+from slipstream.spec.fields import Section
+from slipstream.steps import environment_of
+
+Runtime = Literal["subprocess", "docker", "kubernetes"]
+
+
+class Docker(Section):
+    """Steps as containers of the Docker daemon on this machine. SLIPSTREAM_HOME and the code are mounted."""
+
+    url: str | None = None
+    """Daemon; DOCKER_HOST or the usual socket when none is given."""
+    network: str = "host"
+    """Network of the containers. They must reach MLflow, Envoy and the store."""
+    mounts: tuple[str, ...] = ()
+    """Further folders, `SOURCE:TARGET[:ro]`, such as data that the spec's functions read."""
+
+
+class Kubernetes(Section):
+    """Steps as pods."""
+
+    namespace: str = "slipstream"
+    """Namespace of the pods."""
+    service_account: str = "slipstream-step"
+    """Service account of steps that only compute; it has no rights."""
+    release_service_account: str = "slipstream-release"
+    """Service account of steps that move traffic (trial, rollout, rollback)."""
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """Image pull policy."""
+    pull_secrets: tuple[str, ...] = ()
+    """Secrets with the registry's credentials."""
+    env_from_config_maps: tuple[str, ...] = ()
+    """ConfigMaps whose keys become environment variables, such as the addresses of MLflow and the store."""
+    env_from_secrets: tuple[str, ...] = ()
+    """Secrets whose keys become environment variables, such as the store's credentials."""
+    cache_claim: str | None = None
+    """PersistentVolumeClaim for cached artefacts and checkpoints; without one they live as long as the pod."""
+    code_config_map: str | None = None
+    """ConfigMap with the user's Python files, mounted at SLIPSTREAM_CODE; without one the image holds the code."""
+    keep_failed_hours: Annotated[float, Field(ge=0)] = 24.0
+    """How long a failed pod is kept for a look at it."""
+    start_timeout_s: Annotated[int, Field(gt=0)] = 600
+    """How long a pod may take to be scheduled and to pull its image, in seconds."""
+    host_network: bool = False
+    """Whether pods share the node's network; for test clusters without a network of their own."""
+
+
+class Settings(Section):
+    """What the installation says."""
+
+    runtime: Runtime = "subprocess"
+    """Where steps run. SLIPSTREAM_RUNTIME overrides it."""
+    image: str = "slipstream-{environment}:{version}"
+    """Images of the environments; `{environment}` is `torch`, `serve`, …, `{version}` slipstream's own version."""
+    environment: dict[str, str] = Field(default={})
+    """Environment variables for every step, beside those of the platform."""
+    resources: dict[str, Resources] = Field(default={})
+    """What a step may use, by the step's name; `default` is for all steps. Specs override it."""
+    docker: Docker = Docker()
+    """For the runtime `docker`."""
+    kubernetes: Kubernetes = Kubernetes()
+    """For the runtime `kubernetes`."""
+
+    def resources_of(self, step: str, spec: Spec) -> Resources:
+        """Resources of a step, most specific first: spec's step, spec's default, settings' step, settings' default."""
+        found = Resources()
+        for table in (self.resources, spec.resources):
+            for key in ("default", step):
+                if key in table:
+                    found = table[key].over(found)
+        return found
+
+    def image_of(self, step: str, spec: Spec) -> str:
+        """Image of a step: the one that its resources name, or its environment's."""
+        environment = environment_of(step, spec.model.framework)
+        default = self.image.format(environment=environment, version=versions("slipstream")["slipstream"])
+        return self.resources_of(step, spec).image or default
+
+
+def path_of(home: Home) -> Path:
+    """Where the settings lie."""
+    return Path(os.environ.get("SLIPSTREAM_SETTINGS", home.root / "settings.yaml"))
+
+
+def load(home: Home) -> Settings:
+    """Read the settings; defaults when there is no file. Raises SpecError with one line for each mistake."""
+    path = path_of(home)
+    chosen = os.environ.get("SLIPSTREAM_RUNTIME")
+    document: object = {}
+    if path.exists():
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise SpecError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(document, Mapping):
+        raise SpecError(f"{path}: settings are a mapping of keys to values, not {type(document).__name__}")
+    try:
+        return Settings.model_validate({**document, **({"runtime": chosen} if chosen else {})})
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
+        raise SpecError("\n".join(lines)) from None

@@ -1,0 +1,75 @@
+"""The types that fields of a spec have, and what their patterns mean in an error."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
+REGISTRY = r"^models:/[A-Za-z0-9_.-]+@[A-Za-z0-9_-]+$"
+SCHEDULE = r"^(@(hourly|daily|weekly|monthly|quarterly|yearly)|[-\w*,/]+( +[-\w*,/#]+){4})$"
+FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+MEMORY = r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti)$"
+PATTERNS = {
+    MEMORY: "an amount of memory with a unit, such as 512Mi or 4Gi",
+    FUNCTION_NAME: "of the form module:function, such as examples.fashion:data",
+    NAME: "a name of lower-case letters, digits and hyphens, at most 40 of them",
+    REGISTRY: "of the form models:/NAME@ALIAS, such as models:/fashion-resnet@source",
+    SCHEDULE: "a preset such as @weekly, nor a cron expression of five fields such as `0 3 * * 1`",
+}
+"""What a pattern means, for the error that quotes it."""
+
+Name = Annotated[str, Field(pattern=NAME)]
+
+
+def function(value: str) -> str:
+    """Raise ValueError unless the value names a function."""
+    if not re.match(FUNCTION_NAME, value):
+        raise ValueError(f"{value!r} is not {PATTERNS[FUNCTION_NAME]}")
+    return value
+
+
+def percent(value: object) -> object:
+    """`5%` and `5` both mean five percent."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        return value.strip().removesuffix("%").strip()
+    return value
+
+
+def _uri(value: str) -> str:
+    if "://" in value and not value.startswith("s3://"):
+        raise ValueError(f"{value!r} is neither a local path nor an s3:// URI")
+    return value
+
+
+FunctionName = Annotated[str, AfterValidator(function)]
+Percent = Annotated[
+    float,
+    BeforeValidator(percent, json_schema_input_type=Annotated[float, Field(ge=0, le=100)] | str),
+    Field(ge=0, le=100),
+]
+FileUri = Annotated[str, AfterValidator(_uri)]
+
+
+class Section(BaseModel):
+    """Base of every part of a spec: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Call(Section):
+    """A function in the user's code and the keyword arguments it is called with."""
+
+    function: FunctionName
+    """`module:function`, importable from the folder that SLIPSTREAM_CODE names."""
+    params: dict[str, int | float | str | bool] = {}
+    """Keyword arguments."""
+
+
+def _call(value: object) -> object:
+    return {"function": value} if isinstance(value, str) else value
+
+
+UserFunction = Annotated[
+    Call, BeforeValidator(_call, json_schema_input_type=Annotated[str, Field(pattern=FUNCTION_NAME)] | Call)
+]
