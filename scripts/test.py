@@ -1,6 +1,7 @@
-"""Runs the tests, each part in the environment that it needs: `scripts/test.py [ENVIRONMENT ...]`.
+"""Runs the tests, each part in the environment that it needs: `scripts/test.py [PART ...]`.
 
-Ends with one line that sums up all parts, and exits 1 when anything failed.
+Two parts run at a time, since most of them wait more than they compute; what measures runs alone, at the end. Ends
+with one line that sums up all parts, and exits 1 when anything failed.
 """
 
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -25,14 +27,16 @@ SERVE = (
     "tests/steps/test_report.py",
 )
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
-    "core": (".venv", ("tests", "tests/platform", "tests/watch")),
-    "torch": (".envs/torch", ("tests/frameworks", "tests/engines", "tests/measure", "tests/steps")),
     "serve": (".envs/serve", SERVE),
+    "torch": (".envs/torch", ("tests/frameworks", "tests/engines", "tests/measure", "tests/steps")),
+    "core": (".venv", ("tests", "tests/platform", "tests/watch")),
     "airflow": (".envs/airflow", ("tests/dags", "tests/triggers")),
     "e2e": (".venv", ("tests/e2e",)),
 }
 """Part → its environment and its test files; a folder stands for the test files right in it. A file that one part
-names is left out of another part's folder."""
+names is left out of another part's folder. The longest come first."""
+ALONE = ("e2e",)
+"""Parts that measure, and so have the machine for themselves."""
 
 
 def files_of(part: str) -> list[Path]:
@@ -53,18 +57,30 @@ def forgotten() -> set[Path]:
 
 
 def run(part: str, report: Path) -> bool:
-    """Run a part; whether it passed. Its figures are left in `report`."""
+    """Run a part and print what it said; whether it passed. Its figures are left in `report`."""
     files = files_of(part)
     environment = TABLE[part][0]
-    print(f"\n── {part}: {len(files)} files in {environment}", flush=True)
+    print(f"── {part}: {len(files)} files in {environment}", flush=True)
     began = time.monotonic()
     python = ROOT / environment / "bin" / "python"
     command = [str(python), "-m", "pytest", "-q", "--durations=5", f"--junitxml={report}"]
     # Without bytecode every process that a test starts compiles Airflow, MLflow or torch anew: 4 s of a core each.
     settings = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    code = subprocess.run([*command, *map(str, files)], cwd=ROOT, env=settings, check=False).returncode
-    print(f"── {part}: {time.monotonic() - began:.0f} s", flush=True)
-    return code == 0
+    command += map(str, files)
+    done = subprocess.run(
+        command, cwd=ROOT, env=settings, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(f"\n{done.stdout}── {part}: {time.monotonic() - began:.0f} s", flush=True)
+    return done.returncode == 0
+
+
+def run_all(reports: dict[str, Path]) -> list[str]:
+    """Run the parts, those that may at the same time first; the failed ones."""
+    together = [p for p in reports if p not in ALONE]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        passed = dict(zip(together, pool.map(lambda part: run(part, reports[part]), together), strict=True))
+    passed |= {part: run(part, reports[part]) for part in reports if part in ALONE}
+    return [part for part, fine in passed.items() if not fine]
 
 
 def count(reports: list[Path]) -> dict[str, int]:
@@ -87,7 +103,7 @@ def main() -> None:
         sys.exit(f"{', '.join(str(p.relative_to(ROOT)) for p in sorted(left))}: add to TABLE in scripts/test.py")
     with tempfile.TemporaryDirectory() as folder:
         reports = {part: Path(folder) / f"{part}.xml" for part in parts if files_of(part)}
-        failed = [part for part, report in reports.items() if not run(part, report)]
+        failed = run_all(reports)
         total = count([r for r in reports.values() if r.exists()])
     bad = total["failures"] + total["errors"]
     if failed:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slipstream import spec as specs
 from slipstream.engines import ENGINES
 from slipstream.errors import SpecError
+from slipstream.spec import fields
 
 ROOT = Path(__file__).parent.parent
 CASES = sorted((ROOT / "tests/specs").glob("*.yaml"))
@@ -64,7 +65,7 @@ def test_yaml_cannot_construct_objects() -> None:
         specs.parse("name: !!python/object/apply:os.getcwd []", "x")
 
 
-names = st.from_regex(re.compile(specs.NAME, re.ASCII), fullmatch=True)
+names = st.from_regex(re.compile(fields.NAME, re.ASCII), fullmatch=True)
 recipe = st.sets(st.sampled_from(specs.TECHNIQUES)).map(lambda s: [t for t in specs.TECHNIQUES if t in s])
 function = st.from_regex(r"[a-z]{1,8}(\.[a-z]{1,8}){0,2}:[a-z_]{1,8}", fullmatch=True)
 value = st.integers(-10, 10) | st.booleans() | st.text("abc: '\"#%", max_size=8) | st.floats(-1, 1)
@@ -113,10 +114,10 @@ def test_the_committed_schema_is_current() -> None:
 def test_the_schema_describes_every_field_and_allows_the_short_forms() -> None:
     schema = specs.json_schema()
     for name, section in {**schema["$defs"], "Spec": schema}.items():
-        for field, description in section["properties"].items():
+        for name_, description in section["properties"].items():
             shared = schema["$defs"].get(description.get("$ref", "").rpartition("/")[2], {})
-            assert (shared | description).get("description"), f"{name}.{field}"
+            assert (shared | description).get("description"), f"{name}.{name_}"
     architecture = schema["$defs"]["Model"]["properties"]["architecture"]["anyOf"]
-    assert {"type": "string", "pattern": specs.FUNCTION_NAME} in architecture
+    assert {"type": "string", "pattern": fields.FUNCTION_NAME} in architecture
     share = schema["$defs"]["SmallScaleTest"]["properties"]["share"]
     assert {option["type"] for option in share["anyOf"]} == {"number", "string"}
