@@ -1,19 +1,18 @@
-"""A step as an Airflow task. What it builds on comes from `slipstream.flow`, where it runs from `runtime`."""
+"""A step as an Airflow task. What it builds on comes from `slipstream.flow`, where it runs from `runtimes`."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-import runtime
-from slipstream import catalog, flow, spec
+import runtimes
+from slipstream import catalog, flow, spec, storage
 from slipstream.contract import StepInput, StepOutput
 from slipstream.errors import InputError
-from slipstream.home import Home, write_atomically
+from slipstream.home import Home
 from slipstream.spec import TECHNIQUES, Spec
 
 OUTPUT = "output"
@@ -38,9 +37,9 @@ class PipelineRun:
         return str(self.context["dag"].dag_id).removeprefix(catalog.dag_id(""))
 
     @property
-    def spec_path(self) -> Path:
+    def spec_uri(self) -> str:
         """The run's own copy of the spec, with the choices of the trigger form applied."""
-        return flow.run_folder(Home.from_environment(), self.spec_name, self.key) / "spec.yaml"
+        return storage.join(flow.run_folder(Home.from_environment(), self.spec_name, self.key), "spec.yaml")
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -52,7 +51,7 @@ class PipelineRun:
         params = self.context["params"]
         published = catalog.read(Home.from_environment().specs / f"{self.spec_name}.yaml")
         chosen = flow.with_choices(published, max_drop=params["max_drop"], recipes=params["recipes"])
-        write_atomically(self.spec_path, spec.dump(chosen))
+        storage.write_text(self.spec_uri, spec.dump(chosen))
 
     def outputs(self, steps: Sequence[str]) -> list[StepOutput]:
         """All outputs that these steps have left so far; those of failed and skipped tasks are not there."""
@@ -81,17 +80,17 @@ class StepOperator(BaseOperator):
         try:
             if self.task_id == "check":
                 run.snapshot()
-            chosen = spec.load(run.spec_path)
+            chosen = spec.load(run.spec_uri)
             inputs = self._inputs(run, chosen)
         except InputError as error:
             raise AirflowFailException(f"{error.headline}: {error}") from error
-        output = runtime.run_step(self.task_id, run.spec_path, inputs)
+        output = runtimes.run_step(self.task_id, run.spec_uri, inputs, context)
         context["ti"].xcom_push(OUTPUT, output)
         return {"check": list(chosen.recipes), "retrain": flow.cells(chosen)}.get(self.task_id)
 
     def on_kill(self) -> None:
         """Airflow ends the task: end the step's processes too."""
-        runtime.stop_step()
+        runtimes.stop_step()
 
     def _inputs(self, run: PipelineRun, chosen: Spec) -> StepInput:
         """The IN document. Raises AirflowSkipException when the step has nothing to do in this run."""
@@ -135,7 +134,8 @@ def settle(context: Any) -> str:
     failed = sorted(k for k, v in states.items() if v == "failed" and k != ti.task_id)
     blocked = sorted(k for k, v in states.items() if v == "upstream_failed")
     judged = {o.cell.key for o in run.outputs(["validate"]) if o.cell}
-    missing = [c for c in flow.cells(spec.load(run.spec_path)) if c not in judged] if run.spec_path.exists() else []
+    expected = flow.cells(spec.load(run.spec_uri)) if storage.exists(run.spec_uri) else []
+    missing = [c for c in expected if c not in judged]
     problems = {"failed": failed, "not reached": blocked, "cells without evidence": missing}
     if any(problems.values()):
         raise AirflowFailException(

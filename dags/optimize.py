@@ -1,7 +1,7 @@
 """One DAG for each published spec: optimize, then three stages that say whether the result goes live.
 
 Read `pipeline` from top to bottom; it is the Airflow graph. What each step builds on is `slipstream.flow`, what it
-does is `slipstream.steps`, where it runs is `runtime`.
+does is `slipstream.steps`, where it runs is `runtimes`.
 """
 
 from datetime import timedelta
@@ -27,7 +27,7 @@ HALF_THE_MACHINE: dict[str, Any] = {"pool": "machine", "pool_slots": 1}
 """What measures, or trains on all cores, runs alone; the other heavy steps run two at a time."""
 
 # A step that was killed or found a service down is tried again after some 15 and 30 s; what is wrong stays wrong
-# and is not (runtime.py).
+# and is not (runtimes/).
 RETRIES = {
     "retries": 2,
     "retry_delay": timedelta(seconds=15),

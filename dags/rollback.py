@@ -6,11 +6,11 @@ from typing import Any
 from airflow.sdk import DAG, Param
 from airflow.sdk.exceptions import AirflowFailException
 
-import runtime
+import runtimes
 from operators import OUTPUT, StepOperator
-from slipstream import catalog, flow, spec
+from slipstream import catalog, flow, spec, storage
 from slipstream.contract import StepInput
-from slipstream.home import Home, write_atomically
+from slipstream.home import Home
 from slipstream.spec import Spec
 
 
@@ -23,9 +23,9 @@ class RollbackOperator(StepOperator):
         chosen = next((s for _, s in catalog.published(home) if isinstance(s, Spec) and s.model.name == model), None)
         if chosen is None:
             raise AirflowFailException(f"no published spec is about the model {model!r}")
-        path = flow.run_folder(home, "rollback", context["run_id"]) / "spec.yaml"
-        write_atomically(path, spec.dump(chosen))
-        output = runtime.run_step(self.task_id, path, StepInput(run_key=context["run_id"]))
+        uri = storage.join(flow.run_folder(home, "rollback", context["run_id"]), "spec.yaml")
+        storage.write_text(uri, spec.dump(chosen))
+        output = runtimes.run_step(self.task_id, uri, StepInput(run_key=context["run_id"]), context)
         context["ti"].xcom_push(OUTPUT, output)
 
 

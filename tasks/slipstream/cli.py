@@ -132,28 +132,28 @@ def bench(
 @app.command()
 def step(
     name: Annotated[str, typer.Argument(help="Step, such as quantize.")],
-    spec: Annotated[Path, typer.Option(help="Spec file.")],
-    inputs: Annotated[Path, typer.Option(help="IN document (JSON).")],
-    outputs: Annotated[Path, typer.Option(help="Where the OUT document is written.")],
+    spec: Annotated[str, typer.Option(help="Spec: a path or an s3:// URI.")],
+    inputs: Annotated[str, typer.Option(help="IN document (JSON): a path or an s3:// URI.")],
+    outputs: Annotated[str, typer.Option(help="Where the OUT document is written: a path or an s3:// URI.")],
 ) -> None:
     """Run one step: the same command in a virtual environment, a container or a pod."""
     from slipstream import spec as specs
+    from slipstream import storage
     from slipstream.contract import StepInput
     from slipstream.errors import InputError
-    from slipstream.home import write_atomically
     from slipstream.steps import STEPS
     from slipstream.steps.base import run_step
 
     if name not in STEPS:
         raise InputError(f"unknown step {name!r}; known: {', '.join(STEPS)}")
     try:
-        given = StepInput.model_validate_json(inputs.read_text())
-    except (OSError, ValueError) as error:
+        given = StepInput.model_validate_json(storage.read_text(inputs))
+    except ValueError as error:
         raise InputError(f"{inputs}: not an IN document: {error}") from error
     for variable, value in STEPS[name].variables.items():
         os.environ.setdefault(variable, value)
     output = run_step(name, specs.load(spec), given)
-    write_atomically(outputs, output.model_dump_json(indent=2))
+    storage.write_text(outputs, output.model_dump_json(indent=2))
 
 
 @app.command()

@@ -10,7 +10,7 @@
     │   └── RegistryError                 the registry is not in the state that the evidence was taken in
     └── GateFailed               exit 3   a gate said no (or could not say yes); a retry will not help
 
-A message says what is wrong, where, and what to do. `cli.main` exits with the code; `dags/runtime.py`
+A message says what is wrong, where, and what to do. `cli.main` exits with the code; `dags/runtimes`
 reads it and decides whether Airflow retries.
 """
 

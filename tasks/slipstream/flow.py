@@ -6,10 +6,10 @@ everybody sees.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import yaml
 
+from slipstream import storage
 from slipstream.contract import Cell, StepOutput
 from slipstream.errors import InputError
 from slipstream.home import Home
@@ -48,9 +48,12 @@ def skipped_stages(stop_after: str) -> tuple[str, ...]:
     return tuple(stages[stages.index(stop_after) + 1 :])
 
 
-def run_folder(home: Home, spec_name: str, run_key: str) -> Path:
-    """Folder of a pipeline run. Run ids are unique for each DAG only: two weekly specs start at the same second."""
-    return home.runs / spec_name / run_key
+def run_folder(home: Home, spec_name: str, run_key: str) -> str:
+    """Folder, or s3:// prefix, of a pipeline run.
+
+    Run ids are unique for each DAG only: two weekly specs start at the same second.
+    """
+    return storage.join(str(home.runs), spec_name, run_key)
 
 
 def with_choices(spec: Spec, *, max_drop: float | None = None, recipes: Sequence[str] | None = None) -> Spec:

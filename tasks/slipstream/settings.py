@@ -20,8 +20,6 @@ from slipstream.spec import Resources, Spec
 from slipstream.spec.fields import Section
 from slipstream.steps import environment_of
 
-Runtime = Literal["subprocess", "docker", "kubernetes"]
-
 
 class Docker(Section):
     """Steps as containers of the Docker daemon on this machine. SLIPSTREAM_HOME and the code are mounted."""
@@ -32,6 +30,23 @@ class Docker(Section):
     """Network of the containers. They must reach MLflow, Envoy and the store."""
     mounts: tuple[str, ...] = ()
     """Further folders, `SOURCE:TARGET[:ro]`, such as data that the spec's functions read."""
+
+
+class Serving(Section):
+    """Engines as InferenceServices of KServe (SLIPSTREAM_TRAFFIC=kserve)."""
+
+    runtime: Literal["slipstream", "stock"] = "slipstream"
+    """Who serves an engine: the image of the environment `serve`, or the runtime that KServe has for its format."""
+    namespace: str | None = None
+    """Namespace of the InferenceServices; that of the step pods when none is given."""
+    service_account: str | None = None
+    """Service account of the model servers, to which the store's credentials are attached in KServe's way."""
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    """Model servers of a release that are always there."""
+    max_replicas: Annotated[int, Field(ge=1)] | None = None
+    """Model servers of a release at most; unlimited when none is given."""
+    ready_timeout_s: Annotated[int, Field(gt=0)] = 600
+    """How long a release may take to be scheduled, to fetch its engine and to be ready, in seconds."""
 
 
 class Kubernetes(Section):
@@ -61,13 +76,15 @@ class Kubernetes(Section):
     """How long a pod may take to be scheduled and to pull its image, in seconds."""
     host_network: bool = False
     """Whether pods share the node's network; for test clusters without a network of their own."""
+    serving: Serving = Serving()
+    """How engines are served; their resources are those of `serving` in `resources`."""
 
 
 class Settings(Section):
     """What the installation says."""
 
-    runtime: Runtime = "subprocess"
-    """Where steps run. SLIPSTREAM_RUNTIME overrides it."""
+    runtime: str = "subprocess"
+    """Where steps run: `subprocess`, `docker` or `kubernetes`. SLIPSTREAM_RUNTIME overrides it."""
     image: str = "slipstream-{environment}:{version}"
     """Images of the environments; `{environment}` is `torch`, `serve`, …, `{version}` slipstream's own version."""
     environment: dict[str, str] = Field(default={})
@@ -87,6 +104,15 @@ class Settings(Section):
                 if key in table:
                     found = table[key].over(found)
         return found
+
+    def resources_of_servers(self) -> Resources:
+        """Resources of a model server on Kubernetes."""
+        return self.resources.get("serving", Resources()).over(self.resources.get("default", Resources()))
+
+    def image_of_servers(self) -> str:
+        """Image of a model server on Kubernetes."""
+        default = self.image.format(environment="serve", version=versions("slipstream")["slipstream"])
+        return self.resources_of_servers().image or default
 
     def image_of(self, step: str, spec: Spec) -> str:
         """Image of a step: the one that its resources name, or its environment's."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from slipstream import catalog, spec
+from slipstream import catalog, spec, storage
 from slipstream.contract import StepInput, StepOutput
 
 ROOT = Path(__file__).parents[2]
@@ -27,13 +27,14 @@ class Recorded:
         self.details: dict[str, dict[str, Any]] = {}
         self.inputs: dict[str, StepInput] = {}
 
-    def run(self, step: str, spec_path: Path, inputs: StepInput) -> dict[str, Any]:
+    def run(self, job: Any, context: Any) -> None:
+        step, inputs = job.step, job.inputs
         name = f"{step} {inputs.cell.key}" if inputs.cell else step
         self.inputs[name] = inputs
         if name in self.fails:
             raise self.fails[name]
         output = StepOutput(step=step, cell=inputs.cell, identity=name, run_id="r", details=self.details.get(step, {}))
-        return output.model_dump(mode="json")
+        storage.write_text(job.made, output.model_dump_json())
 
     def stop(self) -> None:
         pass
@@ -44,10 +45,10 @@ class Recorded:
 
 @pytest.fixture
 def recorded(airflow_home: Path, monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    import runtime
+    import runtimes
 
     played = Recorded()
-    monkeypatch.setitem(runtime.RUNTIMES, "recorded", lambda: played)
+    monkeypatch.setitem(runtimes.RUNTIMES, "recorded", lambda: played)
     monkeypatch.setenv("SLIPSTREAM_RUNTIME", "recorded")
     return played
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from slipstream import spec
-from slipstream.contract import StepInput, StepOutput
+from slipstream import storage
+from slipstream.contract import StepOutput
 
 
 def test_it_rolls_back_the_model_that_the_form_names(
@@ -16,19 +16,19 @@ def test_it_rolls_back_the_model_that_the_form_names(
     monkeypatch: pytest.MonkeyPatch,
     airflow_home: Path,
 ) -> None:
-    import runtime
+    import runtimes
 
     ran: list[tuple[str, str]] = []
 
     class Recorded:
-        def run(self, step: str, spec_path: Path, inputs: StepInput) -> dict[str, Any]:
-            ran.append((step, spec.load(spec_path).model.name))
-            return StepOutput(step=step, identity="i", run_id="r").model_dump(mode="json")
+        def run(self, job: Any, context: Any) -> None:
+            ran.append((job.step, job.spec.model.name))
+            storage.write_text(job.made, StepOutput(step=job.step, identity="i", run_id="r").model_dump_json())
 
         def stop(self) -> None:
             pass
 
-    monkeypatch.setitem(runtime.RUNTIMES, "recorded", Recorded)
+    monkeypatch.setitem(runtimes.RUNTIMES, "recorded", Recorded)
     monkeypatch.setenv("SLIPSTREAM_RUNTIME", "recorded")
     publish()
     dag = dags("rollback.py")["rollback"]

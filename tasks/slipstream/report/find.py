@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from slipstream import flow, tracking
+from slipstream import tracking
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home, write_atomically
 from slipstream.platform import addresses
@@ -74,7 +74,7 @@ def sample_files(home: Home, report: Report) -> tuple[Path, Path | None] | None:
     """Files with the request body and the class names, written into the run's folder; None without a sample."""
     if report.sample is None:
         return None
-    folder = flow.run_folder(home, report.spec, report.run_key)
+    folder = home.root / "runs" / report.spec / report.run_key
     request = folder / "request.json"
     if not request.exists():
         try:

@@ -123,13 +123,17 @@ def parse(text: str, source: str) -> Spec:
         raise SpecError("\n".join(_explain(source, e) for e in error.errors())) from None
 
 
-def load(path: Path) -> Spec:
-    """Read and validate a spec file. Raises SpecError."""
+def load(source: Path | str) -> Spec:
+    """Read and validate a spec file: a path or an s3:// URI. Raises SpecError; Unavailable when S3 is."""
+    if isinstance(source, str) and source.startswith("s3://"):
+        from slipstream import storage
+
+        return parse(storage.read_text(source), source)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from None
-    return parse(text, str(path))
+        raise SpecError(f"{source}: cannot be read: {error}") from None
+    return parse(text, str(source))
 
 
 def dump(spec: Spec) -> str:

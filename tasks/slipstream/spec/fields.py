@@ -73,3 +73,8 @@ def _call(value: object) -> object:
 UserFunction = Annotated[
     Call, BeforeValidator(_call, json_schema_input_type=Annotated[str, Field(pattern=FUNCTION_NAME)] | Call)
 ]
+
+
+def in_bytes(memory: str) -> int:
+    """`4Gi` in bytes; the value matches MEMORY."""
+    return round(float(memory[:-2]) * float(1024) ** ("KMGT".index(memory[-2]) + 1))

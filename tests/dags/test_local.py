@@ -39,9 +39,9 @@ def write(program: Path, body: str) -> None:
 
 
 def run(spec_path: Path) -> dict[str, object]:
-    import runtime
+    import runtimes
 
-    return runtime.run_step("select", spec_path, StepInput(run_key="r"))
+    return runtimes.run_step("select", str(spec_path), StepInput(run_key="r"), {})
 
 
 def test_output_is_returned_and_every_line_is_logged(
@@ -88,7 +88,7 @@ def test_a_missing_environment_is_named(program: Path, spec_path: Path) -> None:
 def test_stopping_ends_the_step_and_its_children(program: Path, spec_path: Path, tmp_path: Path) -> None:
     from airflow.sdk.exceptions import AirflowException
 
-    import runtime
+    import runtimes
 
     pids = tmp_path / "pids"
     write(program, f"c = os.fork()\nif c: open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{c}}')\ntime.sleep(60)")
@@ -96,7 +96,7 @@ def test_stopping_ends_the_step_and_its_children(program: Path, spec_path: Path,
     def stop_when_started() -> None:
         _until(pids.exists)
         _until(lambda: len(pids.read_text().split()) == 2)
-        runtime.stop_step()
+        runtimes.stop_step()
 
     stopper = threading.Thread(target=stop_when_started)
     stopper.start()
@@ -111,9 +111,9 @@ def test_a_step_ends_when_its_task_process_is_killed(program: Path, spec_path: P
     pid_file = tmp_path / "pid"
     write(program, f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)")
     code = (
-        "import sys; sys.path.insert(0, 'dags'); import runtime; from pathlib import Path;"
+        "import sys; sys.path.insert(0, 'dags'); import runtimes;"
         "from slipstream.contract import StepInput;"
-        f"runtime.run_step('select', Path({str(spec_path)!r}), StepInput(run_key='r'))"
+        f"runtimes.run_step('select', {str(spec_path)!r}, StepInput(run_key='r'), {{}})"
     )
     task = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     _until(lambda: pid_file.exists() and pid_file.read_text() != "", seconds=40)

@@ -1,0 +1,64 @@
+"""Where steps run: as processes of this machine, as containers of its Docker daemon, as pods of a cluster.
+
+The DAGs know `run_step` and `stop_step` and nothing else. The settings name the runtime; another place to run is
+another module with a class that has the two methods of `Runtime`, and a line in RUNTIMES.
+"""
+
+import importlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from airflow.sdk.exceptions import AirflowFailException
+
+from runtimes.base import Job, Runtime
+from slipstream import settings, storage
+from slipstream.contract import StepInput
+from slipstream.errors import InputError
+from slipstream.home import Home
+
+
+def _module(name: str) -> Callable[[], Runtime]:
+    """Makes the runtime of a module, which is imported only then: a provider takes a second."""
+
+    def make() -> Runtime:
+        runtime: Runtime = importlib.import_module(f"runtimes.{name}").runtime()
+        return runtime
+
+    return make
+
+
+RUNTIMES: dict[str, Callable[[], Runtime]] = {
+    "subprocess": _module("local"),
+    "docker": _module("docker"),
+    "kubernetes": _module("kubernetes"),
+}
+"""Name → what makes the runtime. Tests add one that plays recorded outputs."""
+
+_running: list[Runtime] = []
+"""The runtime of the step that this task process waits for; a task process runs one step."""
+
+
+def run_step(step: str, spec_uri: str, inputs: StepInput, context: Any) -> dict[str, Any]:
+    """Run a step where the settings say and return its OUT document. Raises as `Runtime.run` does."""
+    home = Home.from_environment()
+    try:
+        job = Job(step, spec_uri, inputs, settings.load(home), home)
+        if job.settings.runtime not in RUNTIMES:
+            raise InputError(f"runtime is {job.settings.runtime!r}; known: {', '.join(RUNTIMES)}")
+        storage.write_text(job.given, inputs.model_dump_json(indent=2))
+        runtime = RUNTIMES[job.settings.runtime]()
+        _running.append(runtime)
+        try:
+            runtime.run(job, context)
+        finally:
+            _running.remove(runtime)
+        return dict(json.loads(storage.read_text(job.made)))
+    except InputError as error:
+        raise AirflowFailException(f"{error.headline}: {error}") from error
+
+
+def stop_step() -> None:
+    """End the step under way; Airflow's `on_kill` ends here."""
+    for runtime in _running:
+        runtime.stop()

@@ -1,0 +1,198 @@
+"""The local cache: what was fetched, by sha256, up to a size limit.
+
+    CACHE/SHA256/NAME           an entry: a file or a folder; a second name for the same bytes is a link to the first
+    CACHE/.locks/SHA256.use     shared: held by each process that was given the entry, until that process ends
+    CACHE/.locks/SHA256.fill    exclusive: held by the process that fetches the entry
+    CACHE/.locks/evict          exclusive: one process at a time makes room
+    CACHE/.incoming/SHA256/     what has arrived so far; renamed into place when it is complete and verified
+
+The locks are flock(2)'s: however a process ends, the kernel drops them. So an entry that somebody uses is never
+removed, a killed download is cleared away by the next process, and a second process waits for the first one's
+download instead of fetching the same bytes again.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from slipstream.errors import InputError
+from slipstream.home import Home
+
+log = logging.getLogger(__name__)
+
+LIMIT_VARIABLE = "SLIPSTREAM_CACHE_GB"
+DEFAULT_LIMIT_GB = 20.0
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+_LOCKS, _INCOMING = ".locks", ".incoming"
+_held: dict[Path, int] = {}
+"""Descriptors of the `.use` locks that this process holds."""
+
+
+def obtain(key: str, name: str, make: Callable[[Path], None]) -> Path:
+    """The entry `key` (64 hex digits) under `name`; when it is not there, `make` writes it to the path it is given.
+
+    `make` verifies what it wrote and raises when it is not right; then nothing is kept. The entry stays for as long
+    as this process lives. Raises what `make` raises.
+    """
+    assert _KEY.fullmatch(key), key
+    root = Home.from_environment().cache
+    (root / _LOCKS).mkdir(parents=True, exist_ok=True)
+    _hold(root, key)
+    path = root / key / name
+    if not path.exists():
+        with _locked(_lock(root, key, "fill")):
+            if not path.exists():
+                _fill(root, key, name, make)
+        evict(root, limit_bytes())
+    os.utime(root / key)  # when it was last used
+    return path
+
+
+@contextmanager
+def borrowed(key: str, name: str, make: Callable[[Path], None]) -> Iterator[Path]:
+    """As `obtain`, for small entries that are read at once: they may go again right after."""
+    path = obtain(key, name, make)
+    try:
+        yield path
+    finally:
+        os.close(_held.pop(_lock(path.parent.parent, key, "use")))
+
+
+def limit_bytes() -> float:
+    """The size limit, SLIPSTREAM_CACHE_GB × 10⁹ bytes. Raises InputError."""
+    given = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT_GB))
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = -1
+    if not limit >= 0:
+        raise InputError(f"{LIMIT_VARIABLE}={given}: the cache's size limit is a number of gigabytes, such as 20")
+    return limit * 1e9
+
+
+def evict(root: Path, limit: float) -> None:
+    """Remove the least recently used entries that nobody uses until the rest is within `limit` bytes."""
+    with _locked(root / _LOCKS / "evict"):
+        _clear_incoming(root)
+        entries = sorted(_entries(root), key=lambda entry: entry.last_used)
+        total = sum(entry.size_bytes for entry in entries)
+        for entry in entries:
+            if total <= limit:
+                return
+            if _remove(root, entry.key):
+                log.info("cache: removed %s, %.1f MB, the least recently used", entry.key[:12], entry.size_bytes / 1e6)
+                total -= entry.size_bytes
+        if total > limit:
+            log.warning("cache: %.3g GB are in use, more than the limit of %.3g GB", total / 1e9, limit / 1e9)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: str
+    size_bytes: int
+    last_used: float
+
+
+def _entries(root: Path) -> Iterator[_Entry]:
+    for folder in root.iterdir():
+        if _KEY.fullmatch(folder.name):
+            size = sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+            yield _Entry(folder.name, size, folder.stat().st_mtime)
+
+
+def _fill(root: Path, key: str, name: str, make: Callable[[Path], None]) -> None:
+    """Make the entry aside and move it into place; what a killed process left there is dropped first."""
+    for other in (root / key).glob("*"):
+        if not other.is_symlink():  # the same bytes, fetched under another name
+            (root / key / name).symlink_to(other.name)
+            return
+    aside = root / _INCOMING / key
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        make(aside / name)
+        aside.replace(root / key)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove(root: Path, key: str) -> bool:
+    """Remove an entry unless somebody uses or fetches it; whether it is gone."""
+    use, fill = _lock(root, key, "use"), _lock(root, key, "fill")
+    with _locked(use, wait=False) as unused, _locked(fill, wait=False) as idle:
+        if not (unused and idle):
+            return False
+        # Moved away first: killed half-way, this leaves no half entry.
+        gone = root / _INCOMING / key
+        gone.parent.mkdir(exist_ok=True)
+        (root / key).replace(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        use.unlink(missing_ok=True)
+        fill.unlink(missing_ok=True)
+        return True
+
+
+def _clear_incoming(root: Path) -> None:
+    """Remove what killed processes left half-fetched."""
+    for folder in (root / _INCOMING).glob("*"):
+        with _locked(_lock(root, folder.name, "fill"), wait=False) as idle:
+            if idle:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(root: Path, key: str, purpose: str) -> Path:
+    return root / _LOCKS / f"{key}.{purpose}"
+
+
+def _hold(root: Path, key: str) -> None:
+    """Keep this process's shared lock on an entry."""
+    path = _lock(root, key, "use")
+    if path in _held and _is(_held[path], path):
+        return
+    while True:
+        descriptor = _open(path)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if _is(descriptor, path):
+            break
+        os.close(descriptor)  # removed, with its entry, between the two calls
+    if path in _held:
+        os.close(_held[path])
+    _held[path] = descriptor
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock; without `wait`, yields False where somebody else holds it."""
+    while True:
+        descriptor = _open(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            yield False
+            return
+        if _is(descriptor, path):
+            break
+        os.close(descriptor)
+    try:
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Whether an open lock file is still the one at `path`; a lock on a removed file protects nothing."""
+    with suppress(FileNotFoundError):
+        return os.fstat(descriptor).st_ino == path.stat().st_ino
+    return False

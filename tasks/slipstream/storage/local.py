@@ -1,0 +1,78 @@
+"""Files and folders on this machine's file systems."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from slipstream import digests
+from slipstream.errors import DataError
+from slipstream.home import write_atomically
+from slipstream.storage.base import Entry
+
+
+def fetch(uri: str) -> Path:
+    """The file itself."""
+    if not Path(uri).is_file():
+        raise DataError(f"{uri}: no such file")
+    return Path(uri)
+
+
+def fetch_folder(uri: str) -> Path:
+    """The folder itself."""
+    if not Path(uri).is_dir():
+        raise DataError(f"{uri}: no such folder")
+    return Path(uri)
+
+
+def read(uri: str) -> bytes:
+    """A file's bytes."""
+    try:
+        return Path(uri).read_bytes()
+    except OSError as error:
+        raise DataError(f"{uri}: cannot be read: {error.strerror}") from error
+
+
+def read_entry(entry: Entry) -> bytes:
+    """A listed file's bytes."""
+    return read(entry.uri)
+
+
+def write(uri: str, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    write_atomically(Path(uri), content)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or a folder."""
+    return Path(uri).exists()
+
+
+def delete(uri: str) -> None:
+    """Remove a file; fine when there is none."""
+    Path(uri).unlink(missing_ok=True)
+
+
+def entries(prefix: str) -> list[Entry]:
+    """Files below a folder, at any depth."""
+    found = []
+    for path in sorted(Path(prefix).rglob("*")):
+        if path.is_file():
+            stat = path.stat()
+            found.append(Entry(str(path), f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}", stat.st_mtime))
+    return found
+
+
+def upload(path: Path, uri: str) -> str:
+    """Copy a file or a folder aside, then move it into place; returns its digest."""
+    to = Path(uri)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=to.parent) as name:
+        aside = Path(name) / "new"
+        if path.is_dir():
+            shutil.copytree(path, aside)
+            if to.exists():  # rename(2) replaces a file or an empty folder only
+                to.replace(Path(name) / "old")
+        else:
+            shutil.copyfile(path, aside)
+        aside.replace(to)
+    return digests.folder(to) if path.is_dir() else digests.file(to)
