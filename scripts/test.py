@@ -31,6 +31,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "torch": (".envs/torch", ("tests/frameworks", "tests/engines", "tests/measure", "tests/steps")),
     "core": (".venv", ("tests", "tests/platform", "tests/watch")),
     "airflow": (".envs/airflow", ("tests/dags", "tests/triggers")),
+    "kubeflow": (".envs/kubeflow", ("tests/kubeflow",)),
     "e2e": (".venv", ("tests/e2e",)),
 }
 """Part → its environment and its test files; a folder stands for the test files right in it. A file that one part

@@ -1,14 +1,13 @@
 """The command `slipstream`. Results go to stdout, everything else to stderr."""
 
 import json
-import logging
 import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from slipstream import log_lines
 from slipstream.errors import SlipstreamError
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs
@@ -94,7 +93,7 @@ def watch(
     from slipstream.watch.start import Started
 
     home = Home.from_environment()
-    _follow(home, Started(catalog.read(home.specs / f"{name}.yaml"), catalog.dag_id(name), run_id))
+    _follow(home, Started(catalog.read(home, name), catalog.dag_id(name), run_id))
 
 
 def _follow(home: "Home", started: "Started") -> None:
@@ -132,28 +131,49 @@ def bench(
 @app.command()
 def step(
     name: Annotated[str, typer.Argument(help="Step, such as quantize.")],
-    spec: Annotated[str, typer.Option(help="Spec: a path or an s3:// URI.")],
-    inputs: Annotated[str, typer.Option(help="IN document (JSON): a path or an s3:// URI.")],
+    *,
+    spec: Annotated[str, typer.Option(help="Spec: a path, an s3:// URI, or the document itself as JSON.")],
     outputs: Annotated[str, typer.Option(help="Where the OUT document is written: a path or an s3:// URI.")],
+    inputs: Annotated[str | None, typer.Option(help="IN document (JSON): a path or an s3:// URI.")] = None,
+    run_key: Annotated[str, typer.Option(help="Instead of an IN document: name of the pipeline run.")] = "",
+    cell: Annotated[str, typer.Option(help="Recipe or recipe@target, with --run-key.")] = "",
+    upstream: Annotated[list[str] | None, typer.Option(help="OUT document of an earlier step; repeatable.")] = None,
 ) -> None:
     """Run one step: the same command in a virtual environment, a container or a pod."""
+    from slipstream import documents, storage
     from slipstream import spec as specs
-    from slipstream import storage
-    from slipstream.contract import StepInput
     from slipstream.errors import InputError
     from slipstream.steps import STEPS
     from slipstream.steps.base import run_step
 
     if name not in STEPS:
         raise InputError(f"unknown step {name!r}; known: {', '.join(STEPS)}")
-    try:
-        given = StepInput.model_validate_json(storage.read_text(inputs))
-    except ValueError as error:
-        raise InputError(f"{inputs}: not an IN document: {error}") from error
+    if (inputs is None) == (not run_key):
+        raise InputError("a step is given either --inputs or --run-key, with --cell and --upstream as it needs them")
+    chosen = specs.load(spec)
+    given = documents.read(inputs) if inputs else documents.gather(name, chosen, run_key, cell, upstream or [])
     for variable, value in STEPS[name].variables.items():
         os.environ.setdefault(variable, value)
-    output = run_step(name, specs.load(spec), given)
-    storage.write_text(outputs, output.model_dump_json(indent=2))
+    if (output := run_step(name, specs.load(spec), given)) is not None:
+        storage.write_text(outputs, output.model_dump_json(indent=2))
+
+
+@app.command(name="compile")
+def compile_(
+    spec: SpecFile,
+    kfp: Annotated[Path, typer.Option(help="Write a Kubeflow Pipelines v2 package (YAML) here.")],
+    stop_after: Annotated[str, typer.Option(help="Leave the stages after this one out.")] = "none",
+) -> None:
+    """Write the flow of a spec for Kubeflow Pipelines: the same steps in the same images."""
+    import subprocess
+
+    from slipstream.home import Home
+
+    python = Home.from_environment().python("kubeflow")
+    command = [str(python), "-m", "slipstream.kubeflow", str(spec), str(kfp), "--stop-after", stop_after]
+    if code := subprocess.run(command, check=False).returncode:
+        raise typer.Exit(code)
+    typer.echo(f"{kfp}: written; upload it in the Kubeflow Pipelines UI, or run it with the kfp SDK")
 
 
 @app.command()
@@ -169,12 +189,16 @@ def rollback(model: Annotated[str, typer.Argument(help="Registered model, such a
 @app.command()
 def up(
     new_ports: Annotated[bool, typer.Option(help="Where a remembered port is taken, choose another one.")] = False,
+    profile: Annotated[
+        Literal["local", "server"] | None,
+        typer.Option(help="SQLite and files, or PostgreSQL and S3; remembered. [default: local]", show_default=False),
+    ] = None,
 ) -> None:
     """Start the embedded platform (Airflow, MLflow, Envoy, model servers); harmless when it runs."""
     from slipstream.home import Home
     from slipstream.platform import console
 
-    console.up(Home.from_environment(), new_ports=new_ports)
+    console.up(Home.from_environment(), new_ports=new_ports, profile=profile)
 
 
 @app.command()
@@ -211,9 +235,7 @@ def logs(
 
 def main() -> None:
     """Run the command line, and turn an error raised on purpose into its message and its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("httpx", "mlflow", "nncf", "urllib3", "botocore", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    log_lines.configure()
     try:
         app()
     except SlipstreamError as error:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-ENVIRONMENTS = ("airflow", "torch", "serve")
+ENVIRONMENTS = ("airflow", "torch", "serve", "kubeflow")
 """Environments beside the core; each has a folder under containers/ and a virtual environment under .envs/."""
 
 
@@ -15,26 +15,37 @@ class Home:
     root: Path
     envs: Path
     code: Path
+    shared_specs: str | None = None
+    """Where published specs lie when it is not in `root`."""
+    shared_runs: str | None = None
+    """Where the documents of runs lie when it is not in `root`."""
 
     @classmethod
     def from_environment(cls) -> "Home":
-        """Read SLIPSTREAM_HOME, SLIPSTREAM_ENVS and SLIPSTREAM_CODE; defaults lie in the current folder."""
+        """Read SLIPSTREAM_HOME, SLIPSTREAM_ENVS, SLIPSTREAM_CODE, SLIPSTREAM_SPECS and SLIPSTREAM_RUNS.
+
+        The first three are folders, by default in the current folder. The last two are folders or s3:// prefixes, by
+        default in SLIPSTREAM_HOME: where steps do not share a file system they are in S3.
+        """
         here = Path.cwd()
         return cls(
             root=Path(os.environ.get("SLIPSTREAM_HOME", here / ".slipstream")).resolve(),
             envs=Path(os.environ.get("SLIPSTREAM_ENVS", here / ".envs")).resolve(),
             code=Path(os.environ.get("SLIPSTREAM_CODE", here)).resolve(),
+            shared_specs=_absolute(os.environ.get("SLIPSTREAM_SPECS")),
+            shared_runs=_absolute(os.environ.get("SLIPSTREAM_RUNS")),
         )
 
     @property
-    def specs(self) -> Path:
-        """Published specs; each YAML file here is a DAG."""
-        return self.root / "specs"
+    def specs(self) -> str:
+        """Folder or s3:// prefix of the published specs; each YAML file right in it is a DAG."""
+        return self.shared_specs or str(self.root / "specs")
 
     @property
-    def runs(self) -> Path:
-        """One folder for each pipeline run: the spec's snapshot, and the IN and OUT documents of its steps."""
-        return self.root / "runs"
+    def runs(self) -> str:
+        """Folder or s3:// prefix with one folder for each pipeline run: the spec's snapshot, and the IN and OUT
+        documents of its steps."""
+        return self.shared_runs or str(self.root / "runs")
 
     @property
     def work(self) -> Path:
@@ -43,7 +54,7 @@ class Home:
 
     @property
     def cache(self) -> Path:
-        """Downloaded artefacts, one folder for each sha256."""
+        """What was downloaded, one folder for each sha256 (storage/cache.py), and results that are quick to lose."""
         return self.root / "cache"
 
     @property
@@ -65,15 +76,22 @@ class Home:
         return self.root / "platform.json"
 
 
-def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
-    """Write aside, flush to disk, rename: a reader sees the old text or the new, never half of either.
+def _absolute(place: str | None) -> str | None:
+    """A folder with its full path, an s3:// prefix as it is; None when nothing is given."""
+    if not place:
+        return None
+    return place if "://" in place else str(Path(place).resolve())
+
+
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """Write aside, flush to disk, rename: a reader sees the old content or the new, never half of either.
 
     `mode` is what the file is created with, before the umask; 0o600 for what holds secrets.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.write(text)
+    with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

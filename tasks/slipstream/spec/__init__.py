@@ -124,7 +124,12 @@ def parse(text: str, source: str) -> Spec:
 
 
 def load(source: Path | str) -> Spec:
-    """Read and validate a spec file: a path or an s3:// URI. Raises SpecError; Unavailable when S3 is."""
+    """Read and validate a spec: a path, an s3:// URI, or the document itself as JSON.
+
+    Raises SpecError; Unavailable when S3 is.
+    """
+    if isinstance(source, str) and source.startswith("{"):
+        return parse(source, "the given spec")
     if isinstance(source, str) and source.startswith("s3://"):
         from slipstream import storage
 

@@ -1,0 +1,218 @@
+"""A spec as a Kubeflow Pipelines v2 package: the same flow, the same images, the same step commands.
+
+Each stage is a pipeline of its own, so that the stages show in the graph; each step is a container that is given the
+OUT documents that it builds on as artifacts, and writes its own as one. Runs in the kubeflow environment; the
+command is `slipstream compile SPEC --kfp OUT`.
+
+Differences to the Airflow DAG, which follow from what Kubeflow Pipelines offers: any cell that fails ends the run
+(Airflow goes on with the others), and there is no step at which a person approves, so that a spec that asks for one
+is only compiled up to the small-scale test.
+"""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from kfp import compiler, components, dsl, kubernetes
+
+from slipstream import catalog, flow, settings
+from slipstream import spec as specs
+from slipstream.contract import Cell
+from slipstream.errors import InputError, SlipstreamError
+from slipstream.home import Home
+from slipstream.settings import Settings
+from slipstream.spec import Spec
+
+RETRIES = 2
+JUDGES = ("check", "select", "trial", "rollout")
+"""Steps that are not tried again: Kubeflow cannot tell a failed gate from a lost node, and nobody may ask a gate
+until it says yes."""
+FROM_CONFIG_MAP = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "SLIPSTREAM_RELEASES", "SLIPSTREAM_INGRESS")
+FROM_SECRET = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+"""Keys that a step takes from the settings' ConfigMaps and Secrets where they have them."""
+
+
+class Task(NamedTuple):
+    """A step of the run."""
+
+    step: str
+    cell: Cell | None = None
+
+    @property
+    def key(self) -> str:
+        """A Python name: recipes and targets hold letters, digits and hyphens only."""
+        name = self.step if self.cell is None else f"{self.step}_{self.cell.key}"
+        return name.replace("@", "__").replace("-", "_")
+
+    @property
+    def title(self) -> str:
+        """What the graph shows."""
+        return self.step if self.cell is None else f"{self.step} {self.cell.key}"
+
+
+def tasks(chosen: Spec, stage: str) -> Iterator[Task]:
+    """All steps of a stage, in an order in which each comes after what it builds on."""
+    for step in flow.STAGES[stage]:
+        if step in ("distill", "prune", "quantize"):
+            yield from (Task(step, Cell(recipe=r)) for r in chosen.recipes if step in chosen.techniques(r))
+        elif step in ("build", "validate"):
+            yield from (Task(step, flow.cell_of(key)) for key in flow.cells(chosen))
+        elif step not in ("approval", "outcome"):
+            yield Task(step)
+
+
+def builds_on(task: Task, chosen: Spec, earlier: Mapping[str, Task]) -> list[str]:
+    """Keys of the tasks whose outputs a task is given, as `flow.upstream` chooses them."""
+    if task.cell is None and task.step not in ("check", "retrain"):
+        return list(earlier)
+    wanted = [(step, cell) for step, cell in flow.needs(task.step, chosen, task.cell)]
+    return [k for k, t in earlier.items() if (t.step, t.cell.key if t.cell else None) in wanted]
+
+
+@dataclass
+class Compiler:
+    """Makes the package of one spec."""
+
+    chosen: Spec
+    installation: Settings
+    done: dict[str, Task] = field(default_factory=dict)
+
+    def pipeline(self, stop_after: str) -> Any:
+        """The whole: stages in order. Raises InputError when a person must approve."""
+        skipped = flow.skipped_stages(stop_after)
+        if self.chosen.rollout.approval and "full_rollout" not in skipped:
+            raise InputError(
+                f"spec {self.chosen.name}: rollout.approval is true, and Kubeflow Pipelines has no step at which a "
+                "person approves; compile with --stop-after small_scale_test and release with Airflow"
+            )
+        stages = [(name, self._stage(name)) for name in flow.STAGES if name not in skipped]
+
+        # In one line: the SDK writes defaults into a comment at the top of the package.
+        document = self.chosen.model_dump_json()
+
+        def run(spec: str = document) -> None:
+            made: dict[str, Any] = {}
+            for name, (needed, stage) in stages:
+                common = {"spec": spec, "run_key": dsl.PIPELINE_JOB_NAME_PLACEHOLDER}
+                group = stage(**common, **{k: made[k] for k in needed}).set_display_name(name)
+                made |= group.outputs
+
+        about = f"{self.chosen.model.name} (spec {catalog.fingerprint(self.chosen)})"
+        return dsl.pipeline(name=catalog.dag_id(self.chosen.name), description=about)(run)
+
+    def _stage(self, name: str) -> tuple[list[str], Any]:
+        """Keys that a stage takes from earlier ones, and its pipeline, which puts out those that it made."""
+        own = {task.key: task for task in tasks(self.chosen, name)}
+        needed: dict[str, list[str]] = {}
+        for key, task in own.items():
+            needed[key] = builds_on(task, self.chosen, self.done)
+            self.done[key] = task
+        given = list(dict.fromkeys(k for keys in needed.values() for k in keys if k not in own))
+
+        def body(spec: Any, run_key: Any, *documents: Any) -> Any:
+            made = dict(zip(given, documents, strict=True))
+            for key, task in own.items():
+                made[key] = self._run(task, {"spec": spec, "run_key": run_key}, {k: made[k] for k in needed[key]})
+            return Outputs(**{k: made[k] for k in own})
+
+        # mypy wants the fields of a NamedTuple spelt out; these are the stage's tasks.
+        Outputs = NamedTuple("Outputs", [(k, dsl.Artifact) for k in own])  # type: ignore[misc]
+        return given, dsl.pipeline(name=name.replace("_", "-"))(_with_signature(body, given, Outputs))
+
+    def _run(self, task: Task, common: Mapping[str, Any], documents: Mapping[str, Any]) -> Any:
+        """One step; its OUT document."""
+        ran = self._component(task, list(documents))(**common, **documents)
+        ran.set_display_name(task.title).set_caching_options(False)  # steps know better what has changed
+        if task.step not in JUDGES:
+            ran.set_retry(num_retries=RETRIES, backoff_duration="30s", backoff_factor=2.0)
+        self._place(task.step, ran)
+        return ran.outputs["output"]
+
+    def _component(self, task: Task, documents: list[str]) -> Any:
+        arguments: list[Any] = ["step", task.step, "--spec", {"inputValue": "spec"}]
+        arguments += ["--run-key", {"inputValue": "run_key"}]
+        arguments += ["--cell", task.cell.key] if task.cell else []
+        for name in documents:
+            arguments += ["--upstream", {"inputPath": name}]
+        arguments += ["--outputs", {"outputPath": "output"}]
+        return components.load_component_from_text(
+            yaml.safe_dump(
+                {
+                    "name": task.title.replace("@", " at "),
+                    "inputs": [
+                        {"name": "spec", "type": "String"},
+                        {"name": "run_key", "type": "String"},
+                        *({"name": name, "type": "Artifact"} for name in documents),
+                    ],
+                    "outputs": [{"name": "output", "type": "Artifact"}],
+                    "implementation": {
+                        "container": {
+                            "image": self.installation.image_of(task.step, self.chosen),
+                            "command": ["slipstream"],
+                            "args": arguments,
+                        }
+                    },
+                }
+            )
+        )
+
+    def _place(self, step: str, ran: Any) -> None:
+        """Resources, where it runs, and what its environment holds."""
+        resources, cluster = self.installation.resources_of(step, self.chosen), self.installation.kubernetes
+        if resources.cpu is not None:
+            ran.set_cpu_request(str(resources.cpu))
+        if resources.memory is not None:
+            ran.set_memory_request(resources.memory).set_memory_limit(resources.memory)
+        if resources.gpu:
+            ran.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(resources.gpu)
+        for label, value in (resources.node_selector or {}).items():
+            kubernetes.add_node_selector(ran, label, value)
+        for toleration in resources.tolerations or ():
+            kubernetes.add_toleration(ran, **toleration.model_dump())
+        kubernetes.set_image_pull_policy(ran, cluster.pull_policy)
+        for name in cluster.env_from_config_maps:
+            kubernetes.use_config_map_as_env(ran, name, {k: k for k in FROM_CONFIG_MAP}, optional=True)
+        for name in cluster.env_from_secrets:
+            kubernetes.use_secret_as_env(ran, name, {k: k for k in FROM_SECRET}, optional=True)
+        for name, value in {"SLIPSTREAM_TRAFFIC": "kserve", **self.installation.environment}.items():
+            ran.set_env_variable(name, value)
+
+
+def _with_signature(body: Callable[..., Any], given: list[str], outputs: Any) -> Callable[..., Any]:
+    """The SDK reads a pipeline's inputs and outputs off its signature; these depend on the spec."""
+    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, keyword, annotation=str) for name in ("spec", "run_key")]
+    parameters += [inspect.Parameter(k, keyword, annotation=dsl.Input[dsl.Artifact]) for k in given]
+    body.__signature__ = inspect.Signature(parameters, return_annotation=outputs)  # type: ignore[attr-defined]
+    body.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": outputs}
+    return body
+
+
+def package(path: Path, out: Path, stop_after: str = "none") -> None:
+    """Compile the spec file at `path` into the package `out` (YAML). Raises SpecError, InputError."""
+    chosen = specs.load(path)
+    made = Compiler(chosen, settings.load(Home.from_environment()))
+    compiler.Compiler().compile(made.pipeline(stop_after), str(out))
+
+
+def main() -> None:
+    """The command line; exit codes as the command `slipstream` has them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--stop-after", default="none", choices=flow.STOP_AFTER)
+    given = parser.parse_args()
+    try:
+        package(given.spec, given.out, given.stop_after)
+    except SlipstreamError as error:
+        print(f"{error.headline}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
