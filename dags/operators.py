@@ -49,7 +49,7 @@ class PipelineRun:
     def snapshot(self) -> None:
         """Freeze the spec for this run, so that a spec published meanwhile changes only later runs."""
         params = self.context["params"]
-        published = catalog.read(Home.from_environment().specs / f"{self.spec_name}.yaml")
+        published = catalog.read(Home.from_environment(), self.spec_name)
         chosen = flow.with_choices(published, max_drop=params["max_drop"], recipes=params["recipes"])
         storage.write_text(self.spec_uri, spec.dump(chosen))
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from airflow.providers.docker.exceptions import DockerContainerFailedException
 from airflow.providers.docker.operators.docker import DockerOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
-from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from airflow.sdk.exceptions import AirflowException
+from docker.errors import APIError, DockerException, NotFound
 from docker.types import DeviceRequest, Mount
 
 from runtimes.base import Job, message, raise_for
@@ -61,17 +61,16 @@ class Docker:
         """See Runtime. A container that a killed task left behind is removed first; its step resumes in the new one."""
         operator = self._operator = _operator(job, context)
         try:
-            self._remove_left_over(operator, job)
+            _connect(operator)
+            _remove_left_over(operator, job)
             operator.execute(context)
-        except ImageNotFound as error:
-            raise AirflowFailException(f"{job.image}: no such image; `make images` builds it") from error
         except DockerContainerFailedException as error:
             state = operator.cli.inspect_container(operator.container["Id"])["State"]
             lines = error.logs or []
             raise_for(job, _exit_code(state), lines, out_of_memory=bool(state["OOMKilled"]))
             raise AirflowException(f"step {job.step}: {message(lines)}") from error
         except DockerException as error:
-            raise AirflowException(f"Docker at {operator.docker_url}: {error}") from error
+            raise AirflowException(f"Docker at {operator.docker_url}: {_hint(operator)}{error}") from error
         finally:
             _remove(operator)
 
@@ -80,12 +79,29 @@ class Docker:
         if self._operator is not None:
             self._operator.on_kill()
 
-    def _remove_left_over(self, operator: _Container, job: Job) -> None:
-        try:
-            operator.cli.remove_container(operator.container_name, force=True)
-            operator.log.info("removed the container of an earlier attempt at %s", job.name)
-        except NotFound:
-            return
+
+def _connect(operator: _Container) -> None:
+    """Raise AirflowException, with the address, when the daemon does not answer."""
+    try:
+        operator.cli.ping()
+    except AirflowException as error:
+        raise AirflowException(
+            f"Docker at {operator.docker_url}: no daemon answers; start it, or set docker.url in the settings"
+        ) from error
+
+
+def _remove_left_over(operator: _Container, job: Job) -> None:
+    try:
+        operator.cli.remove_container(operator.container_name, force=True)
+        operator.log.info("removed the container of an earlier attempt at %s", job.name)
+    except NotFound:
+        return
+
+
+def _hint(operator: _Container) -> str:
+    if operator.container is None and not operator.cli.images(name=operator.image):
+        return f"{operator.image} is not on this machine (`make images` builds it) and cannot be pulled: "
+    return ""
 
 
 def _operator(job: Job, context: Any) -> _Container:
