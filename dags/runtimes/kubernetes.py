@@ -3,6 +3,7 @@ its worker died finds its pod again; its log is streamed; it is deleted after su
 failure. Documents travel through the store (SLIPSTREAM_RUNS), since a pod shares no folder with Airflow.
 """
 
+import os
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -73,6 +74,7 @@ def arguments(job: Job) -> dict[str, Any]:
     volumes, mounts = _volumes(job)
     return {
         "name": f"slipstream-{job.step}",
+        "config_file": os.environ.get("KUBECONFIG"),  # without one: the cluster that Airflow itself runs in
         "namespace": settings.namespace,
         "image": job.image,
         "image_pull_policy": settings.pull_policy,
