@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from slipstream import spec as specs
-from slipstream.reference import markdown
+from slipstream.reference import markdown, settings_markdown
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -71,6 +71,8 @@ def run(arguments: list[str]) -> str:
 
 def test_the_spec_reference_is_current() -> None:
     assert (ROOT / "docs/spec.md").read_text(encoding="utf-8") == markdown(), "run: slipstream schema --markdown"
+    settings = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    assert settings == settings_markdown(), "run: slipstream schema --settings --markdown"
 
 
 def test_the_readme_shows_the_example() -> None:

@@ -38,17 +38,18 @@ def validate(spec: SpecFile) -> None:
 
 @app.command()
 def schema(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference in docs/spec.md instead.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference in docs/ instead.")] = False,
+    settings: Annotated[bool, typer.Option("--settings", help="Of the installation's settings instead.")] = False,
 ) -> None:
     """Print the JSON Schema of the spec."""
+    from slipstream import reference
+    from slipstream.settings import Settings
     from slipstream.spec import json_schema
 
     if markdown:
-        from slipstream.reference import markdown as reference
-
-        typer.echo(reference(), nl=False)
+        typer.echo(reference.settings_markdown() if settings else reference.markdown(), nl=False)
     else:
-        typer.echo(json.dumps(json_schema(), indent=2))
+        typer.echo(json.dumps(Settings.model_json_schema() if settings else json_schema(), indent=2))
 
 
 @app.command()

@@ -1,13 +1,14 @@
-"""The reference in docs/spec.md, made from the JSON Schema, so that it cannot say anything else than the code."""
+"""The references docs/spec.md and docs/settings.md, made from JSON Schemas, so that they say what the code says."""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slipstream.settings import Settings
 from slipstream.spec import PATTERNS, json_schema
 
-INTRODUCTION = """\
+SPEC = """\
 # The spec
 
 <!-- Made by `slipstream schema --markdown`; tests/test_docs.py compares. Change the docstrings in spec/ instead. -->
@@ -24,27 +25,48 @@ names every mistake with its field and exits 2. The JSON Schema for editors is
 on the first line. A user function is written `module:function`, or `{function: module:function, params: {…}}` with
 keyword arguments; it is imported from the folder that `SLIPSTREAM_CODE` names (the checkout, by default).
 """
+SETTINGS = """\
+# The settings
+
+<!-- Made by `slipstream schema --settings --markdown`; tests/test_docs.py compares. Change settings.py instead. -->
+
+One YAML file for each installation says where steps run, in which images and with how much of a machine:
+`settings.yaml` in `SLIPSTREAM_HOME`, or the file that `SLIPSTREAM_SETTINGS` names. Without one, the defaults hold.
+What a spec says under `resources:` goes before what stands here. Unknown keys are refused.
+[runtimes.md](runtimes.md) tells how the runtimes differ.
+"""
 ORDER = ("Model", "DataFiles", "Objective", "Distill", "Prune", "Quantize", "Target", "SmallScaleTest", "Rollout",
          "Guardrails", "Training", "Resources", "Toleration", "Call")  # fmt: skip
-TITLES = {"Spec": "Top level", "DataFiles": "Data files", "SmallScaleTest": "Small-scale test", "Call": "User function"}
+TOP = "Top level"
+TITLES = {"DataFiles": "Data files", "SmallScaleTest": "Small-scale test", "Call": "User function"}
 
 
 def markdown() -> str:
-    """The whole page."""
+    """The reference of the spec: a page."""
     schema = json_schema()
-    sections = {"Spec": schema} | {name: schema["$defs"][name] for name in ORDER}
     assert set(schema["$defs"]) == set(ORDER), "a section of the spec is missing in ORDER"
-    return "\n".join([INTRODUCTION, *(_section(name, section) for name, section in sections.items())])
+    return _page(SPEC, schema, ORDER)
 
 
-def _section(name: str, section: Mapping[str, Any]) -> str:
+def settings_markdown() -> str:
+    """The reference of the settings: a page."""
+    schema = Settings.model_json_schema()
+    return _page(SETTINGS, schema, ("Resources", "Toleration", "Docker", "Kubernetes", "Serving"))
+
+
+def _page(introduction: str, schema: Mapping[str, Any], order: Sequence[str]) -> str:
+    sections = {TOP: schema} | {name: schema["$defs"][name] for name in order}
+    return "\n".join([introduction, *(_section(name, s, schema["$defs"]) for name, s in sections.items())])
+
+
+def _section(name: str, section: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
     required = set(section.get("required", ()))
     rows = [
-        f"| `{field}` | {_type(shape)} | {_default(shape, field in required)} | {_meaning(shape)} |"
+        f"| `{field}` | {_type(shape)} | {_default(shape, field in required)} | {_meaning(shape, sections)} |"
         for field, shape in section["properties"].items()
     ]
     title = TITLES.get(name, name)
-    about = "" if name == "Spec" else f"{section['description']}\n\n"
+    about = "" if name == TOP else f"{section['description']}\n\n"
     return (
         f"## {title}\n\n{about}| key | value | default | meaning |\n| --- | --- | --- | --- |\n"
         + "\n".join(rows)
@@ -52,10 +74,10 @@ def _section(name: str, section: Mapping[str, Any]) -> str:
     )
 
 
-def _meaning(shape: Mapping[str, Any]) -> str:
+def _meaning(shape: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
     """The field's description; pydantic leaves it out where it is the same as the section's."""
     name = shape.get("$ref", "").rpartition("/")[2]
-    return _cell(shape.get("description") or json_schema()["$defs"][name]["description"])
+    return _cell(shape.get("description") or sections[name]["description"])
 
 
 def _default(shape: Mapping[str, Any], is_required: bool) -> str:
