@@ -62,7 +62,10 @@ def test_the_schema_is_json_on_stdout() -> None:
             ("step", "fly", "--spec", "x", "--inputs", "y", "--outputs", "z"),
             "unknown step 'fly'; known: check, retrain",
         ),
-        (("step", "check", "--spec", "x", "--inputs", "no.json", "--outputs", "z"), "no.json: cannot be read"),
+        (
+            ("step", "check", "--spec", "examples/fashion.yaml", "--inputs", "no.json", "--outputs", "z"),
+            "no.json: cannot be read",
+        ),
     ],
 )
 def test_a_step_that_cannot_start_exits_2(arguments: tuple[str, ...], said: str) -> None:

@@ -49,18 +49,24 @@ def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> n
     """(N, classes) logits of a candidate for the training split, from the cache or computed once.
 
     They belong to the images as they are, so whoever learns from them trains without augmentation.
+    In a group process 0 computes them, and all read its file.
     """
     split = context.data.train
     path = context.home.cache / "soft-answers" / f"{teacher.sha256}-{split.digest}.npy"
-    if path.exists():
-        _log.info("teacher: answers for %d images found in the cache", len(split))
-        cached: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-        return cached
-    _log.info("teacher: answering %d images", len(split))
-    logits = framework.logits(framework.load(fetch(teacher)), split.inputs)
+    if context.group.leads:
+        if path.exists():
+            _log.info("teacher: answers for %d images found in the cache", len(split))
+        else:
+            _log.info("teacher: answering %d images", len(split))
+            _store(path, framework.logits(framework.load(fetch(teacher)), split.inputs))
+    context.group.bring(path)
+    answers: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
+    return answers
+
+
+def _store(path: Path, answers: npt.NDArray[np.float32]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with aside.open("wb") as file:
-        np.save(file, logits)
+        np.save(file, answers)
     aside.replace(path)
-    return logits

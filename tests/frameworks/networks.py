@@ -46,3 +46,20 @@ def tied() -> nn.Module:
 
 def not_a_network() -> str:
     return "a string"
+
+
+class Idle(nn.Module):
+    """No batch norm and no dropout, so that it learns the same however a batch is shared out; one layer is unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answers: torch.Tensor = self.used(images)
+        return answers
+
+
+def idle() -> nn.Module:
+    return Idle()

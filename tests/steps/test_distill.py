@@ -1,19 +1,24 @@
 """distill: a smaller student with the teacher as its parent; the teacher answers once."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.steps.training import document, spec_of, step
+import yaml
+from tests.steps.training import RUN_KEY, document, spec_of, step
 
+from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import read_manifest
 from slipstream.frameworks.torch_training import distillation_loss
 from slipstream.tracking import fetch
 
 torch.set_num_threads(1)
+FILES = ("spec.yaml", "in.json", "out.json")
 
 
 def test_student_is_smaller_linked_and_made_with_cached_teacher_answers(
@@ -37,6 +42,26 @@ def test_student_is_smaller_linked_and_made_with_cached_teacher_answers(
         other = step("distill", spec_of(written), baseline, recipe="small")
     assert "found in the cache" in caplog.text
     assert other.artifact is not None and other.artifact.sha256 != output.artifact.sha256
+
+
+def test_a_result_that_is_there_is_found_without_loading_pytorch(
+    mlflow_server: str, home: Path, tmp_path: Path
+) -> None:
+    spec = document("quick")
+    baseline = step("retrain", spec_of(spec))
+    step("distill", spec_of(spec), baseline, recipe="small")
+    assert list((home / "work").iterdir()) == []  # the checkpoints of steps that are done
+    given = StepInput(run_key=RUN_KEY, cell=Cell(recipe="small"), upstream=(baseline,))
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    (tmp_path / "in.json").write_text(given.model_dump_json())
+    arguments = ["slipstream", "step", "distill"]
+    arguments += [f"--{o}={tmp_path / n}" for o, n in zip(("spec", "inputs", "outputs"), FILES, strict=True)]
+    code = (
+        f"import sys\nsys.argv = {arguments}\nfrom slipstream.cli import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert StepOutput.model_validate_json((tmp_path / "out.json").read_text()).reused
 
 
 def test_student_for_other_classes_is_refused(

@@ -5,18 +5,23 @@ A candidate folder holds `candidate.json` (a `CandidateManifest`), `model.onnx`,
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from slipstream.contract import Document
 from slipstream.data import Data, Split
+from slipstream.digests import versions
 from slipstream.errors import ModelError
+from slipstream.frameworks import launched
 from slipstream.spec import Call
+
+T = TypeVar("T")
 
 MANIFEST = "candidate.json"
 ONNX = "model.onnx"
@@ -26,6 +31,12 @@ INPUT, OUTPUT = "input", "output"
 
 FRAMEWORKS: dict[str, str] = {"torch": "slipstream.frameworks.torch"}
 """Spec name → module."""
+
+DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
+    "torch": ("torch", "torch-pruning", "safetensors", "onnx", "onnxruntime", "numpy")
+}
+"""Spec name → PyPI distributions whose versions belong to the identity of what the framework makes. They stand here
+and not in the module, since a step that only finds its earlier result should not load the framework."""
 
 
 class CandidateManifest(Document):
@@ -65,6 +76,59 @@ class Progress(Protocol):
         ...
 
 
+class Group:
+    """The processes that train together. This class is a process on its own; frameworks subclass it for more.
+
+    What takes part in a method must be called by every process, in the same order: they wait for one another.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is process 0, which alone records, saves and answers."""
+        return self.rank == 0
+
+    def share(self, value: T) -> T:
+        """The value that process 0 has, in every process."""
+        return value
+
+    def add(self, value: float) -> float:
+        """The sum of all processes' values, in every process."""
+        return value
+
+    def part(self, samples: Any) -> Any:
+        """This process's share of a sequence: a slice; shares differ by one sample at most, and none is in two."""
+        bounds = [len(samples) * rank // self.size for rank in (self.rank, self.rank + 1)]
+        return samples[bounds[0] : bounds[1]]
+
+    def wrap(self, network: Any) -> Any:
+        """The network, whose backward pass leaves the mean of all processes' gradients in each of them."""
+        return network
+
+    def average_buffers(self, network: Any) -> None:
+        """Make floating-point buffers, such as batch norm's running statistics, the mean over all processes."""
+
+    def bring(self, path: Path) -> None:
+        """Bring a file or folder that process 0 has to the same path of every process that lacks it.
+
+        Its name must tell its content: what lies there is taken to be the same.
+        """
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """Around the work: where several processes fail, each raises the error of the one that failed first."""
+        yield
+
+    def leave(self) -> None:
+        """The work is done."""
+
+
+ALONE = Group()
+"""One process."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What training in a step works with."""
@@ -74,6 +138,7 @@ class Job:
     folder: Path
     """Checkpoints; the same folder again when a killed step is tried again."""
     progress: Progress
+    group: Group = ALONE
 
 
 @dataclass(frozen=True)
@@ -123,7 +188,7 @@ class Framework(Protocol):
     """What differs between PyTorch, Keras and the others. A network is the framework's own object."""
 
     distributions: tuple[str, ...]
-    """PyPI distributions whose versions belong to the identity of what it makes."""
+    """The framework's entry in DISTRIBUTIONS."""
 
     def load_eager(self, candidate: Path, threads: int | None = None) -> Eager:
         """The candidate, run by the framework itself in FP32: the baseline that people know."""
@@ -161,6 +226,17 @@ class Framework(Protocol):
         """A pruner for a candidate's network."""
         ...
 
+    def join(self, place: launched.Place) -> Group:
+        """The group that a launcher started this process for."""
+        ...
+
+    def launch(self, workers: int, function: Callable[..., T], *arguments: Any) -> T:
+        """Call `function(group, *arguments)` in so many processes of this machine; what process 0 returned.
+
+        Raises what the process raised that failed first.
+        """
+        ...
+
 
 def framework_for(name: str) -> Framework:
     """The framework that a spec names. Raises ModelError when its libraries are not in this environment."""
@@ -170,6 +246,17 @@ def framework_for(name: str) -> Framework:
         raise ModelError(f"framework {name}: {error}; this environment lacks its libraries") from error
     framework: Framework = module.FRAMEWORK
     return framework
+
+
+def toolchain(name: str) -> dict[str, str]:
+    """Installed versions of what decides a framework's results; loads none of it."""
+    return versions(*DISTRIBUTIONS[name])
+
+
+def group_of(name: str) -> Group:
+    """The group that this process belongs to: on its own, unless a launcher started it beside others."""
+    place = launched.place()
+    return ALONE if place is None else framework_for(name).join(place)
 
 
 def read_manifest(folder: Path) -> CandidateManifest:

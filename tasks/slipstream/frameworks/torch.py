@@ -6,9 +6,9 @@ A candidate folder holds `candidate.json`, `weights.safetensors`, `model.onnx` a
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,22 +18,27 @@ import torch
 
 from slipstream.data import Split, user_function
 from slipstream.errors import ModelError
-from slipstream.frameworks import torch_pruner, torch_training
+from slipstream.frameworks import torch_distributed, torch_pruner, torch_training
 from slipstream.frameworks.base import (
+    DISTRIBUTIONS,
     INPUT,
     MANIFEST,
     ONNX,
     OUTPUT,
     WEIGHTS,
     CandidateManifest,
+    Group,
     Job,
     Schedule,
     SoftTargets,
     read_manifest,
 )
+from slipstream.frameworks.launched import Place
 from slipstream.spec import Call
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 OPSET = 20
 TOLERANCE = 1e-3
@@ -62,7 +67,7 @@ class TorchEager:
 class TorchFramework:
     """See frameworks.base.Framework."""
 
-    distributions = ("torch", "torch-pruning", "safetensors", "onnx", "onnxruntime", "numpy")
+    distributions = DISTRIBUTIONS["torch"]
 
     def load_eager(self, candidate: Path, threads: int | None = None) -> TorchEager:
         """The candidate in FP32. `threads` is set for the whole process: PyTorch knows no other way."""
@@ -112,6 +117,14 @@ class TorchFramework:
     def pruner(self, candidate: Path) -> "CandidatePruner":
         """A pruner for a candidate's network."""
         return CandidatePruner(self, candidate)
+
+    def join(self, place: Place) -> Group:
+        """The group that a launcher started this process for."""
+        return torch_distributed.join(place)
+
+    def launch(self, workers: int, function: Callable[..., T], *arguments: Any) -> T:
+        """Call `function(group, *arguments)` in so many processes; what process 0 returned."""
+        return torch_distributed.launch(workers, function, *arguments)
 
 
 class CandidatePruner(torch_pruner.ChannelPruner):

@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional
 
 from slipstream.data import Data, Split
-from slipstream.errors import DataError, ModelError
-from slipstream.frameworks.base import Job, Schedule, SoftTargets
+from slipstream.errors import DataError, ModelError, SpecError
+from slipstream.frameworks import torch_distributed
+from slipstream.frameworks.base import ALONE, Group, Job, Schedule, SoftTargets
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +28,25 @@ HELD_OUT = 0.05
 
 
 class Checkpoint:
-    """State of a training under way, in one file that is always whole: written aside, flushed, renamed."""
+    """State of a training under way, in one file that is always whole: written aside, flushed, renamed.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    In a group process 0 has the file and the others are told; it is the same file with one process and with many.
+    """
+
+    def __init__(self, path: Path, group: Group = ALONE) -> None:
+        self.path, self._group = path, group
 
     def load(self) -> dict[str, Any] | None:
         """The last state that was saved; None at the first attempt. Nothing is unpickled but tensors and numbers."""
-        if not self.path.exists():
-            return None
-        state: dict[str, Any] = torch.load(self.path, weights_only=True)
-        return state
+        state: dict[str, Any] | None = None
+        if self._group.leads and self.path.exists():
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        return self._group.share(state)
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the state: tensors, numbers, strings, and lists and dicts of them."""
+        if not self._group.leads:
+            return
         aside = self.path.with_suffix(".aside")
         with aside.open("wb") as file:
             torch.save(dict(state), file)
@@ -68,6 +74,9 @@ class Training:
             training.log(epoch, train_loss=loss)
             checkpoint.save({"epoch": epoch + 1, "network": network.state_dict()})
 
+    With `training.workers` above 1 every process calls the function. `fit` then trains together; a loop of its own
+    does the same work in each process, unless it shares it out by `group`. The network of process 0 is taken.
+
     Random numbers are seeded before the function is called.
     """
 
@@ -84,6 +93,11 @@ class Training:
     def seed(self) -> int:
         """The spec's seed."""
         return self._job.seed
+
+    @property
+    def group(self) -> Group:
+        """The processes that train together: `rank`, `size`, `part` of a batch, `wrap` of a network, and more."""
+        return self._job.group
 
     def fit(
         self,
@@ -107,7 +121,7 @@ class Training:
 
     def checkpoint(self, name: str = "own") -> Checkpoint:
         """A checkpoint for a loop of your own."""
-        return Checkpoint(self._job.folder / f"{name}.pt")
+        return Checkpoint(self._job.folder / f"{name}.pt", self._job.group)
 
 
 def distillation_loss(temperature: float, weight: float) -> Loss:
@@ -160,22 +174,31 @@ def fit(
     Raises ModelError when the loss is no longer a number.
     """
     loop = _Loop(network, job, schedule, loss, soft)
-    checkpoint = Checkpoint(job.folder / f"{name}.pt")
+    checkpoint = Checkpoint(job.folder / f"{name}.pt", job.group)
     first = loop.restore(checkpoint)
     before = schedule.epochs_before
     for epoch in range(first, schedule.epochs):
         figures = {"train_loss": loop.epoch(epoch), "top1": loop.validate(), "lr": loop.learning_rate()}
-        log.info("epoch %d: train_loss %.4f, top1 %.2f %%", before + epoch + 1, figures["train_loss"], figures["top1"])
+        if job.group.leads:
+            said = "epoch %d: train_loss %.4f, top1 %.2f %%"
+            log.info(said, before + epoch + 1, figures["train_loss"], figures["top1"])
         job.progress.metrics(figures, step=before + epoch)
         checkpoint.save(loop.state(epoch + 1))
-    network.eval()
+    network.eval().to("cpu")
 
 
 class _Loop:
-    """Network, optimizer and data of one `fit`."""
+    """Network, optimizer and data of one `fit`.
+
+    In a group each process takes its part of every batch. What the processes add up is weighted by the samples in it,
+    so that loss and gradients are the means over the whole batch, as with one process. Two things differ from one
+    process: batch norm normalizes each part by the part's own statistics (PyTorch's synchronized one exists for GPUs
+    only), and its running statistics are the mean over the processes; and dropout draws anew in each process.
+    """
 
     def __init__(self, network: Any, job: Job, schedule: Schedule, loss: Loss, soft: SoftTargets | None) -> None:
         self.network, self.job, self.schedule, self.loss = network, job, schedule, loss
+        self.group, self.device = job.group, torch_distributed.device()
         split: Split = job.data.train
         self.tensors = [torch.from_numpy(split.inputs), torch.from_numpy(split.labels)]
         if soft is not None:
@@ -185,9 +208,12 @@ class _Loop:
         self.indices, self.held_out = torch.from_numpy(training), torch.from_numpy(held_out)
         self.batch_size = min(schedule.batch_size, len(training))
         self.batches = len(training) // self.batch_size  # batch norm cannot take a last batch of one: drop it
+        _require_shares(self.batch_size, self.group)
         if self.tensors[0].ndim == 4:
             # Twice as fast as NCHW in PyTorch's CPU convolutions; BF16 autocast is 5 to 20 times slower in training.
             network.to(memory_format=torch.channels_last)
+        network.to(self.device)
+        self.trained = self.group.wrap(network)
         self.optimizer = torch.optim.SGD(
             network.parameters(), schedule.learning_rate, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
         )
@@ -198,28 +224,45 @@ class _Loop:
     def epoch(self, epoch: int) -> float:
         """One pass; the mean loss."""
         self.network.train()
+        self._seed(epoch)
         # The order depends on seed and epoch alone, so that a resumed training sees the same one.
         order = np.random.default_rng((self.job.seed, self.schedule.epochs_before + epoch))
         shuffled = self.indices[torch.from_numpy(order.permutation(len(self.indices)))]
         total = 0.0
         for number in range(self.batches):
             total += self._batch(shuffled[number * self.batch_size :][: self.batch_size], epoch)
-            self._report(epoch, number + 1, total / (number + 1))
-        return total / self.batches
+            self._report(epoch, number + 1, total * self.group.size / (number + 1))
+        self.group.average_buffers(self.network)
+        return self.group.add(total) / self.batches
+
+    def _seed(self, epoch: int) -> None:
+        """Random numbers of processes other than the first, and on GPUs: from seed, epoch and rank alone.
+
+        Those of process 0 on processors go on from its checkpoint, as those of a process on its own.
+        """
+        given = np.random.SeedSequence((self.job.seed, self.schedule.epochs_before + epoch, self.group.rank))
+        seed = int(given.generate_state(1)[0])
+        if not self.group.leads:
+            torch.manual_seed(seed)
+        elif self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _batch(self, indices: Any, epoch: int) -> float:
-        inputs, *targets = (t[indices] for t in self.tensors)
+        """One step on this process's part of a batch; its loss, weighted by its share."""
+        mine = self.group.part(indices)
+        share = len(mine) / len(indices)
+        inputs, *targets = (t[mine].to(self.device) for t in self.tensors)
         if inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        loss = self.loss(self.network(inputs), *targets)
+        loss = self.loss(self.trained(inputs), *targets)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ModelError(f"training: the loss is {value} in epoch {epoch + 1}; lower the learning rate")
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss if self.group.size == 1 else loss * (share * self.group.size)).backward()
         self.optimizer.step()
         self.scheduler.step()
-        return value
+        return value * share
 
     def _report(self, epoch: int, number: int, loss: float) -> None:
         plan, progress = self.schedule, self.job.progress
@@ -229,8 +272,11 @@ class _Loop:
 
     def validate(self) -> float:
         """Top-1 on the held-out part of the training split, in percent."""
-        answers = logits(self.network, self.tensors[0][self.held_out].numpy())
-        return float((answers.argmax(1) == self.tensors[1][self.held_out].numpy()).mean() * 100)
+        mine, right = self.group.part(self.held_out), 0
+        if len(mine):
+            answers = logits(self.network, self.tensors[0][mine].numpy())
+            right = int((answers.argmax(1) == self.tensors[1][mine].numpy()).sum())
+        return self.group.add(right) / len(self.held_out) * 100
 
     def learning_rate(self) -> float:
         """Rate after the last batch."""
@@ -255,14 +301,26 @@ class _Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random"])
-        log.info("resuming %s after %d of %d epochs", checkpoint.path.stem, state["epochs_done"], self.schedule.epochs)
+        if self.group.leads:
+            said = "resuming %s after %d of %d epochs"
+            log.info(said, checkpoint.path.stem, state["epochs_done"], self.schedule.epochs)
         return int(state["epochs_done"])
 
 
 def logits(network: Any, inputs: npt.NDArray[Any], batch_size: int = 512) -> npt.NDArray[np.float32]:
     """(N, …) inputs to (N, classes) float32 outputs in evaluation mode."""
     network.eval()
+    place = next((p.device for p in network.parameters()), torch.device("cpu"))
     with torch.inference_mode():
-        parts = [network(torch.tensor(inputs[i : i + batch_size])) for i in range(0, len(inputs), batch_size)]
-        outputs: npt.NDArray[np.float32] = torch.cat(parts).float().numpy()
+        batches = (torch.tensor(inputs[i : i + batch_size]) for i in range(0, len(inputs), batch_size))
+        outputs: npt.NDArray[np.float32] = torch.cat([network(b.to(place)).float().cpu() for b in batches]).numpy()
     return outputs
+
+
+def _require_shares(batch_size: int, group: Group) -> None:
+    """Raise SpecError unless every process gets two samples of each batch: batch norm cannot take one."""
+    if group.size > 1 and batch_size < 2 * group.size:
+        raise SpecError(
+            f"training.workers: a batch of {batch_size} is too small for {group.size} processes; train with larger "
+            "batches or fewer workers"
+        )

@@ -4,24 +4,32 @@ A step module has:
 
     def settings(spec, inputs) -> dict     what decides its result, beyond code and upstream digests
     def run(context) -> StepOutput         the work; `context.output(...)` fills in the common fields
+
+A step that trains may do a part of `run` in several processes: `context.together(train)` calls the module's function
+`train(context)` in each of them. Their number is in its settings, as `workers`, since it decides the result.
 """
 
 import importlib
 import logging
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
-from slipstream import data, digests
+from slipstream import data, digests, log_lines
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict, combine, digest
-from slipstream.errors import EXIT_RETRY, DataError, GateFailed, SlipstreamError
+from slipstream.errors import EXIT_RETRY, DataError, GateFailed, SlipstreamError, SpecError
+from slipstream.frameworks.base import ALONE, Group, Job, framework_for, group_of
 from slipstream.home import Home
 from slipstream.spec import Spec
 from slipstream.steps import STEPS
 from slipstream.tracking import StepRun, Tracking, fetch
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Context:
     tracking: Tracking
     run: StepRun
     home: Home
+    group: Group = ALONE
 
     @property
     def cell(self) -> Cell:
@@ -44,10 +53,18 @@ class Context:
 
     @property
     def workdir(self) -> Path:
-        """Folder for checkpoints; the same again when a killed step is tried again."""
-        path = self.home.work / f"{self.step}-{self.identity[:16]}"
+        """Folder for checkpoints; the same again when a killed step is tried again. Removed when the step is done."""
+        path = self._workdir
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    @property
+    def _workdir(self) -> Path:
+        return self.home.work / f"{self.step}-{self.identity[:16]}"
+
+    def clean_up(self) -> None:
+        """Remove the work folder: the result is recorded, so nothing is resumed from it."""
+        shutil.rmtree(self._workdir, ignore_errors=True)
 
     @cached_property
     def data(self) -> data.Data:
@@ -61,6 +78,11 @@ class Context:
             )
         return loaded
 
+    @property
+    def job(self) -> Job:
+        """What training in this step works with."""
+        return Job(self.data, self.spec.seed, self.workdir, self.run, self.group)
+
     def upstream(self, *steps: str) -> StepOutput:
         """The latest upstream output for this cell's recipe among `steps`, in the order given last to first."""
         for step in steps:
@@ -70,9 +92,25 @@ class Context:
         raise DataError(f"step {self.step}: IN.json has no upstream output of {' or '.join(steps)} for {self.cell.key}")
 
     def fetch(self, output: StepOutput) -> Path:
-        """Folder of an upstream artefact, on this machine and verified."""
-        assert output.artifact is not None, f"step {output.step} hands on no artefact"
-        return fetch(output.artifact)
+        """Folder of an upstream artefact, on this machine and verified. In a group process 0 brings it to all."""
+        artifact = output.artifact
+        assert artifact is not None, f"step {output.step} hands on no artefact"
+        if self.group.size > 1:
+            if self.group.leads:
+                fetch(artifact)
+            self.group.bring(self.home.cache / artifact.sha256 / Path(artifact.path).name)
+        return fetch(artifact)
+
+    def together(self, function: Callable[["Context"], T]) -> T:
+        """Call a function of the step's module in every process of the group; what it returned in this one."""
+        if self.group.size > 1:
+            if self.group.size != self.spec.training.workers:
+                raise SpecError(
+                    f"training.workers is {self.spec.training.workers}, but the launcher started {self.group.size} "
+                    "processes; both must be the same, since their number decides the result"
+                )
+            self.group.share({"function": function.__name__, "identity": self.identity})
+        return function(self)
 
     def output(
         self,
@@ -102,14 +140,28 @@ class StepModule(Protocol):
     def run(self, context: Context) -> StepOutput: ...
 
 
-def identity(step: str, spec: Spec, inputs: StepInput, module: StepModule) -> str:
+class Silent(StepRun):
+    """The MLflow run as all processes but the first see it: what they would record, that one does."""
+
+    def params(self, values: Mapping[str, Any]) -> None: ...
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None: ...
+    def tags(self, values: Mapping[str, Any]) -> None: ...
+    def progress(self, done: int, total: int, **figures: float) -> None: ...
+
+
+def workers(spec: Spec) -> dict[str, int]:
+    """For the settings of a step that trains: how many processes share the work. One is as if nothing was said."""
+    return {"workers": spec.training.workers} if spec.training.workers > 1 else {}
+
+
+def identity(step: str, settings: Mapping[str, Any], inputs: StepInput) -> str:
     """Digest of all that decides the result: settings, code, upstream artefacts and the data set."""
     check = inputs.output_of("check")
     return digest(
         {
             "step": step,
             "cell": inputs.cell.key if inputs.cell else None,
-            "settings": module.settings(spec, inputs),
+            "settings": settings,
             "code": digests.source(f"steps/{step}.py", *STEPS[step].sources),
             "data": check.details["data"] if check else None,
             "upstream": sorted(
@@ -119,28 +171,91 @@ def identity(step: str, spec: Spec, inputs: StepInput, module: StepModule) -> st
     )
 
 
-def run_step(step: str, spec: Spec, inputs: StepInput) -> StepOutput:
+def run_step(step: str, spec: Spec, inputs: StepInput) -> StepOutput | None:
     """Run a step, or find that it was run before. The one entry for every runtime.
 
+    None where a launcher started several processes and this is not the first: the first has the output.
     Raises GateFailed after the output has been recorded when a verdict is not a pass and the step gates.
     """
     module = cast(StepModule, importlib.import_module(f"slipstream.steps.{step}"))
-    tracking = Tracking(spec)
-    key = identity(step, spec, inputs, module)
+    group = group_of(spec.model.framework) if hasattr(module, "train") else ALONE
+    if not group.leads:
+        with group.blaming():
+            _follow(group, module, step, spec, inputs)
+        group.leave()
+        return None
+    output = _led(group, module, step, spec, inputs)
+    group.share(None)  # see _follow
+    group.leave()
+    return output
+
+
+def _led(group: Group, module: StepModule, step: str, spec: Spec, inputs: StepInput) -> StepOutput:
+    tracking, settings = Tracking(spec), module.settings(spec, inputs)
+    key = identity(step, settings, inputs)
     if STEPS[step].cached and (earlier := tracking.find(key)):
         log.info("%s: unchanged, reusing MLflow run %s", step, earlier.run_id)
         return tracking.reuse(inputs.run_key, earlier)
     run = tracking.start(inputs.run_key, step, inputs.cell, key)
     inputs = inputs.model_copy(update={"pipeline_run_id": tracking.pipeline_run(inputs.run_key)})
-    context = Context(spec, inputs, step, key, tracking, run, Home.from_environment())
+    context = Context(spec, inputs, step, key, tracking, run, Home.from_environment(), group)
     try:
-        output = module.run(context)
+        output = _work(module, context, settings.get("workers", 1))
     except BaseException as error:
         reason = str(error) if isinstance(error, SlipstreamError) else f"{type(error).__name__}: {error}"
         tracking.fail(run, reason, getattr(error, "exit_code", EXIT_RETRY))
         raise
     tracking.finish(run, output, cache=STEPS[step].cached and not _undecided(output))
+    context.clean_up()
     return output
+
+
+def _work(module: StepModule, context: Context, processes: int) -> StepOutput:
+    """The step's own work: here, in the group that a launcher made, or in as many new processes as it needs."""
+    if processes > 1 and context.group.size == 1:
+        log.info("%s: starting %d processes", context.step, processes)
+        run = context.run
+        task = _Task(context.step, context.spec, context.inputs, context.identity, run.run_id, run.experiment_id)
+        made = framework_for(context.spec.model.framework).launch(processes, _member, task)
+        assert made is not None, "process 0 has the output"
+        return made
+    with context.group.blaming():
+        return module.run(context)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a new process is told: a context without its connections."""
+
+    step: str
+    spec: Spec
+    inputs: StepInput
+    identity: str
+    run_id: str
+    experiment_id: str
+
+
+def _member(group: Group, task: _Task) -> StepOutput | None:
+    """What each of the new processes does: the first the step's work, the others their part when it asks for it."""
+    log_lines.configure(logging.INFO if group.leads else logging.WARNING)
+    module = cast(StepModule, importlib.import_module(f"slipstream.steps.{task.step}"))
+    if not group.leads:
+        _follow(group, module, task.step, task.spec, task.inputs)
+        return None
+    tracking, home = Tracking(task.spec), Home.from_environment()
+    run = StepRun(tracking.client, task.run_id, task.experiment_id)
+    output = module.run(Context(task.spec, task.inputs, task.step, task.identity, tracking, run, home, group))
+    group.share(None)  # see _follow
+    return output
+
+
+def _follow(group: Group, module: StepModule, step: str, spec: Spec, inputs: StepInput) -> None:
+    """Call what process 0 calls `together`, until it shares None: the step is done."""
+    tracking = Tracking(spec)
+    while (word := group.share(cast("dict[str, str] | None", None))) is not None:
+        run = Silent(tracking.client, "", "")
+        context = Context(spec, inputs, step, word["identity"], tracking, run, Home.from_environment(), group)
+        getattr(module, word["function"])(context)
 
 
 def _undecided(output: StepOutput) -> bool:

@@ -12,11 +12,10 @@ import numpy.typing as npt
 from slipstream import candidates
 from slipstream.contract import StepInput, StepOutput
 from slipstream.data import user_code_digest
-from slipstream.digests import versions
 from slipstream.errors import ModelError
-from slipstream.frameworks.base import Job, Schedule, SoftTargets, framework_for
+from slipstream.frameworks.base import Schedule, SoftTargets, framework_for, toolchain
 from slipstream.spec import Distill, Spec
-from slipstream.steps.base import Context
+from slipstream.steps.base import Context, workers
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -26,8 +25,8 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
         "distill": section.model_dump(mode="json"),
         "student": user_code_digest(section.student),
         "seed": spec.seed,
-        "versions": versions(*framework_for(spec.model.framework).distributions),
-    }
+        "versions": toolchain(spec.model.framework),
+    } | workers(spec)
 
 
 def run(context: Context) -> StepOutput:
@@ -37,16 +36,7 @@ def run(context: Context) -> StepOutput:
     teacher = context.upstream("retrain")
     assert teacher.artifact is not None
     context.run.params(section.model_dump(mode="json"))
-    logits = candidates.soft_answers(context, framework, teacher.artifact)
-    student = framework.build(section.student, spec.seed)
-    _require_same_classes(framework.logits(student, data.train.inputs[:2]), logits, section)
-    framework.fit(
-        student,
-        Job(data, spec.seed, context.workdir, context.run),
-        Schedule(section.epochs, section.learning_rate),
-        "student",
-        SoftTargets(logits, section.temperature, section.soft_weight),
-    )
+    student = context.together(train)
     folder = candidates.fresh_folder(context)
     manifest = framework.save(student, section.student, data.test, folder)
     artifact = candidates.log(context, folder, "distilled", parents=[teacher.artifact.model_id])
@@ -57,6 +47,21 @@ def run(context: Context) -> StepOutput:
     }
     details = {"student": section.student.function, "teacher_sha256": teacher.artifact.sha256}
     return context.output(artifact=artifact, metrics=metrics, details=details)
+
+
+def train(context: Context) -> Any:
+    """The trained student; every process of the group calls it. The teacher answers in the first one."""
+    spec, section = context.spec, _section(context.spec)
+    framework = framework_for(spec.model.framework)
+    teacher = context.upstream("retrain")
+    assert teacher.artifact is not None
+    logits = candidates.soft_answers(context, framework, teacher.artifact)
+    student = framework.build(section.student, spec.seed)
+    _require_same_classes(framework.logits(student, context.data.train.inputs[:2]), logits, section)
+    schedule = Schedule(section.epochs, section.learning_rate)
+    soft = SoftTargets(logits, section.temperature, section.soft_weight)
+    framework.fit(student, context.job, schedule, "student", soft)
+    return student
 
 
 def _section(spec: Spec) -> Distill:

@@ -5,16 +5,16 @@ its round and epoch. Details: `rounds`, one entry for each with sparsity, top1, 
 """
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from slipstream import candidates
 from slipstream.contract import Artifact, StepInput, StepOutput
 from slipstream.data import user_code_digest
-from slipstream.digests import versions
 from slipstream.errors import ModelError
-from slipstream.frameworks.base import Framework, Job, Pruner, Schedule, SoftTargets, framework_for
+from slipstream.frameworks.base import Framework, Pruner, Schedule, SoftTargets, framework_for, toolchain
 from slipstream.spec import Prune, Spec
-from slipstream.steps.base import Context
+from slipstream.steps.base import Context, workers
 
 log = logging.getLogger(__name__)
 
@@ -26,27 +26,52 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
         "prune": spec.prune.model_dump(mode="json"),
         "architectures": [user_code_digest(spec.model.architecture), user_code_digest(student)],
         "seed": spec.seed,
-        "versions": versions(*framework_for(spec.model.framework).distributions),
-    }
+        "versions": toolchain(spec.model.framework),
+    } | workers(spec)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What the rounds made."""
+
+    pruner: Pruner
+    before: dict[str, float]
+    """Figures of the network before the first round."""
+    rounds: list[dict[str, float]]
+    """Figures after each round."""
 
 
 def run(context: Context) -> StepOutput:
     """Cut and fine-tune, round by round, and log the result as a candidate."""
     spec = context.spec
-    framework = framework_for(spec.model.framework)
     source = context.upstream("distill", "retrain")
     assert source.artifact is not None
     context.run.params(spec.prune.model_dump(mode="json"))
-    pruner = framework.pruner(context.fetch(source))
-    before = pruner.figures()
-    soft = _soft_targets(context, framework, source.artifact)
-    rounds = [_round(context, framework, pruner, soft, number) for number in range(spec.prune.rounds)]
+    made = context.together(train)
+    pruner, before, rounds = made.pruner, made.before, made.rounds
     _require_smaller(before, rounds[-1], spec.prune)
     folder = candidates.fresh_folder(context)
     pruner.save(folder, context.data.test)
     artifact = candidates.log(context, folder, "pruned", parents=[source.artifact.model_id])
     metrics = rounds[-1] | {"macs_before": before["macs"], "parameters_before": before["parameters"]}
     return context.output(artifact=artifact, metrics=metrics, details={"rounds": rounds})
+
+
+def train(context: Context) -> Pruned:
+    """All rounds; every process of the group calls it.
+
+    Each cuts by itself: they have the same weights. Should processors of different make rank two channels of almost
+    equal magnitude differently, the widths are still the same, and fine-tuning starts from the weights of process 0.
+    """
+    spec = context.spec
+    framework = framework_for(spec.model.framework)
+    source = context.upstream("distill", "retrain")
+    assert source.artifact is not None
+    pruner = framework.pruner(context.fetch(source))
+    before = pruner.figures()
+    soft = _soft_targets(context, framework, source.artifact)
+    rounds = [_round(context, framework, pruner, soft, number) for number in range(spec.prune.rounds)]
+    return Pruned(pruner, before, rounds)
 
 
 def sparsity_schedule(prune: Prune) -> list[float]:
@@ -76,7 +101,7 @@ def _round(
     context: Context, framework: Framework, pruner: Pruner, soft: SoftTargets | None, number: int
 ) -> dict[str, float]:
     """One round; `sparsity`, `macs`, `parameters` and `test_top1` after it."""
-    prune, data = context.spec.prune, context.data
+    prune, test = context.spec.prune, context.data.test
     pruner.prune(sparsity_schedule(prune)[number], prune.round_to)
     schedule = Schedule(
         prune.epochs,
@@ -84,10 +109,10 @@ def _round(
         epochs_before=number * prune.epochs,
         epochs_in_step=prune.rounds * prune.epochs,
     )
-    job = Job(data, context.spec.seed, context.workdir, context.run)
-    framework.fit(pruner.network, job, schedule, f"round-{number + 1}", soft)
-    figures = pruner.figures() | candidates.quality(framework.logits(pruner.network, data.test.inputs), data.test)
-    log.info("round %d of %d: %s", number + 1, prune.rounds, "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+    framework.fit(pruner.network, context.job, schedule, f"round-{number + 1}", soft)
+    figures = pruner.figures() | candidates.quality(framework.logits(pruner.network, test.inputs), test)
+    if context.group.leads:
+        log.info("round %d of %d: %s", number + 1, prune.rounds, "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
     context.run.metrics({f"round_{k}": v for k, v in figures.items()}, step=number + 1)
     return figures
 

@@ -17,12 +17,11 @@ from slipstream import candidates
 from slipstream.contract import Artifact, StepInput, StepOutput
 from slipstream.data import user_code_digest
 from slipstream.digests import folder as folder_digest
-from slipstream.digests import versions
 from slipstream.errors import ModelError
-from slipstream.frameworks.base import MANIFEST, WEIGHTS, Framework, Job, framework_for, read_manifest
+from slipstream.frameworks.base import MANIFEST, WEIGHTS, Framework, framework_for, read_manifest, toolchain
 from slipstream.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Registry, translated
 from slipstream.spec import Model, Spec
-from slipstream.steps.base import Context
+from slipstream.steps.base import Context, workers
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,6 @@ CHECKPOINT = "checkpoint"
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
     """What decides the result: the user's code and the seed, or the version to start from."""
-    framework = framework_for(spec.model.framework)
     version = version_to_load(spec, inputs, MlflowClient())
     return {
         "architecture": user_code_digest(spec.model.architecture),
@@ -39,8 +37,8 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
         "seed": spec.seed,
         "model": spec.model.name,
         "version": version,
-        "versions": versions(*framework.distributions),
-    }
+        "versions": toolchain(spec.model.framework),
+    } | (workers(spec) if version is None else {})
 
 
 def run(context: Context) -> StepOutput:
@@ -48,7 +46,7 @@ def run(context: Context) -> StepOutput:
     spec = context.spec
     framework = framework_for(spec.model.framework)
     version = version_to_load(spec, context.inputs, context.tracking.client)
-    network = _train(context, framework) if version is None else _load(context, framework, version)
+    network = _train(context) if version is None else _load(context, framework, version)
     folder = candidates.fresh_folder(context)
     manifest = framework.save(network, spec.model.architecture, context.data.test, folder)
     artifact = candidates.log(context, folder, "baseline")
@@ -93,12 +91,19 @@ def require_version(client: MlflowClient, name: str, version: str) -> ModelVersi
             ) from error
 
 
-def _train(context: Context, framework: Framework) -> Any:
+def train(context: Context) -> Any:
+    """The network that the user's train function makes; every process of the group calls it."""
+    function = context.spec.model.train
+    assert function is not None
+    return framework_for(context.spec.model.framework).train(function, context.job)
+
+
+def _train(context: Context) -> Any:
     function = context.spec.model.train
     assert function is not None
     context.run.params({"train": function.function, **function.params, "seed": context.spec.seed})
     log.info("training with %s", function.function)
-    return framework.train(function, Job(context.data, context.spec.seed, context.workdir, context.run))
+    return context.together(train)
 
 
 def _load(context: Context, framework: Framework, version: str) -> Any:

@@ -1,0 +1,5 @@
+"""`python -m slipstream`, and `torchrun -m slipstream step …`: the command `slipstream`."""
+
+from slipstream.cli import main
+
+main()
