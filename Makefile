@@ -3,10 +3,10 @@ SLIPSTREAM := .venv/bin/slipstream
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup demo test test-docker lint images bench lock clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: ## Install: one virtual environment per framework (again only where something changed)
 	@scripts/setup
@@ -20,9 +20,16 @@ lint: setup ## Lint and types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+	@.venv/bin/hadolint --no-color containers/*/Dockerfile
 
 test: lint ## Lint, types and all tests; `make test-torch` runs one part of the tests
 	@.venv/bin/python scripts/test.py
+
+test-docker: setup ## Build the container images and test them (minutes; not part of `make test`)
+	@.venv/bin/python scripts/test.py docker
+
+images: setup ## Build the container images; `scripts/images.py torch serve` builds some
+	@.venv/bin/python scripts/images.py
 
 test-%: setup
 	@.venv/bin/python scripts/test.py $*

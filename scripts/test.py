@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 SERVE = (
     "tests/serving",
     "tests/traffic",
+    "tests/kserve",
     "tests/report",
     "tests/test_registry.py",
     "tests/steps/test_select.py",
@@ -29,15 +30,28 @@ SERVE = (
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "serve": (".envs/serve", SERVE),
     "torch": (".envs/torch", ("tests/frameworks", "tests/engines", "tests/measure", "tests/steps")),
-    "core": (".venv", ("tests", "tests/platform", "tests/watch")),
+    "core": (
+        ".venv",
+        (
+            "tests",
+            "tests/containers/test_dockerfiles.py",
+            "tests/helm",
+            "tests/platform",
+            "tests/storage",
+            "tests/watch",
+        ),
+    ),
     "airflow": (".envs/airflow", ("tests/dags", "tests/triggers")),
     "kubeflow": (".envs/kubeflow", ("tests/kubeflow",)),
     "e2e": (".venv", ("tests/e2e",)),
+    "docker": (".venv", ("tests/containers/test_images.py",)),
 }
 """Part → its environment and its test files; a folder stands for the test files right in it. A file that one part
 names is left out of another part's folder. The longest come first."""
 ALONE = ("e2e",)
 """Parts that measure, and so have the machine for themselves."""
+NAMED = ("docker",)
+"""Tiers that run only when they are named: they need minutes, and more than a checkout and its environments."""
 
 
 def files_of(part: str) -> list[Path]:
@@ -95,8 +109,8 @@ def count(reports: list[Path]) -> dict[str, int]:
 
 
 def main() -> None:
-    """Run the named parts, or all."""
-    parts = sys.argv[1:] or list(TABLE)
+    """Run the named parts, or all but those that must be named."""
+    parts = sys.argv[1:] or [p for p in TABLE if p not in NAMED]
     unknown = [p for p in parts if p not in TABLE]
     if unknown:
         sys.exit(f"no part {', '.join(unknown)}; known: {', '.join(TABLE)}")

@@ -5,11 +5,16 @@ import os
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+
+if TYPE_CHECKING:
+    from tests.s3_gateway import Gateway
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,4 +91,27 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SLIPSTREAM_HOME", str(path))
     monkeypatch.setenv("SLIPSTREAM_ENVS", str(ROOT / ".envs"))
     monkeypatch.setenv("SLIPSTREAM_CODE", str(ROOT))
+    for elsewhere in ("SLIPSTREAM_SPECS", "SLIPSTREAM_RUNS"):
+        monkeypatch.delenv(elsewhere, raising=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Gateway]":
+    """An S3 endpoint that checks credentials; tests that stop it start it again."""
+    from tests.s3_gateway import Gateway
+
+    found = Gateway(tmp_path_factory.mktemp("gateway"))
+    found.start()
+    try:
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.fixture
+def bucket(gateway: "Gateway", home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh bucket at `gateway`, which the environment names; yields its s3:// URI."""
+    for name, value in gateway.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{gateway.make_bucket(f'test-{uuid.uuid4().hex[:12]}')}"

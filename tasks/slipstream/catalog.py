@@ -1,13 +1,22 @@
-"""The published specs: the YAML files under `specs/` of the home. Each is a DAG, and each alias it names a trigger."""
+"""The published specs: the YAML files in `specs` of the home. Each is a DAG, and each alias it names a trigger."""
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from slipstream import storage
 from slipstream.contract import digest
-from slipstream.errors import SpecError
-from slipstream.home import Home, write_atomically
-from slipstream.spec import Spec, load
+from slipstream.errors import DataError, SpecError
+from slipstream.home import Home
+from slipstream.spec import Spec, load, parse
+from slipstream.storage import Entry
+
+LISTED_FOR_S = 3.0
+"""How long a listing of an s3:// prefix is used again. Parsing DAGs asks for it several times in a row."""
+
+_listings: dict[str, tuple[float, dict[str, Entry]]] = {}
+"""By prefix: when it was listed (monotonic seconds), and the specs in it by name."""
 
 
 def dag_id(name: str) -> str:
@@ -20,38 +29,71 @@ def fingerprint(spec: Spec) -> str:
     return digest(spec.model_dump(mode="json"))[:12]
 
 
+def uri(home: Home, name: str) -> str:
+    """Where a spec is published."""
+    return storage.join(home.specs, f"{name}.yaml")
+
+
 def publish(home: Home, path: Path) -> Spec:
-    """Validate a spec file and put it, comments included, where Airflow finds it. Raises SpecError."""
+    """Validate a spec file and put it, comments included, where Airflow finds it. Raises SpecError, Unavailable."""
     spec = load(path)
-    published, text = home.specs / f"{spec.name}.yaml", path.read_text(encoding="utf-8")
-    if not published.exists() or published.read_text(encoding="utf-8") != text:
-        write_atomically(published, text)
+    to, text = uri(home, spec.name), path.read_text(encoding="utf-8")
+    # What is there already stays untouched: its date is where the spec's schedule begins.
+    if not storage.exists(to) or storage.read_text(to) != text:
+        storage.write_text(to, text)
+        _listings.pop(home.specs, None)
     return spec
 
 
-def read(path: Path) -> Spec:
-    """A published spec. Raises SpecError, also when the file's name is not the spec's."""
-    spec = load(path)
-    if path.stem != spec.name:
-        raise SpecError(f"{path}: name: {spec.name!r} must be the file's name; publish it with `slipstream run`")
-    return spec
+def read(home: Home, name: str) -> Spec:
+    """A published spec. Raises SpecError, also when the file's name is not the spec's, and Unavailable."""
+    entry = _listed(home).get(name)
+    if entry is None:
+        raise SpecError(f"{uri(home, name)}: no such spec; publish it with `slipstream run`")
+    return _read(entry)
 
 
 def published(home: Home) -> Iterator[tuple[str, Spec | SpecError]]:
     """Names of all published specs, in order, each with the spec or with what is wrong with it."""
-    for path in sorted(home.specs.glob("*.yaml")):
+    for name, entry in _listed(home).items():
         try:
-            yield path.stem, read(path)
+            yield name, _read(entry)
         except SpecError as error:
-            yield path.stem, error
+            yield name, error
 
 
 def published_at(home: Home, name: str) -> datetime:
     """When a spec was published. Its schedule counts from here: publishing must not start a run by itself."""
-    return datetime.fromtimestamp((home.specs / f"{name}.yaml").stat().st_mtime, UTC)
+    return datetime.fromtimestamp(_listed(home)[name].modified, UTC)
 
 
 def naming(home: Home, model: str, alias: str) -> list[Spec]:
     """Published specs that start when `alias` of the registered `model` moves."""
     found = [spec for _, spec in published(home) if isinstance(spec, Spec)]
     return [spec for spec in found if (spec.model.name, spec.model.alias) == (model, alias)]
+
+
+def _read(entry: Entry) -> Spec:
+    try:
+        spec = parse(storage.read_entry(entry), entry.uri)
+    except DataError as error:
+        raise SpecError(str(error)) from error
+    if _name(entry) != spec.name:
+        raise SpecError(f"{entry.uri}: name: {spec.name!r} must be the file's name; publish it with `slipstream run`")
+    return spec
+
+
+def _listed(home: Home) -> dict[str, Entry]:
+    """The specs' files by name, in order."""
+    at, found = _listings.get(home.specs, (-LISTED_FOR_S, {}))
+    if time.monotonic() - at >= LISTED_FOR_S:
+        depth = uri(home, "any").count("/")
+        files = [e for e in storage.entries(home.specs) if e.uri.endswith(".yaml") and e.uri.count("/") == depth]
+        found = {_name(entry): entry for entry in files}
+        if storage.is_remote(home.specs):
+            _listings[home.specs] = (time.monotonic(), found)
+    return found
+
+
+def _name(entry: Entry) -> str:
+    return PurePosixPath(entry.uri).stem

@@ -202,6 +202,15 @@ def up(
     console.up(Home.from_environment(), new_ports=new_ports, profile=profile)
 
 
+@app.command("env")
+def environment() -> None:
+    """Print what a shell needs to reach MLflow and the store, secrets included: eval "$(slipstream env)"."""
+    from slipstream.home import Home
+    from slipstream.platform import console
+
+    console.environment(Home.from_environment())
+
+
 @app.command()
 def down() -> None:
     """Stop the embedded platform; data, ports and releases are kept for the next `up`."""

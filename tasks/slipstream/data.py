@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipstream import digests
+from slipstream import digests, storage
 from slipstream.errors import DataError, SpecError
 from slipstream.home import Home
 from slipstream.spec import Call, Spec
@@ -118,9 +118,8 @@ def load(spec: Spec) -> Data:
 
 
 def _read(uri: str) -> Split:
-    from slipstream import storage
-
-    path = storage.fetch(uri)
+    # A path in a spec is relative to the user's code, which is what the step's current folder need not be.
+    path = storage.fetch(uri if storage.is_remote(uri) else str(Home.from_environment().code / uri))
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Split(arrays["inputs"], arrays["labels"])

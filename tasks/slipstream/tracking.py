@@ -4,8 +4,8 @@ A finished step is found again by the tag `slipstream.identity`. That tag is wri
 so that a step killed at any moment is never mistaken for a finished one.
 """
 
+import json
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -31,8 +31,8 @@ from slipstream import digests, hardware
 from slipstream.contract import Artifact, Cell, StepOutput
 from slipstream.data import Data
 from slipstream.errors import EXIT_RETRY, ModelError
-from slipstream.home import Home
 from slipstream.spec import Spec, dump
+from slipstream.storage import cache
 
 if TYPE_CHECKING:  # needs pandas, which the core environment lacks
     from mlflow.models import ModelSignature
@@ -92,11 +92,11 @@ class StepRun:
         """Log one file."""
         self.client.log_artifact(self.run_id, str(path), folder)
 
-    def dataset(self, data: Data, name: str, source: str) -> None:
-        """Link the splits to this run, by digest."""
+    def dataset(self, data: Data, name: str, sources: Mapping[str, str]) -> None:
+        """Link the splits to this run, by digest; `sources` says where each split came from."""
         inputs = [
             DatasetInput(
-                Dataset(f"{name}-{split}", digest[:36], "code", f'{{"source": "{source}"}}'),
+                Dataset(f"{name}-{split}", digest[:36], "code", json.dumps({"source": sources[split]})),
                 [InputTag("mlflow.data.context", split)],
             )
             for split, digest in data.digests().items()
@@ -248,23 +248,17 @@ def fetch(artifact: Artifact) -> Path:
 
     Raises ModelError when what arrives is not what was logged.
     """
-    cached = Home.from_environment().cache / artifact.sha256 / Path(artifact.path).name
-    if cached.is_dir():
-        return cached
-    cached.parent.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cached.parent.parent) as aside:
-        got = Path(mlflow.artifacts.download_artifacts(f"{artifact.uri}/{artifact.path}", dst_path=aside))
-        found = digests.folder(got)
-        if found != artifact.sha256:
-            raise ModelError(
-                f"{artifact.uri}/{artifact.path}: sha256 {found[:12]}… is not {artifact.sha256[:12]}… that was "
-                "logged; the artefact store is damaged or was tampered with"
-            )
-        staged = Path(aside) / "staged"
-        staged.mkdir()
-        shutil.move(str(got), staged / cached.name)
-        try:
-            staged.rename(cached.parent)
-        except OSError:  # another step was first; its copy passed the same check
-            log.debug("cache entry %s appeared meanwhile", cached.parent)
-    return cached
+    source = f"{artifact.uri}/{artifact.path}"
+
+    def download(to: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=to.parent) as aside:
+            got = Path(mlflow.artifacts.download_artifacts(source, dst_path=aside))
+            found = digests.folder(got)
+            if found != artifact.sha256:
+                raise ModelError(
+                    f"{source}: sha256 {found[:12]}… is not {artifact.sha256[:12]}… that was logged; the artefact "
+                    "store is damaged or was tampered with"
+                )
+            got.rename(to)
+
+    return cache.obtain(artifact.sha256, Path(artifact.path).name, download)

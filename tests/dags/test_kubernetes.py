@@ -68,7 +68,7 @@ def manifest(job: Any) -> dict[str, Any]:
     """The pod as it goes to the API server."""
     from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 
-    from runtimes.kubernetes import arguments
+    from runtimes.pods import arguments
 
     context = {
         "ti": SimpleNamespace(dag_id="optimize-fashion", task_id=job.step, map_index=-1, try_number=1),
@@ -168,7 +168,7 @@ def ended(code: int, reason: str = "Error", message: str = "") -> Any:
 def test_the_end_of_a_pod_decides_about_retries(job: Any, pod: Any, final: bool, says: str) -> None:
     from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-    from runtimes.kubernetes import explain
+    from runtimes.pods import explain
 
     with pytest.raises(AirflowException, match=says) as raised:
         explain(job("validate"), pod())

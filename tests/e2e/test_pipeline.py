@@ -111,4 +111,4 @@ def test_the_impossible_is_refused_before_anything_is_trained(user: User) -> Non
     done = user.types("run", wanted, "--watch")
     assert done.returncode == 2
     assert "targets.gpu" in done.stdout + done.stderr
-    assert not list((user.home.runs / "gpu").glob("*/retrain.*"))
+    assert not list((user.home.root / "runs" / "gpu").glob("*/retrain.*"))

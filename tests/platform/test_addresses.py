@@ -1,5 +1,6 @@
 """Ports are chosen once and remembered; secrets are made once and private."""
 
+import json
 import socket
 import stat
 from dataclasses import replace
@@ -21,8 +22,16 @@ def fresh(tmp_path: Path) -> Home:
 
 def test_ports_are_remembered(fresh: Home) -> None:
     first = addresses.choose(fresh, set())
-    assert len({port_of(url) for url in first.model_dump().values()}) == len(type(first).model_fields)
+    assert len({port_of(url) for url in first.urls().values()}) == len(first.urls())
     assert addresses.choose(fresh, set()) == first == addresses.load(fresh)
+
+
+def test_a_profile_adds_its_services(fresh: Home) -> None:
+    local = addresses.choose(fresh, set())
+    server = addresses.choose(fresh, set(), "server")
+    assert server.urls().keys() - local.urls().keys() == {"postgresql", "s3"}
+    assert server.urls().items() >= local.urls().items()
+    assert addresses.choose(fresh, set(), "local") == local
 
 
 def test_only_a_taken_port_is_replaced(fresh: Home) -> None:
@@ -48,6 +57,14 @@ def test_secrets_are_made_once_and_private(fresh: Home) -> None:
     assert addresses.ensure_secrets(fresh) == made
     assert stat.S_IMODE((fresh.root / "secrets.json").stat().st_mode) == 0o600
     assert len(set(made.model_dump().values())) == len(type(made).model_fields)
+
+
+def test_a_home_of_an_earlier_version_gets_the_secrets_that_it_lacks(fresh: Home) -> None:
+    made = addresses.ensure_secrets(fresh)
+    older = made.model_dump(exclude={"postgresql_password", "s3_secret_key"})
+    (fresh.root / "secrets.json").write_text(json.dumps(older))
+    assert addresses.ensure_secrets(fresh).model_dump().items() > older.items()
+    assert stat.S_IMODE((fresh.root / "secrets.json").stat().st_mode) == 0o600
 
 
 def test_before_the_first_up_there_is_a_hint(fresh: Home) -> None:

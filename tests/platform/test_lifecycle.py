@@ -4,52 +4,23 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 from mlflow import MlflowClient
 from tests.conftest import ROOT
+from tests.platform.running import Platform, silent
 
 from slipstream.airflow_api import AirflowApi
 from slipstream.errors import Unavailable
 from slipstream.home import Home
-from slipstream.platform import addresses, airflow, health, lifecycle, processes, supervisor
-from slipstream.platform.addresses import Addresses, port_of
-from slipstream.platform.health import ServiceStatus
+from slipstream.platform import addresses, airflow, lifecycle, processes, supervisor
+from slipstream.platform.addresses import port_of
 
 METRICS = 40
-
-
-@dataclass(frozen=True)
-class Platform:
-    home: Home
-    addresses: Addresses
-
-    def pids(self) -> dict[str, int | None]:
-        return {name: state.pid for name, state in supervisor.states(self.home).items()}
-
-    def status(self) -> dict[str, ServiceStatus]:
-        return {s.name: s for s in health.status(self.home, self.addresses)}
-
-    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
-        places = {"SLIPSTREAM_HOME": self.home.root, "SLIPSTREAM_ENVS": self.home.envs, "SLIPSTREAM_CODE": ROOT}
-        return subprocess.run(
-            [sys.executable, "-c", "from slipstream.cli import main; main()", *words],
-            env=os.environ | {k: str(v) for k, v in places.items()},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-
-def silent(_: list[ServiceStatus]) -> None:
-    """Nobody watches."""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +40,7 @@ def test_a_taken_port_is_named_with_its_owner(tmp_path_factory: pytest.TempPathF
         stranger.listen()
         with pytest.raises(Unavailable, match=rf"port {port}, where mlflow .* pid {os.getpid()} .*\n.*--new-ports"):
             lifecycle.up(home, silent)
-        assert port_of(lifecycle._addresses(home, new_ports=True).mlflow) != port
+        assert port_of(lifecycle._addresses(home, new_ports=True, profile="local").mlflow) != port
     assert supervisor.running_pid(home) is None
 
 
@@ -96,7 +67,7 @@ def test_a_wrong_password_is_refused(platform: Platform) -> None:
 def test_only_this_machine_is_listened_to(platform: Platform) -> None:
     rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
     listening = {tuple(row[1].split(":")) for row in rows if row[3] == "0A"}
-    for url in platform.addresses.model_dump().values():
+    for url in platform.addresses.urls().values():
         at = {address for address, port in listening if int(port, 16) == port_of(url)}
         assert at == {"0100007F"}, url  # 127.0.0.1, the lowest byte first
 
@@ -118,7 +89,9 @@ def test_status_and_logs_on_the_command_line(platform: Platform) -> None:
 
 
 def test_mlflow_killed_under_a_step_loses_nothing(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in lifecycle._environment(platform.home, platform.addresses).items():
+    for name, value in lifecycle._environment(
+        platform.home, platform.addresses, addresses.load_secrets(platform.home)
+    ).items():
         monkeypatch.setenv(name, value)
     client = MlflowClient(platform.addresses.mlflow)
     run = client.create_run(client.create_experiment("killed"), run_name="step").info.run_id
@@ -148,7 +121,6 @@ def test_a_power_cut_loses_nothing(platform: Platform) -> None:
 def test_down_leaves_nothing_running(platform: Platform) -> None:
     lifecycle.down(platform.home)
     assert processes.supervised(platform.home) == []
-    mentioned = [p.command for p in processes._all() if f"{platform.home.root}/" in p.command]
-    assert mentioned == []
-    assert all(addresses.is_free(port_of(url)) for url in platform.addresses.model_dump().values())
+    assert platform.mentioned() == []
+    assert all(addresses.is_free(port_of(url)) for url in platform.addresses.urls().values())
     assert lifecycle.down(platform.home) == []

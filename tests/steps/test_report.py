@@ -169,7 +169,7 @@ def test_show_prints_the_table_the_pages_and_a_request(
     assert "pruned-int8" in printed and "← picked" in printed
     assert f"{base}/dags/optimize-fashion/runs/shown" in printed
     assert "hush" not in printed  # not a terminal
-    request = home.runs / "fashion" / "shown" / "request.json"
+    request = home.root / "runs" / "fashion" / "shown" / "request.json"
     assert json.loads(request.read_text())["inputs"]
     assert f"-d @{request}" in printed
     show.show("shown", as_json=True)

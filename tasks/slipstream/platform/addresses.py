@@ -2,8 +2,10 @@
 
 import base64
 import hashlib
+import json
 import secrets
 import socket
+from typing import Literal
 from urllib.parse import urlsplit
 
 from slipstream.contract import Document
@@ -15,6 +17,12 @@ PORTS = range(18_000, 21_000)
 those of the model servers (traffic/envoy.py)."""
 
 
+Profile = Literal["local", "server"]
+"""`local` keeps metadata in SQLite and artefacts in files; `server` in PostgreSQL and behind an S3 endpoint."""
+PROFILES: dict[Profile, frozenset[str]] = {"local": frozenset(), "server": frozenset({"postgresql", "s3"})}
+"""Services of each profile beyond those that every one has."""
+
+
 class Addresses(Document):
     """Base URLs, all on 127.0.0.1."""
 
@@ -24,6 +32,15 @@ class Addresses(Document):
     envoy_admin: str
     triggers: str
     """Receiver of MLflow's registry webhooks."""
+    profile: Profile = "local"
+    postgresql: str | None = None
+    """Of profile `server`: PostgreSQL, with neither user nor database."""
+    s3: str | None = None
+    """Of profile `server`: the object store."""
+
+    def urls(self) -> dict[str, str]:
+        """Every address by its name."""
+        return {k: v for k, v in self.model_dump(exclude={"profile"}).items() if v is not None}
 
 
 class Secrets(Document):
@@ -35,6 +52,9 @@ class Secrets(Document):
     airflow_fernet_key: str
     webhook_secret: str
     mlflow_webhook_key: str
+    postgresql_password: str
+    s3_access_key: str
+    s3_secret_key: str
 
 
 def load(home: Home) -> Addresses:
@@ -58,18 +78,20 @@ def load_secrets(home: Home) -> Secrets:
         raise Unavailable(f"no platform under {home.root}; start it with `slipstream up`") from error
 
 
-def choose(home: Home, taken: set[int]) -> Addresses:
+def choose(home: Home, taken: set[int], profile: Profile = "local") -> Addresses:
     """The remembered addresses, made and saved at the first call; ports in `taken` are replaced by free ones."""
     known = load(home) if home.addresses_file().exists() else None
-    urls = known.model_dump() if known else {}
+    wanted = {n for n, f in Addresses.model_fields.items() if f.is_required()} | PROFILES[profile]
+    urls = {name: url for name, url in known.urls().items() if name in wanted} if known else {}
     avoid = taken | {port_of(url) for url in urls.values()}
     # Each home starts elsewhere, so that a stopped platform does not find its ports with another one.
     start = int.from_bytes(hashlib.sha256(str(home.root).encode()).digest()[:4]) % len(PORTS)
     candidates = (p for p in (*PORTS[start:], *PORTS[:start]) if p not in avoid and is_free(p))
-    for name in Addresses.model_fields:
+    for name in sorted(wanted):
         if name not in urls or port_of(urls[name]) in taken:
-            urls[name] = f"http://127.0.0.1:{next(candidates)}"
-    chosen = Addresses(**urls)
+            scheme = "postgresql" if name == "postgresql" else "http"
+            urls[name] = f"{scheme}://127.0.0.1:{next(candidates)}"
+    chosen = Addresses.model_validate({**urls, "profile": profile})
     if chosen != known:
         save(home, chosen)
     return chosen
@@ -95,18 +117,25 @@ def is_free(port: int) -> bool:
 
 
 def ensure_secrets(home: Home) -> Secrets:
-    """The secrets, made at the first call and kept in a file that only its owner can read."""
+    """The secrets, made at the first call and kept in a file that only its owner can read.
+
+    A home of an earlier version gets those that it lacks.
+    """
     path = home.root / "secrets.json"
-    if not path.exists():
-        made = Secrets(
-            airflow_user="admin",
-            airflow_password=secrets.token_urlsafe(12),
-            airflow_jwt_secret=secrets.token_urlsafe(48),
-            airflow_fernet_key=_fernet_key(),
-            webhook_secret=secrets.token_urlsafe(32),
-            mlflow_webhook_key=_fernet_key(),
-        )
-        write_atomically(path, made.model_dump_json(indent=2), mode=0o600)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    made = {
+        "airflow_user": "admin",
+        "airflow_password": secrets.token_urlsafe(12),
+        "airflow_jwt_secret": secrets.token_urlsafe(48),
+        "airflow_fernet_key": _fernet_key(),
+        "webhook_secret": secrets.token_urlsafe(32),
+        "mlflow_webhook_key": _fernet_key(),
+        "postgresql_password": secrets.token_urlsafe(24),
+        "s3_access_key": "slipstream",
+        "s3_secret_key": secrets.token_urlsafe(24),
+    }
+    if made.keys() - known.keys():
+        write_atomically(path, Secrets(**(made | known)).model_dump_json(indent=2), mode=0o600)
     return load_secrets(home)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from slipstream.airflow_api import AirflowApi
 from slipstream.errors import Unavailable
 from slipstream.home import Home, write_atomically
-from slipstream.platform import supervisor
+from slipstream.platform import postgresql, supervisor
 from slipstream.platform.addresses import Addresses, Secrets, port_of
 from slipstream.platform.supervisor import Program
 
@@ -49,7 +49,7 @@ def settings(home: Home, addresses: Addresses, secrets: Secrets) -> dict[str, st
         "AIRFLOW__API__HOST": "127.0.0.1",
         "AIRFLOW__API__PORT": str(port_of(addresses.airflow)),
         "AIRFLOW__API_AUTH__JWT_SECRET": secrets.airflow_jwt_secret,
-        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home.root}/airflow/airflow.db",
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": _database(home, addresses),
         "AIRFLOW__LOGGING__COLORED_CONSOLE_LOG": "False",
         # Parsing takes a core for some 2 s, which every measurement would see: seldom by itself, and on request when a
         # spec is published (airflow_api.py).
@@ -103,6 +103,12 @@ def ensure_pools(home: Home) -> None:
     api = AirflowApi.of(home)
     for name, (slots, description) in POOLS.items():
         api.ensure_pool(name, slots, description)
+
+
+def _database(home: Home, addresses: Addresses) -> str:
+    if addresses.postgresql is None:
+        return f"sqlite:///{home.root}/airflow/airflow.db"
+    return postgresql.uri(addresses.postgresql, postgresql.AIRFLOW)
 
 
 def _passwords_file(home: Home) -> Path:

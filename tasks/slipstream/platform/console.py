@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,19 +14,32 @@ from rich.table import Table
 
 from slipstream.errors import InputError
 from slipstream.home import Home
-from slipstream.platform import addresses, health, lifecycle, supervisor
+from slipstream.platform import addresses, health, lifecycle, object_store, supervisor
+from slipstream.platform.addresses import Profile
 from slipstream.platform.health import ServiceStatus
 
 
-def up(home: Home, *, new_ports: bool) -> None:
+def up(home: Home, *, new_ports: bool, profile: Profile | None = None) -> None:
     """Start the platform; progress on stderr, addresses and log-in on stdout."""
     with _Progress() as progress:
-        found = lifecycle.up(home, progress.show, new_ports=new_ports)
+        found = lifecycle.up(home, progress.show, new_ports=new_ports, profile=profile)
     login = addresses.load_secrets(home)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"Airflow  {found.airflow}  user {login.airflow_user}, password {login.airflow_password}")
     console.print(f"MLflow   {found.mlflow}")
     console.print(f"Models   {found.envoy}  Open Inference Protocol V2")
+    if found.s3:
+        console.print(f"Storage  {found.s3}  bucket {object_store.BUCKET}, credentials in {home.root / 'secrets.json'}")
+
+
+def environment(home: Home) -> None:
+    """Print the variables by which MLflow and the store are reached, as a shell takes them. Raises Unavailable."""
+    found = addresses.load(home)
+    variables = {"MLFLOW_TRACKING_URI": found.mlflow}
+    if found.s3:
+        variables |= object_store.environment(found.s3, addresses.load_secrets(home))
+    for name, value in variables.items():
+        print(f"export {name}={shlex.quote(value)}")
 
 
 def down(home: Home) -> None:

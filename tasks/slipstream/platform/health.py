@@ -10,7 +10,7 @@ import httpx
 
 from slipstream.contract import Document
 from slipstream.home import Home
-from slipstream.platform import airflow, processes, supervisor
+from slipstream.platform import airflow, object_store, postgresql, processes, supervisor
 from slipstream.platform.addresses import Addresses
 from slipstream.platform.supervisor import ABSENT, ProcessState
 
@@ -38,7 +38,9 @@ class ServiceStatus(Document):
 
 def expected(addresses: Addresses) -> dict[str, str | None]:
     """The platform's own services and their addresses, in the order in which they are started."""
+    stores = {postgresql.NAME: addresses.postgresql, object_store.NAME: addresses.s3}
     return {
+        **{name: address for name, address in stores.items() if address is not None},
         "mlflow": addresses.mlflow,
         "envoy": addresses.envoy,
         "triggers": addresses.triggers,
@@ -54,7 +56,7 @@ def status(home: Home, addresses: Addresses) -> list[ServiceStatus]:
     wanted = expected(addresses) | {name: servers.get(name) for name in sorted((states | servers).keys())}
     wanted |= expected(addresses)
     with httpx.Client(timeout=5) as client:
-        probe = _Probe(addresses, client, _airflow_health(addresses))
+        probe = _Probe(home, addresses, client, _airflow_health(addresses))
         return [_one(name, address, states.get(name, ABSENT), probe) for name, address in wanted.items()]
 
 
@@ -62,6 +64,7 @@ def status(home: Home, addresses: Addresses) -> list[ServiceStatus]:
 class _Probe:
     """Asks a running service whether it is ready."""
 
+    home: Home
     addresses: Addresses
     client: httpx.Client
     airflow_health: Mapping[str, Any]
@@ -70,7 +73,10 @@ class _Probe:
         """None for a program that has no address to ask at."""
         if name in _AIRFLOW_PARTS:
             return _beats(self.airflow_health.get(_AIRFLOW_PARTS[name]), _AIRFLOW_PARTS[name], pid)
+        if name == postgresql.NAME and address:
+            return postgresql.healthy(self.home, address)
         known = {
+            object_store.NAME: f"{address}{object_store.HEALTH}",
             "mlflow": f"{self.addresses.mlflow}/health",
             "envoy": f"{self.addresses.envoy_admin}/ready",
             "triggers": f"{self.addresses.triggers}/health",

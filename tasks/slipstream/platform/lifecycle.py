@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from slipstream.errors import Unavailable
+from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home
-from slipstream.platform import addresses, airflow, health, processes, supervisor
-from slipstream.platform.addresses import Addresses, Secrets, port_of
+from slipstream.platform import addresses, airflow, health, object_store, postgresql, processes, supervisor
+from slipstream.platform.addresses import Addresses, Profile, Secrets, port_of
 from slipstream.platform.health import ServiceStatus
 from slipstream.platform.processes import Process
 from slipstream.platform.supervisor import Program
@@ -21,25 +21,32 @@ log = logging.getLogger(__name__)
 READY_WITHIN_S = 300
 """Airflow takes 15 to 60 s on two cores, and took 150 s beside a load of 12. What gives up is noticed at once."""
 
+DATA = ("airflow/airflow.db", "mlflow/mlflow.db", "postgresql/version", "object-store/formatted")
+"""Files by which a home is known to hold data, and so to keep its profile."""
+
 Listener = Callable[[list[ServiceStatus]], None]
 
 
-def up(home: Home, watch: Listener, *, new_ports: bool = False) -> Addresses:
+def up(home: Home, watch: Listener, *, new_ports: bool = False, profile: Profile | None = None) -> Addresses:
     """Start what does not run, and return when everything answers; `watch` is told how far it is.
 
-    Ports and secrets are made at the first call and remembered. Raises Unavailable when a port is taken
-    (`new_ports` chooses others instead), an environment is missing, or a service does not come up.
+    Profile, ports and secrets are made at the first call and remembered. Raises Unavailable when a port is taken
+    (`new_ports` chooses others instead), a program is not installed, or a service does not come up; InputError when
+    the home holds the data of another profile.
     """
     with _locked(home):
+        chosen = _profile(home, profile)
         if supervisor.running_pid(home) is None:
+            postgresql.stop_left_over(home)
             left = processes.stop_orphans(home)
             if left:
                 log.info("stopped %d processes that a killed platform had left running", len(left))
-        found = _addresses(home, new_ports)
+        found = _addresses(home, new_ports, chosen)
         secrets = addresses.ensure_secrets(home)
-        environment = _environment(home, found)
-        with_airflow = environment | airflow.settings(home, found, secrets)
+        environment = _environment(home, found, secrets)
+        with_airflow = environment | airflow.settings(home, found, secrets) | _database_access(home, found)
         envoy.bootstrap(home, port_of(found.envoy), port_of(found.envoy_admin))
+        _start_stores(home, found, secrets)
         # MLflow and Envoy come up while Airflow's database is made.
         supervisor.start(home, _mlflow(home, found, secrets, environment))
         supervisor.start(home, envoy.program(home))
@@ -54,23 +61,41 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False) -> Addresses:
 def down(home: Home) -> list[Process]:
     """Stop everything of this home; data, ports and deployed releases are kept. Returns what had to be stopped extra.
 
-    The scheduler goes first, while the API server still takes the last word of its tasks.
+    The scheduler goes first, while the API server still takes the last word of its tasks; the stores go last.
     """
     if not home.root.exists():
         return []
     with _locked(home):
-        supervisor.shutdown(home, first=(airflow.SCHEDULER,))
+        supervisor.shutdown(home, first=(airflow.SCHEDULER,), last=(postgresql.NAME, object_store.NAME))
+        postgresql.stop_left_over(home)
         return processes.stop_orphans(home)
 
 
-def _addresses(home: Home, new_ports: bool) -> Addresses:
+def _profile(home: Home, wanted: Profile | None) -> Profile:
+    """The profile of this home: what was asked for, or what it has. Raises InputError, Unavailable."""
+    known = addresses.load(home).profile if home.addresses_file().exists() else None
+    chosen = wanted or known or "local"
+    if known not in (None, chosen) and any((home.root / path).exists() for path in DATA):
+        raise InputError(
+            f"{home.root} holds data of profile {known}, which profile {chosen} cannot read; choose another "
+            f"SLIPSTREAM_HOME for it, or start this one with `slipstream up --profile {known}`"
+        )
+    if chosen == "server":  # what is not installed is said before anything is made
+        postgresql.programs_folder(home)
+        object_store.binary(home)
+    return chosen
+
+
+def _addresses(home: Home, new_ports: bool, profile: Profile) -> Addresses:
     """The addresses, with no stranger on any of their ports. Raises Unavailable."""
-    found = addresses.choose(home, set())
+    found = addresses.choose(home, set(), profile)
     ours = {p.pid for p in processes.supervised(home)}
+    running = {name for name, state in supervisor.states(home).items() if state.state == "RUNNING"}
     taken: dict[int, str] = {}
-    for name, url in found.model_dump().items():
+    for name, url in found.urls().items():
         port = port_of(url)
-        if addresses.is_free(port):
+        # PostgreSQL's process may be another user's, whose ports cannot be looked up.
+        if addresses.is_free(port) or name in running & {postgresql.NAME}:
             continue
         owner = processes.listener(port)
         if owner is None or owner.pid not in ours:
@@ -82,15 +107,37 @@ def _addresses(home: Home, new_ports: bool) -> Addresses:
         raise Unavailable(
             "\n".join(taken.values()) + "\nstop that process, or choose other ports with `slipstream up --new-ports`"
         )
-    return addresses.choose(home, set(taken))
+    return addresses.choose(home, set(taken), profile)
 
 
-def _environment(home: Home, found: Addresses) -> dict[str, str]:
+def _start_stores(home: Home, found: Addresses, secrets: Secrets) -> None:
+    """Of profile `server`: PostgreSQL and the object store come up before what keeps its data there."""
+    if found.postgresql is not None:
+        postgresql.prepare(home, secrets)
+        supervisor.start(home, postgresql.program(home, found.postgresql))
+    if found.s3 is not None:
+        object_store.prepare(home)
+        supervisor.start(home, object_store.program(home, found.s3, secrets))
+        object_store.await_ready(home, found.s3)
+        object_store.ensure_bucket(found.s3, secrets)
+    if found.postgresql is not None:
+        postgresql.await_ready(home, found.postgresql)
+        postgresql.ensure_databases(home, found.postgresql)
+
+
+def _database_access(home: Home, found: Addresses) -> dict[str, str]:
+    """What Airflow and MLflow need to connect to their databases; steps do without."""
+    return {} if found.postgresql is None else postgresql.environment(home)
+
+
+def _environment(home: Home, found: Addresses, secrets: Secrets) -> dict[str, str]:
     """What every program and every step that it starts needs."""
-    return {
+    return (object_store.environment(found.s3, secrets) if found.s3 else {}) | {
         "SLIPSTREAM_HOME": str(home.root),
         "SLIPSTREAM_ENVS": str(home.envs),
         "SLIPSTREAM_CODE": str(home.code),
+        "SLIPSTREAM_SPECS": home.specs,
+        "SLIPSTREAM_RUNS": home.runs,
         "MLFLOW_TRACKING_URI": found.mlflow,
         # Retries after 0, 2, 4, … s: a server that is away for a minute costs a step nothing but time.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "8",
@@ -105,10 +152,15 @@ def _environment(home: Home, found: Addresses) -> dict[str, str]:
 def _mlflow(home: Home, found: Addresses, secrets: Secrets, environment: dict[str, str]) -> Program:
     folder = home.root / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
+    backend, artifacts = f"sqlite:///{folder}/mlflow.db", str(folder / "artifacts")
+    if found.postgresql is not None:
+        backend = postgresql.uri(found.postgresql, postgresql.MLFLOW)
+    if found.s3 is not None:
+        artifacts = f"s3://{object_store.BUCKET}/mlflow"
     command = (
         *(str(home.envs / "airflow" / "bin" / "mlflow"), "server"),
         *("--host", "127.0.0.1", "--port", str(port_of(found.mlflow)), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")),
+        *("--backend-store-uri", backend, "--artifacts-destination", artifacts),
     )
     settings = {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 420 MB instead of 1.2 GB
@@ -117,7 +169,7 @@ def _mlflow(home: Home, found: Addresses, secrets: Secrets, environment: dict[st
         "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
         "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": secrets.mlflow_webhook_key,
     }
-    return Program("mlflow", command, environment | settings)
+    return Program("mlflow", command, environment | _database_access(home, found) | settings)
 
 
 def _triggers(home: Home, environment: dict[str, str]) -> Program:

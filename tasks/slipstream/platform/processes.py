@@ -49,6 +49,17 @@ def stop_orphans(home: Home, wait_s: float = 15) -> list[Process]:
     return stopped
 
 
+def stop(pid: int, command: str, wait_s: float) -> None:
+    """Stop a process, if its command line holds `command`: by SIGINT, and after `wait_s` by SIGKILL."""
+    deadline = time.monotonic() + wait_s
+    asked = False
+    while command in next((p.command for p in _all() if p.pid == pid), ""):
+        if not asked or time.monotonic() > deadline:
+            _signal(pid, signal.SIGKILL if asked else signal.SIGINT)
+            asked = True
+        time.sleep(0.1)
+
+
 def listener(port: int) -> Process | None:
     """Who listens on a TCP port; None when nobody does or it belongs to another user."""
     inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}

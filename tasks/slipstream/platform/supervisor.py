@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,6 +50,7 @@ class Program:
     environment: dict[str, str] = field(default_factory=dict)
     directory: Path | None = None
     stop_wait_s: int = 15
+    stop_signal: str = "TERM"
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,11 @@ def restart(home: Home, name: str) -> None:
             call.startProcess(name, False)
 
 
-def shutdown(home: Home, first: tuple[str, ...] = (), wait_s: float = 60) -> None:
-    """Stop the programs, those of `first` before the others, then supervisord. Their files stay. Raises Unavailable."""
+def shutdown(home: Home, first: tuple[str, ...] = (), last: tuple[str, ...] = (), wait_s: float = 60) -> None:
+    """Stop the programs, those of `first` before the others, those of `last` after them, then supervisord.
+
+    Their files stay. Raises Unavailable.
+    """
     with _locked(home):
         pid = running_pid(home)
         if pid is None:
@@ -130,6 +134,8 @@ def shutdown(home: Home, first: tuple[str, ...] = (), wait_s: float = 60) -> Non
         with _calls(home) as call:
             for name in first:
                 _stop_group(call, name)
+            if last:
+                _stop_together(call, [n for n in states(home) if n not in last])
             call.stopAllProcesses()
             call.shutdown()
         deadline = time.monotonic() + wait_s
@@ -234,6 +240,15 @@ def _stop_group(call: Any, name: str) -> None:
         call.stopProcessGroup(name)
 
 
+def _stop_together(call: Any, names: Collection[str]) -> None:
+    """Stop several groups at once, and return when all have; supervisord kills those that take too long."""
+    for name in names:
+        with _ignored(_BAD_NAME, _NOT_RUNNING):
+            call.stopProcessGroup(name, False)
+    while any(p["name"] in names and p["statename"] == "STOPPING" for p in call.getAllProcessInfo()):
+        time.sleep(0.05)
+
+
 def _wait_for_process(home: Home, name: str, seconds: float = 10) -> None:
     """supervisord forks on its next tick; until then a fresh group reads as stopped."""
     deadline = time.monotonic() + seconds
@@ -274,7 +289,7 @@ autostart = true
 autorestart = true
 startsecs = 2
 startretries = 10
-stopsignal = TERM
+stopsignal = {program.stop_signal}
 stopwaitsecs = {program.stop_wait_s}
 stopasgroup = true
 killasgroup = true

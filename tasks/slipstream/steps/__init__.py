@@ -24,6 +24,11 @@ class StepInfo:
     variables: Mapping[str, str] = field(default_factory=dict)
     """Environment variables to set, unless they are set, before the step loads its libraries."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether the step trains, and so may do so in several processes."""
+        return self.variables is TRAINING
+
 
 STEPS: dict[str, StepInfo] = {
     "check": StepInfo(FRAMEWORK, cached=False),

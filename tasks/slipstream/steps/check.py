@@ -40,8 +40,9 @@ def run(context: Context) -> StepOutput:
     if problems:
         raise _joined(problems)
     loaded = context.data
-    source = spec.data.function if isinstance(spec.data, Call) else spec.data.train
-    context.run.dataset(loaded, spec.name, source)
+    source = spec.data
+    sources = dict.fromkeys(("train", "test"), source.function) if isinstance(source, Call) else source.model_dump()
+    context.run.dataset(loaded, spec.name, sources)
     log.info("%d training and %d test samples; %s", len(loaded.train), len(loaded.test), hardware.sentence())
     return context.output(
         details={

@@ -2,7 +2,9 @@
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 
 from slipstream import digests
 from slipstream.errors import DataError
@@ -56,9 +58,10 @@ def entries(prefix: str) -> list[Entry]:
     """Files below a folder, at any depth."""
     found = []
     for path in sorted(Path(prefix).rglob("*")):
-        if path.is_file():
+        with suppress(FileNotFoundError):  # removed while we look
             stat = path.stat()
-            found.append(Entry(str(path), f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}", stat.st_mtime))
+            if S_ISREG(stat.st_mode):
+                found.append(Entry(str(path), f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}", stat.st_mtime))
     return found
 
 

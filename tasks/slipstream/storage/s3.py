@@ -118,7 +118,7 @@ def read(uri: str) -> tuple[bytes, Stat]:
             found = client().get_object(Bucket=where.bucket, Key=where.key)
         except ClientError as error:
             if code_of(error) == "NoSuchBucket":
-                raise DataError(f"{uri}: there is no bucket {where.bucket}") from error
+                raise DataError(f"{uri}: there is no such bucket") from error
             raise
         content: bytes = found["Body"].read()
         stored = _stat(found)
@@ -211,7 +211,7 @@ def _require_bucket(uri: str, bucket: str) -> None:
         client().head_bucket(Bucket=bucket)
     except ClientError as error:
         if code_of(error) in ("404", "NoSuchBucket"):
-            raise DataError(f"{uri}: there is no bucket {bucket}") from error
+            raise DataError(f"{uri}: there is no such bucket") from error
         if passes(error):
             raise
         # Rights to read an object need not include those to look at its bucket.

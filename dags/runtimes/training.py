@@ -1,0 +1,159 @@
+"""A step that trains in several pods: one TrainJob of Kubeflow Trainer, created, followed and cleaned up."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from airflow.sdk.exceptions import AirflowException
+from kubernetes.client import ApiClient, ApiException, CoreV1Api, CustomObjectsApi
+
+from runtimes import pods, trainjob
+from runtimes.base import Job
+
+log = logging.getLogger("slipstream.step")
+
+GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+RUNTIME = trainjob.Reference("slipstream-training", "TrainingRuntime")
+"""The runtime that the chart installs (trainjob.training_runtime)."""
+SET_NAME = "jobset.sigs.k8s.io/jobset-name"
+INDEX = "batch.kubernetes.io/job-completion-index"
+POLL_S = 2.0
+
+
+class TrainJob:
+    """The TrainJob of a step. The same name for every attempt at a task, so that a running one is found again."""
+
+    def __init__(self, client: ApiClient, job: Job, context: Any) -> None:
+        self.job, self.namespace = job, job.settings.kubernetes.namespace
+        self._objects, self._core = CustomObjectsApi(client), CoreV1Api(client)
+        task = f"{context['ti'].dag_id} {job.inputs.run_key} {job.name}"
+        self.name = f"slipstream-{job.step}-{hashlib.sha256(task.encode()).hexdigest()[:12]}"
+        self._logged = 0
+
+    def run(self) -> None:
+        """Create it, or find it, and follow it to its end. Raises as `Runtime.run` does."""
+        self._sweep()
+        self._create()
+        while (ended := self._ended()) is None:
+            self._follow_log()
+            time.sleep(POLL_S)
+        self._follow_log()
+        if ended == "Complete":
+            self.delete()
+            return
+        leader = self._leader()
+        if leader is not None:
+            pods.explain(self.job, leader, container=trainjob.NODE)
+        raise AirflowException(f"step {self.job.step}: TrainJob {self.name} failed: {self._reason()}")
+
+    def delete(self) -> None:
+        """Remove it with its pods; fine when it is gone."""
+        self._delete(self.name)
+
+    def _delete(self, name: str) -> None:
+        _unless_gone(
+            lambda: self._objects.delete_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name)
+        )
+
+    @property
+    def _address(self) -> tuple[str, str, str, str, str]:
+        return (GROUP, VERSION, self.namespace, PLURAL, self.name)
+
+    def _create(self) -> None:
+        """A running one goes on; a failed one of an earlier attempt makes place."""
+        if self._ended() == "Failed":
+            self.delete()
+            while self._read() is not None:
+                time.sleep(POLL_S)
+        try:
+            self._objects.create_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, self._manifest())
+            log.info("created TrainJob %s with %d pods", self.name, self.job.spec.training.workers)
+        except ApiException as error:
+            if error.status != 409:
+                raise
+            log.info("found TrainJob %s of an earlier attempt", self.name)
+
+    def _manifest(self) -> trainjob.Manifest:
+        job, settings = self.job, self.job.settings.kubernetes
+        volumes, mounts = pods.volumes(job)
+        plain = ApiClient().sanitize_for_serialization
+        return trainjob.train_job(
+            name=self.name,
+            namespace=self.namespace,
+            image=job.image,
+            command=["slipstream", *job.arguments],
+            environment=pods.environment(job) | {"TORCH_CPP_LOG_LEVEL": "ERROR"},
+            resources=job.resources,
+            workers=job.spec.training.workers,
+            labels=pods.LABELS | {"slipstream/step": job.step},
+            runtime=RUNTIME,
+            pod=trainjob.Pod(
+                service_account=pods.account(job),
+                pull_secrets=settings.pull_secrets,
+                volumes=plain(volumes),
+                mounts=plain(mounts),
+            ),
+        )
+
+    def _read(self) -> dict[str, Any] | None:
+        found = _unless_gone(lambda: self._objects.get_namespaced_custom_object(*self._address))
+        return None if found is None else dict(found)
+
+    def _conditions(self) -> dict[str, dict[str, Any]]:
+        found = (self._read() or {}).get("status", {}).get("conditions", [])
+        return {c["type"]: c for c in found if c["status"] == "True"}
+
+    def _ended(self) -> str | None:
+        """`Complete`, `Failed`, or None while it is under way or not there."""
+        return next((kind for kind in ("Complete", "Failed") if kind in self._conditions()), None)
+
+    def _reason(self) -> str:
+        failed = self._conditions().get("Failed", {})
+        return f"{failed.get('reason')}: {failed.get('message')}"
+
+    def _leader(self) -> Any:
+        """Pod of process 0; None while there is none."""
+        selector = f"{SET_NAME}={self.name},{INDEX}=0"
+        found = self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
+        return found[0] if found else None
+
+    def _follow_log(self) -> None:
+        """Lines of process 0 that were not shown yet. A poll, since a stream would end with the connection."""
+        leader = self._leader()
+        if leader is None or leader.status.phase == "Pending":
+            return
+        text = _unless_gone(lambda: self._core.read_namespaced_pod_log(leader.metadata.name, self.namespace)) or ""
+        lines = text.splitlines()
+        for line in lines[self._logged :]:
+            log.info("%s", line)
+        self._logged = len(lines)
+
+    def _sweep(self) -> None:
+        """Delete failed ones that have been kept long enough."""
+        oldest = datetime.now(UTC) - timedelta(hours=self.job.settings.kubernetes.keep_failed_hours)
+        for name in self._failed_before(oldest):
+            self._delete(name)
+
+    def _failed_before(self, oldest: datetime) -> Iterator[str]:
+        selector = ",".join(f"{k}={v}" for k, v in pods.LABELS.items())
+        found = self._objects.list_namespaced_custom_object(
+            GROUP, VERSION, self.namespace, PLURAL, label_selector=selector
+        )
+        for item in found["items"]:
+            for condition in item.get("status", {}).get("conditions", []):
+                failed = condition["type"] == "Failed" and condition["status"] == "True"
+                if failed and datetime.fromisoformat(condition["lastTransitionTime"]) < oldest:
+                    yield item["metadata"]["name"]
+
+
+def _unless_gone(call: Callable[[], Any]) -> Any:
+    """Result of a call; None when its object is not there."""
+    try:
+        return call()
+    except ApiException as error:
+        if error.status == 404:
+            return None
+        raise

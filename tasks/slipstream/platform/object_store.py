@@ -1,0 +1,117 @@
+"""The embedded S3 endpoint: JuiceFS' gateway over a folder of this machine. For one machine, or to try things out.
+
+A cluster uses the S3 that it has (AWS_ENDPOINT_URL). The gateway checks credentials and keeps objects' metadata and
+ETags; it knows neither conditional puts nor versions of objects, and slipstream asks for neither.
+"""
+
+import subprocess
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+
+from slipstream.errors import Unavailable
+from slipstream.home import Home
+from slipstream.platform import supervisor
+from slipstream.platform.addresses import Secrets
+from slipstream.platform.supervisor import Program
+
+NAME = "object-store"
+BUCKET = "slipstream"
+REGION = "us-east-1"
+"""The gateway knows one region, under this name."""
+VOLUME = "store"
+HEALTH = "/minio/health/live"
+READY_WITHIN_S = 30
+
+
+def binary(home: Home) -> Path:
+    """The gateway's program. Raises Unavailable when it is not installed."""
+    found = home.envs / "airflow" / "bin" / "juicefs"
+    if not found.exists():
+        raise Unavailable(f"{found}: the S3 gateway is not installed; `make setup` does so (extra `server`)")
+    return found
+
+
+def environment(url: str, secrets: Secrets) -> dict[str, str]:
+    """What boto3, and so MLflow and every step, needs to reach the store."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": secrets.s3_access_key,
+        "AWS_SECRET_ACCESS_KEY": secrets.s3_secret_key,
+        "AWS_SESSION_TOKEN": "",  # one in the caller's shell belongs to other credentials
+        "AWS_DEFAULT_REGION": REGION,
+    }
+
+
+def prepare(home: Home) -> None:
+    """Make the volume at the first call. Raises Unavailable."""
+    folder = home.root / NAME
+    if (folder / "formatted").exists():
+        return
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    command = [
+        *(str(binary(home)), "format", "--storage", "file", "--bucket", f"{folder}/data/"),
+        *("--trash-days", "0", "--no-update", _metadata(folder), VOLUME),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, umask=0o077, timeout=60)
+    if done.returncode != 0:
+        raise Unavailable(f"{folder}: the object store cannot be made: {done.stderr[-2000:]}")
+    (folder / "formatted").touch()
+
+
+def program(home: Home, url: str, secrets: Secrets) -> Program:
+    """The gateway. Its credentials are in its environment, which only this user can read."""
+    folder = home.root / NAME
+    command = (
+        *(str(binary(home)), "gateway", "--multi-buckets", "--keep-etag", "--object-meta"),
+        *("--no-usage-report", "--no-banner", "--log", str(folder / "gateway.log")),
+        # The data lie on this machine's disk already: a cache would be a second copy, outside of the home.
+        *("--cache-dir", str(folder / "cache"), "--cache-size", "0", "--buffer-size", "64M"),
+        *(_metadata(folder), urlsplit(url).netloc),
+    )
+    credentials = {"MINIO_ROOT_USER": secrets.s3_access_key, "MINIO_ROOT_PASSWORD": secrets.s3_secret_key}
+    return Program(NAME, command, credentials, stop_wait_s=20)
+
+
+def await_ready(home: Home, url: str) -> None:
+    """Return when the gateway answers. Raises Unavailable."""
+    deadline = time.monotonic() + READY_WITHIN_S
+    while not healthy(url):
+        if time.monotonic() > deadline or supervisor.state(home, NAME).state == "FATAL":
+            raise Unavailable(f"the object store does not answer at {url}; see {supervisor.log_file(home, NAME)}")
+        time.sleep(0.1)
+
+
+def ensure_bucket(url: str, secrets: Secrets) -> None:
+    """Make the platform's bucket unless it is there. Raises Unavailable."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = boto3.session.Session().client(
+        "s3",
+        endpoint_url=url,
+        region_name=REGION,
+        aws_access_key_id=secrets.s3_access_key,
+        aws_secret_access_key=secrets.s3_secret_key,
+        config=Config(retries={"mode": "standard", "max_attempts": 5}),
+    )
+    try:
+        if BUCKET not in {found["Name"] for found in client.list_buckets()["Buckets"]}:
+            client.create_bucket(Bucket=BUCKET)
+    except (BotoCoreError, ClientError) as error:
+        raise Unavailable(f"the object store at {url} does not take the bucket {BUCKET}: {error}") from error
+
+
+def healthy(url: str) -> bool:
+    """Whether the gateway answers."""
+    try:
+        return httpx.get(f"{url}{HEALTH}", timeout=5).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+def _metadata(folder: Path) -> str:
+    return f"sqlite3://{folder}/metadata.db"

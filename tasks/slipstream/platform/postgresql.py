@@ -1,0 +1,218 @@
+"""The embedded PostgreSQL: Debian's programs, a data folder in the home, one role with a password, two databases.
+
+The password is in no URI, argument or log: clients find it by PGPASSFILE, as libpq and asyncpg do.
+"""
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from slipstream.errors import Unavailable
+from slipstream.home import Home, write_atomically
+from slipstream.platform import processes, supervisor
+from slipstream.platform.addresses import Secrets, port_of
+from slipstream.platform.supervisor import Program
+
+NAME = "postgresql"
+PACKAGE = "postgresql"
+"""Debian's package with the newest version."""
+ROLE = "slipstream"
+AIRFLOW, MLFLOW = "airflow", "mlflow"
+READY_WITHIN_S = 120
+"""After a power cut PostgreSQL first replays its log."""
+
+_SYSTEM_USER = "postgres"
+_HANDED_OVER = "/proc/self/fd/7"
+"""The data folder, as a server started by root names it. PostgreSQL refuses to be root; it runs as `postgres` then,
+who may not walk through a private home, but may use a folder of its own that root has opened for it."""
+
+
+def programs_folder(home: Home) -> Path:
+    """Where PostgreSQL's programs lie: the version that made this home's data, or the newest. Raises Unavailable."""
+    found = dict(_installed())
+    stamp = _folder(home) / "version"
+    wanted = int(stamp.read_text()) if stamp.exists() else max(found, default=0)
+    if wanted not in found:
+        package = f"{PACKAGE}-{wanted}" if wanted else PACKAGE
+        whose = f" {wanted}, which made the data in {_folder(home)}," if wanted else ""
+        raise Unavailable(f"PostgreSQL{whose} is not installed; `apt-get install {package}` does so")
+    return found[wanted]
+
+
+def prepare(home: Home, secrets: Secrets) -> None:
+    """Make the data folder at the first call, and the file with the password. Raises Unavailable."""
+    programs, data = programs_folder(home), _data(home)
+    _folder(home).mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomically(_password_file(home), f"127.0.0.1:*:*:{ROLE}:{secrets.postgresql_password}\n", 0o600)
+    if (_folder(home) / "version").exists():
+        return
+    shutil.rmtree(data, ignore_errors=True)  # from a first `up` that was killed
+    data.mkdir(mode=0o700)
+    _give_away(data)
+    _initdb(programs, data, secrets.postgresql_password)
+    write_atomically(_folder(home) / "version", str(_version(programs)))
+
+
+def program(home: Home, url: str) -> Program:
+    """The server. SIGINT is its fast shutdown: open transactions are rolled back, everything is on the disk."""
+    settings = {
+        "listen_addresses": "127.0.0.1",
+        "port": str(port_of(url)),
+        "unix_socket_directories": "",
+    }
+    command = (
+        *_as_its_user(_data(home)),
+        *(str(programs_folder(home) / "postgres"), "-D", _named(_data(home))),
+        *(word for key, value in settings.items() for word in ("-c", f"{key}={value}")),
+    )
+    return Program(NAME, command, directory=Path("/"), stop_wait_s=60, stop_signal="INT")
+
+
+def await_ready(home: Home, url: str) -> None:
+    """Return when the server takes connections. Raises Unavailable."""
+    deadline = time.monotonic() + READY_WITHIN_S
+    while not healthy(home, url):
+        if time.monotonic() > deadline or supervisor.state(home, NAME).state == "FATAL":
+            raise Unavailable(f"PostgreSQL does not answer at {url}; see {supervisor.log_file(home, NAME)}")
+        time.sleep(0.1)
+
+
+def ensure_databases(home: Home, url: str) -> None:
+    """Create the databases that are not there. Raises Unavailable."""
+    there = _client(home, url, "psql", "-d", "postgres", "-tAc", "SELECT datname FROM pg_database").split()
+    for name in (AIRFLOW, MLFLOW):
+        if name not in there:
+            _client(home, url, "createdb", name)
+
+
+def healthy(home: Home, url: str) -> bool:
+    """Whether the server takes connections."""
+    command = [str(programs_folder(home) / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port_of(url)), "-t", "5"]
+    return subprocess.run(command, check=False).returncode == 0
+
+
+def uri(url: str, database: str) -> str:
+    """What SQLAlchemy needs to connect, beside `environment`."""
+    return f"postgresql+psycopg2://{ROLE}@127.0.0.1:{port_of(url)}/{database}"
+
+
+def environment(home: Home) -> dict[str, str]:
+    """Variables of a process that connects."""
+    return {"PGPASSFILE": str(_password_file(home))}
+
+
+def stop_left_over(home: Home, wait_s: float = 30) -> None:
+    """Stop the server that a killed supervisord left running. Call it only while no supervisord runs.
+
+    The general search for orphans (processes.py) reads environments, which root may not read everywhere for a
+    process of another user; and its SIGTERM would wait for clients to leave.
+    """
+    try:
+        # Its process id, folder, start and port, a line each.
+        pid, _, _, port = (_data(home) / "postmaster.pid").read_text().splitlines()[:4]
+        processes.stop(int(pid), f"-D {_named(_data(home))} -c listen_addresses=127.0.0.1 -c port={port} ", wait_s)
+    except (OSError, ValueError):  # none, or one that was just starting and has listened to nobody yet
+        return
+
+
+def _initdb(programs: Path, data: Path, password: str) -> None:
+    """Make the data folder's content. The password goes through a pipe: it is never on the disk, nor an argument."""
+    receive, send = os.pipe()
+    try:
+        os.write(send, f"{password}\n".encode())
+        os.close(send)
+        _give_away(receive)
+        access = ["-U", ROLE, "-A", "scram-sha-256", "--pwfile", "/dev/stdin"]
+        done = subprocess.run(
+            [
+                *_as_its_user(data),
+                *(str(programs / "initdb"), "-D", _named(data), *access, "-E", "UTF8", "--locale=C"),
+            ],
+            stdin=receive,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    finally:
+        os.close(receive)
+    if done.returncode != 0:
+        raise Unavailable(f"{data}: PostgreSQL's data folder cannot be made: {done.stderr[-2000:]}")
+
+
+def _client(home: Home, url: str, name: str, *arguments: str) -> str:
+    """Output of one of PostgreSQL's client programs. Raises Unavailable."""
+    done = subprocess.run(
+        [str(programs_folder(home) / name), "-h", "127.0.0.1", "-p", str(port_of(url)), "-U", ROLE, "-w", *arguments],
+        env=os.environ | environment(home),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    if done.returncode != 0:
+        raise Unavailable(f"PostgreSQL at {url}: {name}: {done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def _installed() -> Iterator[tuple[int, Path]]:
+    """Major versions and their programs' folders."""
+    folders = {*Path("/usr/lib/postgresql").glob("*/bin")}
+    folders |= {Path(found).resolve().parent for name in ("postgres", "initdb") if (found := shutil.which(name))}
+    for folder in folders:
+        if (folder / "postgres").exists() and (folder / "initdb").exists():
+            yield _version(folder), folder
+
+
+def _version(programs: Path) -> int:
+    shown = subprocess.run([str(programs / "postgres"), "-V"], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"\) (\d+)", shown)
+    return int(match[1]) if match else 0
+
+
+def _as_its_user(data: Path) -> tuple[str, ...]:
+    """What runs a command as another user than root, with `data` open for it; nothing for everybody else."""
+    if os.geteuid() != 0:
+        return ()
+    _system_user()
+    become = ("setpriv", f"--reuid={_SYSTEM_USER}", f"--regid={_SYSTEM_USER}", "--init-groups", "--no-new-privs")
+    return ("sh", "-c", 'exec "$@" 7<"$0"', str(data), *become)
+
+
+def _named(data: Path) -> str:
+    """The data folder as the server knows it."""
+    return _HANDED_OVER if os.geteuid() == 0 else str(data)
+
+
+def _give_away(place: Path | int) -> None:
+    if os.geteuid() == 0:
+        user = _system_user()
+        os.chown(place, user.pw_uid, user.pw_gid)
+
+
+def _system_user() -> pwd.struct_passwd:
+    try:
+        return pwd.getpwnam(_SYSTEM_USER)
+    except KeyError:
+        raise Unavailable(
+            f"PostgreSQL does not run as root, and there is no user {_SYSTEM_USER} for it; `apt-get install {PACKAGE}` "
+            "makes one"
+        ) from None
+
+
+def _folder(home: Home) -> Path:
+    return home.root / NAME
+
+
+def _data(home: Home) -> Path:
+    return _folder(home) / "data"
+
+
+def _password_file(home: Home) -> Path:
+    return _folder(home) / "password"
