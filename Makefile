@@ -28,7 +28,7 @@ test: lint ## Lint, types and all tests; `make test-torch` runs one part of the 
 test-docker: setup ## Build the container images and test them (minutes; not part of `make test`)
 	@.venv/bin/python scripts/test.py docker
 
-images: setup ## Build the container images; `scripts/images.py torch serve` builds some
+images: setup ## Build the container images; docs/containers.md says how to build some
 	@.venv/bin/python scripts/images.py
 
 test-%: setup

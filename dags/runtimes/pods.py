@@ -14,6 +14,8 @@ CONFIGURATION = os.environ.get("KUBECONFIG")
 """Without one: the cluster that Airflow itself runs in."""
 HOME, CODE = "/var/lib/slipstream", "/opt/slipstream/code"
 """Where the images keep what they write, and the user's code."""
+SETTINGS = "/etc/slipstream/settings"
+"""Where the settings are mounted."""
 LABELS = {"app.kubernetes.io/name": "slipstream", "app.kubernetes.io/component": "step"}
 RELEASE_STEPS = ("trial", "rollout", "rollback")
 """Steps that move traffic, and so may talk to the cluster."""
@@ -56,6 +58,8 @@ def arguments(job: Job) -> dict[str, Any]:
             read_only_root_filesystem=True,
             capabilities=k8s.V1Capabilities(drop=["ALL"]),
         ),
+        # Variables for every service of the namespace would be noise, and some look like ours.
+        "pod_template_dict": {"spec": {"enableServiceLinks": False, "containers": [{"name": "base"}]}},
         "hostnetwork": settings.host_network,
         "get_logs": True,
         "container_name_log_prefix_enabled": False,
@@ -81,6 +85,7 @@ def environment(job: Job) -> dict[str, str]:
     return {
         "SLIPSTREAM_HOME": HOME,
         "SLIPSTREAM_CODE": CODE,
+        "SLIPSTREAM_SETTINGS": f"{SETTINGS}/settings.yaml",
         "SLIPSTREAM_TRAFFIC": "kserve",
         "PYTHONUNBUFFERED": "1",
     } | job.settings.environment
@@ -122,6 +127,10 @@ def volumes(job: Job) -> tuple[list[k8s.V1Volume], list[k8s.V1VolumeMount]]:
         source = k8s.V1ConfigMapVolumeSource(name=settings.code_config_map)
         found.append(k8s.V1Volume(name="code", config_map=source))
         mounts.append(k8s.V1VolumeMount(name="code", mount_path=CODE, read_only=True))
+    if settings.settings_config_map and job.step in RELEASE_STEPS:
+        source = k8s.V1ConfigMapVolumeSource(name=settings.settings_config_map)
+        found.append(k8s.V1Volume(name="settings", config_map=source))
+        mounts.append(k8s.V1VolumeMount(name="settings", mount_path=SETTINGS, read_only=True))
     return found, mounts
 
 

@@ -70,6 +70,8 @@ class Kubernetes(Section):
     """PersistentVolumeClaim for cached artefacts and checkpoints; without one they live as long as the pod."""
     code_config_map: str | None = None
     """ConfigMap with the user's Python files, mounted at SLIPSTREAM_CODE; without one the image holds the code."""
+    settings_config_map: str | None = None
+    """ConfigMap with these settings as `settings.yaml`, for the steps that move traffic; they read how to serve."""
     keep_failed_hours: Annotated[float, Field(ge=0)] = 24.0
     """How long a failed pod is kept for a look at it."""
     start_timeout_s: Annotated[int, Field(gt=0)] = 600

@@ -32,6 +32,7 @@ SETTINGS = {
         "env_from_secrets": ["store"],
         "cache_claim": "cache",
         "code_config_map": "code",
+        "settings_config_map": "settings",
     },
 }
 
@@ -131,6 +132,8 @@ def test_secrets_are_named_and_never_spelt_out(job: Any, monkeypatch: pytest.Mon
 def test_only_steps_that_move_traffic_may_talk_to_the_cluster(job: Any) -> None:
     compute, release = manifest(job("retrain"))["spec"], manifest(job("rollout"))["spec"]
     assert (compute["serviceAccountName"], compute["automountServiceAccountToken"]) == ("slipstream-step", False)
+    assert [v["name"] for v in release["volumes"]] == ["home", "tmp", "code", "settings"]
+    assert compute["enableServiceLinks"] is False
     assert (release["serviceAccountName"], release["automountServiceAccountToken"]) == ("slipstream-release", True)
 
 

@@ -164,6 +164,21 @@ def test_a_bad_request_is_a_data_error_for_the_client(server: Running) -> None:
         client.infer(server.http, MODEL, np.zeros((1, 1, 4, 4), np.float32))
 
 
+def test_requests_are_counted_and_the_time_in_the_server_is_told(server: Running) -> None:
+    def counted() -> dict[str, float]:
+        lines = server.http.get("/metrics").text.splitlines()
+        return {k: float(v) for k, _, v in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+
+    before = counted()
+    response = server.post(client.body(samples(2)))
+    assert 0 < (client.server_ms(response) or 0) < 10_000
+    server.post(b"{}")
+    after = counted()
+    names = [f'slipstream_requests_total{{status="{status}"}}' for status in ("2xx", "4xx", "5xx")]
+    assert [after[n] - before[n] for n in names] == [1, 1, 0]
+    assert after["process_resident_memory_bytes"] > 2**20
+
+
 def test_another_model_is_not_found(server: Running) -> None:
     assert server.http.post(client.infer_path("other"), content=client.body(samples(1))).status_code == 404
 

@@ -110,7 +110,7 @@ def test_a_server_killed_under_load_is_rolled_back(world_maker: WorldMaker, plat
     assert control.deployed(world.model) == {f"v{champion}"}
     assert (world.registry.champion(), world.registry.alias("previous")) == (champion, None)
     assert drift(world.model, control) == []
-    url = f"{control.endpoint(world.model)}/v2/models/{world.model}/infer"
+    url = f"{control.endpoint(world.model).url}/v2/models/{world.model}/infer"
     body = {"inputs": [{"name": "input", "shape": [1, 10], "datatype": "FP32", "data": [1.0] * 10}]}
     assert httpx.post(url, json=body).headers["x-slipstream-release"] == f"v{champion}"
 
@@ -182,7 +182,7 @@ def test_real_engines_behind_real_servers(world_maker: WorldMaker, platform: tup
     batch = np.zeros((1, 10), np.float32)
     batch[0, 7] = 1
     body = {"inputs": [{"name": "input", "shape": [1, 10], "datatype": "FP32", "data": batch.ravel().tolist()}]}
-    answer = httpx.post(f"{control.endpoint(world.model)}/v2/models/{world.model}/infer", json=body)
+    answer = httpx.post(f"{control.endpoint(world.model).url}/v2/models/{world.model}/infer", json=body)
     assert int(np.argmax(answer.json()["outputs"][0]["data"])) == 7
     assert control.observe(world.registry.release(challenger)).memory_mib > 10
     command = [

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,23 @@ def test_pairs_are_made_by_id_and_missing_answers_counted(path: Path, tmp_path: 
     assert [p.sample for p in pairs] == [4, 2]
     assert unanswered == 1
     assert answers.different(pairs) == 2
+
+
+def test_what_the_sender_mirrored_is_paired_by_like_latencies() -> None:
+    def said(server_ms: float | None, output: list[float] | None, latency_ms: float = 9.0) -> Record:
+        found = None if output is None else np.array([output], np.float32)
+        return Record("r", 3, 0.0, 200, "v1", found, latency_ms, 1.0, server_ms)
+
+    yes, no = [1.0, 0.0], [0.0, 1.0]
+    records = [
+        replace(said(2.0, yes), mirrored=said(3.0, no)),
+        replace(said(2.0, yes), id="stock", mirrored=said(None, yes, 12.0)),
+        replace(said(2.0, yes), id="unanswered", mirrored=said(None, None)),
+        replace(said(None, None), id="failed", mirrored=said(3.0, yes)),
+    ]
+    pairs, unanswered = answers.FromRecords().pairs(records)
+    assert [(p.champion.latency_ms, p.challenger.latency_ms) for p in pairs] == [(2.0, 3.0), (8.0, 11.0)]
+    assert (answers.different(pairs), unanswered, pairs[0].sample) == (1, 1, 3)
 
 
 def answered(*output: float) -> answers.Answered:

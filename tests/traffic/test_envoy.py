@@ -97,7 +97,7 @@ def test_a_killed_server_comes_back_at_its_port(
 def test_request_ids_of_clients_are_kept_and_missing_ones_made(toy_envoy: EnvoyController, tmp_path: Path) -> None:
     toy_envoy.deploy(A, engine(tmp_path / "a" / "engine"))
     toy_envoy.set_routes("net", Routes(weights={"v1": 100}))
-    url = f"{toy_envoy.endpoint('net')}/v2/models/net/infer"
+    url = f"{toy_envoy.endpoint('net').url}/v2/models/net/infer"
     body = {"inputs": [{"name": "input", "shape": [1, 10], "datatype": "FP32", "data": [0.0] * 10}]}
     given = "f81d4fae-7dec-11d0-a765-00a0c91e6bf6"  # a UUID, which Envoy would mark for tracing by default
     assert httpx.post(url, json=body, headers={"x-request-id": given}).headers["x-request-id"] == given

@@ -85,6 +85,13 @@ def test_a_failing_shadow_is_seen_though_no_client_is_told(patient: Stage) -> No
     assert time.monotonic() - begun < 10  # the whole load takes 15 s
 
 
+def test_copies_that_fail_on_the_way_are_errors_of_the_shadow(stage: Stage) -> None:
+    lost = replace(record(release="v1"), mirrored=record(failed=True, release=None))
+    kept = replace(record(release="v1"), mirrored=record())
+    assert guard(stage, shadow=True)([kept] * 20) is None
+    assert "requests failed" in str(guard(stage, shadow=True)([*[kept] * 20, *[lost] * 6]))
+
+
 def test_a_phase_leaves_its_routes_and_put_back_takes_them_away(patient: Stage) -> None:
     phase = patient.phase("canary", patient.weights(50), 60, 300)
     assert phase.breach is None

@@ -1,5 +1,6 @@
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from tests.conftest import free_port
 from tests.traffic.contract import split
 
 from slipstream.errors import Unavailable
-from slipstream.traffic.base import Release, Routes
+from slipstream.traffic.base import Endpoint, Release, Routes
 from slipstream.traffic.fake import Behaviour, FakeController
 from slipstream.traffic.load import Load, Record, send
 
@@ -22,8 +23,8 @@ def control(tmp_path: Path) -> Iterator[FakeController]:
     fake.close()
 
 
-def load(url: str, requests: int = 40, rate: float = 100) -> Load:
-    return Load(url, "net", "run", "shadow", split(16), requests, rate, seed=3)
+def load(end: Endpoint, requests: int = 40, rate: float = 100) -> Load:
+    return Load(end, "net", "run", "shadow", split(16), requests, rate, seed=3)
 
 
 def nothing(records: Sequence[Record]) -> None:
@@ -76,8 +77,44 @@ def test_a_guard_that_cannot_look_stops_the_load(control: FakeController) -> Non
         send(load(control.endpoint("net"), requests=10_000), watch, lambda done, total: None)
 
 
+def test_the_sender_mirrors_where_it_is_told_to(control: FakeController, tmp_path: Path) -> None:
+    shadow = FakeController(tmp_path / "shadow")
+    shadow.folder.mkdir()
+    shadow.deploy(Release(model="net", name="v2"), tmp_path)
+    shadow.set_routes("net", Routes(weights={"v2": 100}))
+    shadow.misbehave(Release(model="net", name="v2"), Behaviour(latency_s=0.5))
+    try:
+        sent = send(replace(load(control.endpoint("net")), mirror=shadow.endpoint("net")), nothing, lambda d, t: None)
+    finally:
+        shadow.close()
+    for record in sent.records:
+        copy = record.mirrored
+        assert copy is not None
+        assert (copy.id, copy.sample, copy.release, record.release) == (record.id, record.sample, "v2", "v1")
+        assert copy.latency_ms >= 500
+        np.testing.assert_array_equal(copy.output, record.output)
+    assert np.median([r.latency_ms for r in sent.records]) < 500  # the copy holds nobody back
+    path = shadow.answers(Release(model="net", name="v2"))
+    assert len(path.read_text().splitlines()) == 40
+
+
+def test_a_mirror_that_is_dead_fails_the_copies_alone(control: FakeController) -> None:
+    dead = replace(load(control.endpoint("net"), requests=5), mirror=Endpoint(f"http://127.0.0.1:{free_port()}"))
+    for record in send(dead, nothing, lambda done, total: None).records:
+        assert not record.failed
+        assert record.mirrored is not None
+        assert record.mirrored.failed
+
+
+def test_a_host_of_its_own_is_sent_along(control: FakeController) -> None:
+    assert Endpoint("http://127.0.0.1:1", "net.example.test").headers == {"host": "net.example.test"}
+    named = Endpoint(control.endpoint("net").url, "net.example.test")
+    assert not any(r.failed for r in send(load(named, requests=5), nothing, lambda done, total: None).records)
+    assert control.hosts == {"net.example.test"}
+
+
 def test_nobody_there_is_a_record_and_no_exception() -> None:
-    sent = send(load(f"http://127.0.0.1:{free_port()}", requests=5), nothing, lambda done, total: None)
+    sent = send(load(Endpoint(f"http://127.0.0.1:{free_port()}"), requests=5), nothing, lambda done, total: None)
     assert [(r.status, r.failed, r.release) for r in sent.records] == [(0, True, None)] * 5
 
 

@@ -1,6 +1,7 @@
 """Real MLflow, real HTTP, and published specs. These tests run in the airflow environment, as the receiver does."""
 
 import importlib.util
+import socket
 import sys
 import threading
 import time
@@ -56,6 +57,14 @@ def model(client: MlflowClient, request: pytest.FixtureRequest) -> str:
     name = f"model-{request.node.name[:40]}"
     client.create_registered_model(name)
     return name
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -13,8 +13,6 @@ from mlflow import MlflowClient
 
 from slipstream.airflow_api import AirflowApi
 from slipstream.home import Home
-from slipstream.platform import addresses
-from slipstream.platform.addresses import Addresses
 from slipstream.triggers import server
 
 from .conftest import SECRET, until, version
@@ -29,10 +27,9 @@ def receiver(
     config = uvicorn.Config(lambda: None, port=0)
     listening = config.bind_socket()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    addresses.save(here, Addresses(airflow=airflow.url, mlflow="", envoy="", envoy_admin="", triggers=url))
     for left in client.list_webhooks():
         client.delete_webhook(left.webhook_id)
-    app = server.create_app(here, client, api, SECRET)
+    app = server.create_app(here, client, api, url, SECRET)
     running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=running.run, args=([listening],))
     thread.start()

@@ -15,6 +15,8 @@ REQUEST_ID = "x-request-id"
 """Header that names a request; Envoy keeps it on the mirrored copy, so that two answers can be paired."""
 RELEASE = "x-slipstream-release"
 """Header that names the release that answered."""
+SERVER_MS = "x-slipstream-server-ms"
+"""Header with the time in the server in milliseconds, from request to answer."""
 
 DATATYPES = {
     "bool": "BOOL",
@@ -38,6 +40,14 @@ def body(batch: npt.NDArray[Any]) -> bytes:
         raise DataError(f"a batch of dtype {batch.dtype} cannot be sent; use one of {', '.join(DATATYPES)}")
     tensor = {"name": INPUT, "shape": list(batch.shape), "datatype": datatype, "data": batch.ravel().tolist()}
     return json.dumps({"inputs": [tensor]}, separators=(",", ":")).encode()
+
+
+def server_ms(response: httpx.Response) -> float | None:
+    """Time that an answer took in the server; None where the server does not say."""
+    try:
+        return float(response.headers[SERVER_MS])
+    except (KeyError, ValueError):
+        return None
 
 
 def outputs(response: Mapping[str, Any]) -> npt.NDArray[np.float32]:

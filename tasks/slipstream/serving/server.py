@@ -1,6 +1,9 @@
 """Serves one engine over the Open Inference Protocol (V2, JSON and binary tensors) with KServe's SDK.
 
 `python -m slipstream.serving.server --model NAME --release KEY --engine DIR --port P --answers FILE`
+
+`/metrics` has, beside the SDK's own figures, `slipstream_requests_total{status="2xx"}` of the inference endpoint and
+the process's `process_resident_memory_bytes`, in the text format of Prometheus.
 """
 
 import argparse
@@ -26,12 +29,13 @@ from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER, Predicto
 from kserve.errors import InvalidInput, ModelNotReady
 from kserve.model_server import app
 from kserve.protocol.rest.v2_datamodels import InferenceRequest
+from prometheus_client import Counter
 
 from slipstream.engines.base import EngineManifest, Runner, load_engine, read_manifest
 from slipstream.errors import SlipstreamError
 from slipstream.frameworks.base import INPUT, OUTPUT
 from slipstream.serving.answers import AnswerLog
-from slipstream.serving.client import DATATYPES, RELEASE, REQUEST_ID, infer_path
+from slipstream.serving.client import DATATYPES, RELEASE, REQUEST_ID, SERVER_MS, infer_path
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -42,6 +46,10 @@ WARM_UP = 20
 GRACE_S = 10
 INLINE_MS = 5.0
 """Inferences up to about this long run in the event loop: a hop to a thread and back costs more than they take."""
+
+
+REQUESTS = Counter("slipstream_requests", "Inference requests by class of status.", ["status"])
+CLASSES = ("2xx", "3xx", "4xx", "5xx")
 
 
 class BadRequest(InvalidInput):  # type: ignore[misc]  # kserve has no type information
@@ -139,28 +147,37 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
 
 
 class Releases:
-    """ASGI middleware that names the release in every response, and logs every answer after it was sent."""
+    """ASGI middleware that names the release in every response, counts, and logs every answer after it was sent."""
 
-    def __init__(self, application: Application, release: str, log: AnswerLog) -> None:
+    def __init__(self, application: Application, release: str, log: AnswerLog | None) -> None:
         self._application = application
         self._header = (RELEASE.encode(), release.encode())
         self._log = log
+        for status in CLASSES:  # so that a figure that is missing is never taken for none
+            REQUESTS.labels(status)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._application(scope, receive, send)
             return
-        started = time.perf_counter()
+        started, status = time.perf_counter(), 500  # an exception is answered further out
         answer = Answer()
         _answer.set(answer)
 
         async def named(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), self._header]
+                status = message["status"]
+                took = (SERVER_MS.encode(), f"{(time.perf_counter() - started) * 1e3:.4f}".encode())
+                message["headers"] = [*message.get("headers", ()), self._header, took]
             await send(message)
 
-        await self._application(scope, receive, named)
-        if answer.output is not None:
+        try:
+            await self._application(scope, receive, named)
+        finally:
+            if scope["path"].endswith("/infer"):
+                REQUESTS.labels(f"{status // 100}xx").inc()
+        if answer.output is not None and self._log is not None:
             self._log.write(answer.request_id, (time.perf_counter() - started) * 1e3, answer.output)
 
 
@@ -222,14 +239,15 @@ def serve(arguments: argparse.Namespace) -> None:
     manifest = read_manifest(arguments.engine)
     model = EngineModel(arguments.model, manifest, load_engine(arguments.engine))
     model.load()
-    log = AnswerLog(arguments.answers, arguments.release)
+    log = AnswerLog(arguments.answers, arguments.release) if arguments.answers else None
     server = Server(arguments.host, arguments.port)
     app.add_middleware(Releases, release=arguments.release, log=log)
     app.add_exception_handler(BadRequest, refused)
     try:
         server.start([model])
     finally:
-        log.close()
+        if log is not None:
+            log.close()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -239,7 +257,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--release", required=True, help="key of the release, sent back in every response")
     parser.add_argument("--engine", required=True, type=Path, help="engine folder")
     parser.add_argument("--port", required=True, type=int)
-    parser.add_argument("--answers", required=True, type=Path, help="answer log (JSON lines)")
+    parser.add_argument("--answers", type=Path, help="answer log (JSON lines); none is written without it")
     parser.add_argument("--host", default="127.0.0.1")
     return parser.parse_args(argv)
 

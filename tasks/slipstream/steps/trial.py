@@ -21,7 +21,6 @@ from slipstream.traffic import answers
 from slipstream.traffic.base import TrafficController
 from slipstream.traffic.guarded import Phase, Stage
 from slipstream.traffic.judging import Evidence
-from slipstream.traffic.load import REQUEST_TIMEOUT_S
 from slipstream.traffic.releases import incumbent, selected, serve, sweep
 from slipstream.traffic.termination import terminable
 
@@ -110,13 +109,10 @@ def _test(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
 def _shadow(stage: Stage, evidence: Evidence, name: str) -> Phase:
     """Mirror every request to the challenger, and pair the answers by request id."""
     settings = stage.spec.small_scale_test
-    marks = [answers.mark(stage.controller.answers(r)) for r in (stage.champion, stage.challenger)]
+    pairing = answers.pairing(stage.controller, stage.champion, stage.challenger)
     phase = stage.phase(name, stage.weights(0, mirror=True), settings.shadow, settings.rate_per_s)
     if phase.breach is None:
-        ids = [r.id for r in phase.records if not r.failed]
-        champion = answers.wait_for(marks[0], ids, REQUEST_TIMEOUT_S)
-        challenger = answers.wait_for(marks[1], ids, REQUEST_TIMEOUT_S)
-        pairs, unanswered = answers.pair(phase.records, champion, challenger)
+        pairs, unanswered = pairing.pairs(phase.records)
         evidence.pairs += pairs
         evidence.unanswered += unanswered
     return phase

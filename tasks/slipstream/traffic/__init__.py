@@ -7,7 +7,7 @@ from slipstream.errors import InputError
 from slipstream.home import Home
 from slipstream.traffic.base import TrafficController
 
-CONTROLLERS: dict[str, str] = {"envoy": "slipstream.traffic.envoy"}
+CONTROLLERS: dict[str, str] = {"envoy": "slipstream.traffic.envoy", "kserve": "slipstream.traffic.kserve"}
 """Setting → module with a function `controller(home)`. Nothing is imported before it is asked for."""
 
 

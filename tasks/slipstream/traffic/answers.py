@@ -1,19 +1,20 @@
-"""What two servers said to the same requests: their answer logs, read from where a phase began, paired by id."""
+"""What two servers said to the same requests: from their answer logs, or from what the sender itself mirrored."""
 
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from slipstream.data import Split
 from slipstream.measure.accuracy import TOP
-from slipstream.traffic.load import Record
+from slipstream.traffic.base import Release, TrafficController
+from slipstream.traffic.load import REQUEST_TIMEOUT_S, Record
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Answered:
     """One line of a server's log."""
 
     latency_ms: float
-    """Inside the server, from request to answer."""
+    """Inside the server, from request to answer; as the sender saw it where the server does not say."""
     output: npt.NDArray[np.float32]
     """Flat outputs of the sample."""
 
@@ -43,6 +44,46 @@ class Pair:
     sample: int
     champion: Answered
     challenger: Answered
+
+
+class Pairing(Protocol):
+    """Pairs the answers of one phase."""
+
+    def pairs(self, records: Sequence[Record]) -> tuple[list[Pair], int]:
+        """Pairs of all requests that the champion answered, and how many of those the challenger left unanswered."""
+        ...
+
+
+def pairing(controller: TrafficController, champion: Release, challenger: Release) -> Pairing:
+    """How answers are paired in the phase that begins now."""
+    logs = [controller.answers(release) for release in (champion, challenger)]
+    marks = [mark(path) for path in logs if path is not None]
+    return FromLogs(*marks) if len(marks) == len(logs) else FromRecords()
+
+
+@dataclass(frozen=True)
+class FromLogs:
+    """The splitter mirrors, and throws the mirrored answers away: the servers' own logs have them."""
+
+    champion: Mark
+    challenger: Mark
+
+    def pairs(self, records: Sequence[Record]) -> tuple[list[Pair], int]:
+        """See the protocol. Waits for answers that are under way."""
+        ids = [r.id for r in records if not r.failed]
+        return pair(records, *(wait_for(since, ids, REQUEST_TIMEOUT_S) for since in (self.champion, self.challenger)))
+
+
+class FromRecords:
+    """The sender mirrored, and has both answers."""
+
+    def pairs(self, records: Sequence[Record]) -> tuple[list[Pair], int]:
+        """See the protocol."""
+        return pair(
+            records,
+            {r.id: found for r in records if (found := _answered(r, r.mirrored)) is not None},
+            {r.id: found for r in records if (found := _answered(r.mirrored, r)) is not None},
+        )
 
 
 def mark(path: Path) -> Mark:
@@ -101,6 +142,15 @@ def scores(pairs: Iterable[Pair], split: Split, metric: str) -> tuple[npt.NDArra
     champion = [_hit(p.champion.output, y, top) for p, y in zip(pairs, labels, strict=True)]
     challenger = [_hit(p.challenger.output, y, top) for p, y in zip(pairs, labels, strict=True)]
     return np.array(champion, np.float64), np.array(challenger, np.float64)
+
+
+def _answered(record: Record | None, other: Record | None) -> Answered | None:
+    """The answer; its latency is the server's own where both servers say theirs, so that like is compared with like."""
+    if record is None or record.output is None:
+        return None
+    if record.server_ms is None or other is None or other.server_ms is None:
+        return Answered(record.served_ms, record.output.ravel())
+    return Answered(record.server_ms, record.output.ravel())
 
 
 def _hit(output: npt.NDArray[np.float32], label: int, top: int) -> bool:

@@ -45,6 +45,21 @@ class Observation:
     """Resident memory of the release's server."""
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model is reached."""
+
+    url: str
+    """Base URL, such as http://127.0.0.1:8080."""
+    host: str | None = None
+    """Host header, where the URL is that of an ingress and only the header says which model is meant."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that every request needs."""
+        return {} if self.host is None else {"host": self.host}
+
+
 class TrafficController(Protocol):
     """Deploys and splits. Every method can be repeated with the same arguments and then changes nothing."""
 
@@ -75,10 +90,20 @@ class TrafficController(Protocol):
         """Counters of a release."""
         ...
 
-    def endpoint(self, model: str) -> str:
-        """Base URL at which clients reach the model, such as http://127.0.0.1:8080."""
+    def endpoint(self, model: str) -> Endpoint:
+        """Where clients reach the model. Raises RegistryError where that is unknown before the first deployment."""
         ...
 
-    def answers(self, release: Release) -> Path:
-        """JSON-lines log of the release's answers, as serving/server.py writes it."""
+    def mirror(self, model: str) -> Endpoint | None:
+        """Where the sender itself must send the copies that `Routes.mirror` asks for, under the same request id.
+
+        None when nothing is mirrored, or when the splitter does it.
+        """
+        ...
+
+    def answers(self, release: Release) -> Path | None:
+        """JSON-lines log of the release's answers, as serving/server.py writes it.
+
+        None where it is out of reach; such a controller lets the sender mirror, who then has both answers.
+        """
         ...

@@ -24,7 +24,7 @@ from slipstream.home import Home, write_atomically
 from slipstream.platform import addresses, supervisor
 from slipstream.platform.addresses import is_free
 from slipstream.traffic import envoy_config
-from slipstream.traffic.base import Observation, Release, Routes
+from slipstream.traffic.base import Endpoint, Observation, Release, Routes
 
 READY_WITHIN_S = 90
 """Loading an engine on a busy machine takes seconds; longer than this and it hangs."""
@@ -142,9 +142,13 @@ class EnvoyController:
         requests = max(found.get("upstream_rq_total", 0), found.get("upstream_rq_completed", 0))
         return Observation(requests, found.get("upstream_rq_5xx", 0), self._memory_mib(release))
 
-    def endpoint(self, model: str) -> str:
+    def endpoint(self, model: str) -> Endpoint:
         """See the protocol."""
-        return self._envoy
+        return Endpoint(self._envoy)
+
+    def mirror(self, model: str) -> Endpoint | None:
+        """See the protocol. Envoy mirrors."""
+        return None
 
     def answers(self, release: Release) -> Path:
         """See the protocol."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.frameworks.base import OUTPUT
 from slipstream.serving import client
-from slipstream.traffic.base import Observation, Release, Routes
+from slipstream.traffic.base import Endpoint, Observation, Release, Routes
 
 Answer = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
@@ -58,6 +58,8 @@ class FakeController:
     behaviours: dict[str, Behaviour] = field(default_factory=dict)
     """Release name → behaviour; a release that is not named answers well."""
     seed: int = 0
+    hosts: set[str] = field(default_factory=set)
+    """Host headers that requests came with."""
 
     def __post_init__(self) -> None:
         self._deployed: dict[str, dict[str, _Deployed]] = {}
@@ -116,9 +118,13 @@ class FakeController:
             return Observation(0, 0, 0.0)
         return Observation(found.requests, found.errors, found.behaviour.memory_mib)
 
-    def endpoint(self, model: str) -> str:
+    def endpoint(self, model: str) -> Endpoint:
         """See the protocol."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return Endpoint(f"http://127.0.0.1:{self._server.server_address[1]}")
+
+    def mirror(self, model: str) -> Endpoint | None:
+        """See the protocol. The fake mirrors."""
+        return None
 
     def answers(self, release: Release) -> Path:
         """See the protocol."""
@@ -180,6 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
         if len(content) < length:  # the client went away, as an aborted load does
             self.close_connection = True
             return
+        self.fake.hosts.add(self.headers["host"])
         model = self.path.split("/")[3]
         try:
             status, release, body = self.fake.handle(model, self.headers.get(client.REQUEST_ID, ""), content)

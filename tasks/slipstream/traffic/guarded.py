@@ -145,7 +145,8 @@ class Stage:
 
     def _send(self, name: str, requests: int, rate_per_s: float, watch: Watch, **figures: float) -> Sent:
         load = Load(
-            url=self.controller.endpoint(self.model),
+            endpoint=self.controller.endpoint(self.model),
+            mirror=self.controller.mirror(self.model),
             model=self.model,
             run=self.run_key,
             phase=name,
@@ -177,9 +178,10 @@ class Guard:
         return None
 
     def _errors(self, records: list[Record], now: Observation) -> Verdict:
-        if self._shadow:  # nobody is sent the mirror's answers; only the splitter sees them fail
-            errors = max(now.errors - self._before.errors, 0)
-            n = max(now.requests - self._before.requests, errors)
+        if self._shadow:  # no client is sent the mirror's answers: the splitter, or the sender, sees them fail
+            copies = [r.mirrored for r in records if r.mirrored is not None]
+            errors = max(now.errors - self._before.errors, sum(c.failed for c in copies), 0)
+            n = max(now.requests - self._before.requests, len(copies), errors)
         else:
             theirs = [r for r in records if r.release != self._stage.champion.name]
             errors, n = sum(r.failed for r in theirs), len(theirs)

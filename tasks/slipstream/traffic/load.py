@@ -7,7 +7,8 @@ Latency counts from the intended send time, so that a server that stalls cannot 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from slipstream.data import Split
 from slipstream.errors import Unavailable
 from slipstream.serving import client
+from slipstream.traffic.base import Endpoint
 
 REQUEST_TIMEOUT_S = 10.0
 WATCH_EVERY_S = 0.25
@@ -46,6 +48,10 @@ class Record:
     """From the intended send time to the whole answer."""
     stalled_ms: float = 0.0
     """Part of the latency during which this process itself did not get the processor."""
+    server_ms: float | None = None
+    """Time in the server, where it says so."""
+    mirrored: "Record | None" = None
+    """What the shadow answered, where the sender is who mirrors."""
 
     @property
     def served_ms(self) -> float:
@@ -62,8 +68,7 @@ class Record:
 class Load:
     """What is sent."""
 
-    url: str
-    """Base URL of the splitter."""
+    endpoint: Endpoint
     model: str
     run: str
     """With the phase, the prefix of every request id."""
@@ -72,6 +77,8 @@ class Load:
     requests: int
     rate_per_s: float
     seed: int
+    mirror: Endpoint | None = None
+    """Where a copy of every request goes, at the same time and under the same id."""
 
     def samples(self) -> npt.NDArray[np.intp]:
         """(requests,) indices into the split: a seeded order, repeated when the split is shorter."""
@@ -121,9 +128,16 @@ class _Sender:
 
     async def run(self) -> Sent:
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS)
-        async with httpx.AsyncClient(base_url=self.load.url, timeout=REQUEST_TIMEOUT_S, limits=limits) as http:
+        ends = [e for e in (self.load.endpoint, self.load.mirror) if e is not None]
+        async with AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(
+                    httpx.AsyncClient(base_url=e.url, headers=e.headers, timeout=REQUEST_TIMEOUT_S, limits=limits)
+                )
+                for e in ends
+            ]
             beat = asyncio.create_task(self._heartbeat())
-            pacing = asyncio.create_task(self._pace(http))
+            pacing = asyncio.create_task(self._pace(clients))
             guard = asyncio.create_task(self._guard())
             try:
                 await asyncio.wait((pacing, guard), return_when=asyncio.FIRST_COMPLETED)
@@ -138,30 +152,36 @@ class _Sender:
         self.sent.aborted = self.sent.aborted or await asyncio.to_thread(self.watch, self.sent.records)
         return self.sent
 
-    async def _pace(self, http: httpx.AsyncClient) -> None:
+    async def _pace(self, clients: Sequence[httpx.AsyncClient]) -> None:
         begin = _Begin(time.perf_counter() + 0.05, time.time() + 0.05)
         async with asyncio.TaskGroup() as group:
             for i, sample in enumerate(self.load.samples()):
                 content = client.body(self.load.split.inputs[sample : sample + 1])
                 await asyncio.sleep(max(0.0, begin.clock + i / self.load.rate_per_s - time.perf_counter()))
-                group.create_task(self._one(http, i, int(sample), content, begin))
+                group.create_task(self._one(clients, i, int(sample), content, begin))
 
-    async def _one(self, http: httpx.AsyncClient, i: int, sample: int, content: bytes, begin: _Begin) -> None:
+    async def _one(
+        self, clients: Sequence[httpx.AsyncClient], i: int, sample: int, content: bytes, begin: _Begin
+    ) -> None:
+        record, *copies = await asyncio.gather(*(self._ask(http, i, sample, content, begin) for http in clients))
+        self.sent.records.append(replace(record, mirrored=copies[0]) if copies else record)
+        self.progress(len(self.sent.records), self.load.requests)
+
+    async def _ask(self, http: httpx.AsyncClient, i: int, sample: int, content: bytes, begin: _Begin) -> Record:
         name = f"{self.load.run}-{self.load.phase}-{i}"
         headers = {"content-type": "application/json", client.REQUEST_ID: name}
-        status, release, output = 0, None, None
+        status, release, output, server_ms = 0, None, None, None
         try:
             response = await http.post(self.path, content=content, headers=headers)
             status, release = response.status_code, response.headers.get(client.RELEASE) or None
-            output = _output(response)
+            output, server_ms = _output(response), client.server_ms(response)
         except httpx.HTTPError:
             status = 0
         end = time.perf_counter()
         intended = begin.clock + i / self.load.rate_per_s
         at, latency_ms = begin.epoch + i / self.load.rate_per_s, 1000 * (end - intended)
-        record = Record(name, sample, at, status, release, output, latency_ms, self._stalled_ms(intended, end))
-        self.sent.records.append(record)
-        self.progress(len(self.sent.records), self.load.requests)
+        stalled_ms = self._stalled_ms(intended, end)
+        return Record(name, sample, at, status, release, output, latency_ms, stalled_ms, server_ms)
 
     async def _guard(self) -> None:
         while self.sent.aborted is None:

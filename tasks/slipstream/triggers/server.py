@@ -7,10 +7,10 @@ found by the reconciler, which runs beside.
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
@@ -20,10 +20,9 @@ from pydantic import BaseModel, ValidationError
 
 from slipstream import catalog, traffic
 from slipstream.airflow_api import AirflowApi
-from slipstream.errors import Unavailable
+from slipstream.errors import SlipstreamError, Unavailable
 from slipstream.home import Home
-from slipstream.platform import addresses
-from slipstream.triggers import promotion, signature
+from slipstream.triggers import configuration, promotion, signature
 from slipstream.triggers.reconcile import keep_reconciling, reconcile, report_drift
 
 log = logging.getLogger(__name__)
@@ -49,17 +48,21 @@ class Delivery(BaseModel):
     data: dict[str, object]
 
 
-def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, secret: str) -> FastAPI:
-    """The receiver and its reconciler. The reconciler also registers the webhook, until MLflow takes it."""
+def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, url: str, secret: str) -> FastAPI:
+    """The receiver and its reconciler. The reconciler also registers the webhook, until MLflow takes it.
+
+    `url` is the base URL by which MLflow reaches the receiver, `secret` what MLflow signs with.
+    """
 
     registered = threading.Event()
 
     def once() -> None:
         if not registered.is_set():
-            ensure_webhook(client, addresses.load(home).triggers + PATH, secret)
+            ensure_webhook(client, url.rstrip("/") + PATH, secret)
             registered.set()
         reconcile(home, client, airflow)
-        report_drift(home, client, traffic.controller(home))
+        if knows_traffic(home):
+            report_drift(home, client, traffic.controller(home))
 
     app = FastAPI(title="slipstream triggers", lifespan=_beside(once), docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -109,6 +112,11 @@ def deliver(home: Home, client: MlflowClient, airflow: promotion.Runs, body: byt
     return [spec.name for spec in specs if promotion.start(airflow, spec, version)]
 
 
+def knows_traffic(home: Home) -> bool:
+    """Whether there is traffic to compare with the registry: none is told where neither Envoy nor KServe is used."""
+    return "SLIPSTREAM_TRAFFIC" in os.environ or home.addresses_file().exists()
+
+
 def ensure_webhook(client: MlflowClient, url: str, secret: str) -> None:
     """Register the webhook, or point the registered one here. MLflow does not tell secrets, so it is always set."""
     known = [w for w in client.list_webhooks(max_results=100) if w.name == NAME]
@@ -137,13 +145,17 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     home = Home.from_environment()
-    places, secrets = addresses.load(home), addresses.load_secrets(home)
-    os.environ.setdefault("MLFLOW_TRACKING_URI", places.mlflow)
+    try:
+        found = configuration.load(home)
+    except SlipstreamError as error:
+        sys.stderr.write(f"{error.headline}: {error}\n")
+        sys.exit(error.exit_code)
     # MLflow's client would wait minutes for a server that is down; here the next round is the retry.
-    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    app = create_app(home, MlflowClient(), AirflowApi.of(home), secrets.webhook_secret)
-    listen = urlsplit(places.triggers)
-    uvicorn.run(app, host=listen.hostname or "127.0.0.1", port=listen.port or 80, log_level="warning")
+    retries = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    os.environ |= {configuration.MLFLOW: found.mlflow, **retries}
+    airflow = AirflowApi(found.airflow, found.airflow_user, found.airflow_password)
+    app = create_app(home, MlflowClient(), airflow, found.url, found.secret)
+    uvicorn.run(app, host=found.host, port=found.port, log_level="warning")
 
 
 if __name__ == "__main__":
