@@ -3,7 +3,7 @@ SLIPSTREAM := .venv/bin/slipstream
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-docker lint images bench lock clean
+.PHONY: help setup demo test test-docker test-k8s lint images bench lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -25,8 +25,11 @@ lint: setup ## Lint and types
 test: lint ## Lint, types and all tests; `make test-torch` runs one part of the tests
 	@.venv/bin/python scripts/test.py
 
-test-docker: setup ## Build the container images and test them (minutes; not part of `make test`)
-	@.venv/bin/python scripts/test.py docker
+test-docker: setup ## Tier: build the container images, test them, and run steps in containers (minutes)
+	@.venv/bin/python scripts/test.py images docker
+
+test-k8s: setup ## Tier: chart, steps and traffic in the cluster that KUBECONFIG names (minutes)
+	@.venv/bin/python scripts/test.py k8s
 
 images: setup ## Build the container images; docs/containers.md says how to build some
 	@.venv/bin/python scripts/images.py

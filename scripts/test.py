@@ -44,13 +44,15 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "airflow": (".envs/airflow", ("tests/dags", "tests/triggers")),
     "kubeflow": (".envs/kubeflow", ("tests/kubeflow",)),
     "e2e": (".venv", ("tests/e2e",)),
-    "docker": (".venv", ("tests/containers/test_images.py",)),
+    "images": (".venv", ("tests/containers/test_images.py",)),
+    "docker": (".envs/airflow", ("tests/dags/test_docker.py",)),
+    "k8s": (".envs/airflow", ("tests/dags/test_cluster.py",)),
 }
 """Part → its environment and its test files; a folder stands for the test files right in it. A file that one part
 names is left out of another part's folder. The longest come first."""
 ALONE = ("e2e",)
 """Parts that measure, and so have the machine for themselves."""
-NAMED = ("docker",)
+NAMED = ("images", "docker", "k8s")
 """Tiers that run only when they are named: they need minutes, and more than a checkout and its environments."""
 
 

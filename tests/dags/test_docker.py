@@ -1,6 +1,6 @@
 """Real containers: a stand-in `slipstream` in an image of its own, run as the runtime `docker` runs steps.
 
-A tier of its own (`make test-docker`): it needs a Docker daemon (DOCKER_HOST) with the base image of the Dockerfiles.
+A tier of its own (`make test-docker`).
 """
 
 import io
@@ -16,6 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.containers.conftest import docker as container_host
+from tests.containers.docker import BASE, Docker, make_base
 
 from slipstream.contract import StepInput
 
@@ -24,15 +26,18 @@ ROOT = Path(__file__).parents[2]
 if sys.prefix == str(ROOT / ".envs/airflow"):
     import docker
 
-BASE = os.environ.get("SLIPSTREAM_TEST_BASE", "python:3.11-slim-bookworm")
+__all__ = ["container_host"]
 IMAGE = "slipstream-stand-in:test"
 PROGRAM = "#!/usr/bin/env python3\nimport json, os, sys, time\nout = sys.argv[-1].removeprefix('--outputs=')\n"
 CONTEXT = {"ti": SimpleNamespace(dag_id="optimize-fashion")}
 
 
 @pytest.fixture(scope="module")
-def daemon() -> Iterator[Any]:
+def daemon(container_host: Docker) -> Iterator[Any]:
     """The daemon, with an image whose `slipstream` runs what the variable BODY says."""
+    make_base(container_host)
+    before = os.environ.get("DOCKER_HOST")
+    os.environ["DOCKER_HOST"] = container_host.host
     client = docker.from_env()
     files = {
         "Dockerfile": f'FROM {BASE}\nCOPY slipstream /usr/bin/\nENTRYPOINT ["slipstream"]\n',
@@ -48,6 +53,7 @@ def daemon() -> Iterator[Any]:
     client.images.build(fileobj=archive, custom_context=True, tag=IMAGE, rm=True)
     yield client
     client.images.remove(IMAGE, force=True)
+    os.environ.pop("DOCKER_HOST") if before is None else os.environ.update({"DOCKER_HOST": before})
 
 
 Run = Callable[..., dict[str, Any]]

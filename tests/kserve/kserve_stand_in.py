@@ -28,6 +28,7 @@ from kubernetes.client.exceptions import ApiException
 from tests.conftest import free_port
 from tests.kserve.ingress import Ingress, end
 
+from slipstream import storage
 from slipstream.traffic.kserve_api import GROUP, PLURAL, VERSION
 
 Json = dict[str, Any]
@@ -324,7 +325,8 @@ class KServeStandIn:
 
     def _start(self, service: Service, revision: Revision) -> None:
         container = revision.template["predictor"]["containers"][0]
-        engine = next(e["value"] for e in container["env"] if e["name"] == "STORAGE_URI")
+        uri = next(e["value"] for e in container["env"] if e["name"] == "STORAGE_URI")
+        engine = str(storage.fetch_folder(uri))  # KServe's storage initializer
         revision.port, revision.ready, revision.failure = free_port(), False, None
         real = {"/mnt/models": engine, "8080": str(revision.port), "0.0.0.0": "127.0.0.1"}
         command = [sys.executable, *self._server, *(real.get(a, a) for a in container["args"])]
@@ -342,7 +344,10 @@ class KServeStandIn:
                 },
                 "annotations": {"stand-in/port": str(revision.port)},
             },
-            "spec": {"containers": [{"name": container["name"], "image": container["image"]}]},
+            "spec": {
+                "containers": [{"name": container["name"], "image": container["image"]}],
+                "schedulerName": "stand-in",  # a real cluster must not start it: the process above is the pod
+            },
         }
         self._core.create_namespaced_pod(self._namespace, body)
         self._write_pod(service, revision)
