@@ -72,20 +72,23 @@ def start(home: Home, program: Program) -> None:
     Unavailable.
     """
     with _locked(home):
+        if running_pid(home) is None:
+            (_folder(home) / "launcher.json").unlink(missing_ok=True)  # the environments may have moved since
         _write(home, program)
         if not _ensure_running(home):
             _apply(home, program.name)
         _wait_for_process(home, program.name)
+        # Only now: a step in a container does not see what supervisord, outside, can run.
+        executable = Path(program.command[0])
+        if state(home, program.name).pid is None and executable.is_absolute() and not os.access(executable, os.X_OK):
+            _forget(home, program.name)
+            raise Unavailable(f"{program.name}: {executable} is not there; `make setup` installs the environments")
 
 
 def stop(home: Home, name: str) -> None:
     """Stop a program and remove its file; fine when it is not there."""
     with _locked(home):
-        for suffix in (".ini", ".json"):
-            (_programs(home) / f"{name}{suffix}").unlink(missing_ok=True)
-        if running_pid(home) is not None:
-            with _calls(home) as call:
-                _remove(call, name)
+        _forget(home, name)
 
 
 def state(home: Home, name: str) -> ProcessState:
@@ -260,12 +263,17 @@ def _wait_for_process(home: Home, name: str, seconds: float = 10) -> None:
     raise Unavailable(f"{name} did not start; see {log_file(home, name)}")
 
 
+def _forget(home: Home, name: str) -> None:
+    for suffix in (".ini", ".json"):
+        (_programs(home) / f"{name}{suffix}").unlink(missing_ok=True)
+    if running_pid(home) is not None:
+        with _calls(home) as call:
+            _remove(call, name)
+
+
 def _write(home: Home, program: Program) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", program.name):
         raise Unavailable(f"{program.name!r} cannot name a program; use letters, digits, '.', '_' and '-'")
-    executable = Path(program.command[0])
-    if executable.is_absolute() and not os.access(executable, os.X_OK):
-        raise Unavailable(f"{program.name}: {executable} is not there; `make setup` installs the environments")
     folder = _programs(home)
     log_file(home, program.name).parent.mkdir(parents=True, exist_ok=True)
     description = json.dumps(asdict(program), default=str, indent=2)
@@ -274,11 +282,20 @@ def _write(home: Home, program: Program) -> None:
     write_atomically(folder / f"{program.name}.ini", _render_program(home, program, description), PRIVATE)
 
 
+def _launcher(home: Home) -> list[str]:
+    """What runs launch.py where supervisord is: a step in a container has another interpreter, at another path.
+
+    The interpreter below every environment: a release stays the same whichever environment deployed it.
+    """
+    recorded = _folder(home) / "launcher.json"
+    if not recorded.exists():
+        own = [str(Path(sys.executable).resolve()), "-IS", str(Path(__file__).with_name("launch.py"))]
+        write_atomically(recorded, json.dumps(own), PRIVATE)
+    return list(json.loads(recorded.read_text()))
+
+
 def _render_program(home: Home, program: Program, description: str) -> str:
-    # The interpreter below every environment: a release stays the same whichever environment deployed it.
-    python = str(Path(sys.executable).resolve())
-    launcher = [python, "-IS", str(Path(__file__).with_name("launch.py"))]
-    command = shlex.join([*launcher, str(_programs(home) / f"{program.name}.json")])
+    command = shlex.join([*_launcher(home), str(_programs(home) / f"{program.name}.json")])
     # The digest makes a changed description a changed group in supervisord's eyes.
     digest = hashlib.sha256(description.encode()).hexdigest()
     return f"""\
