@@ -78,11 +78,9 @@ def start(home: Home, program: Program) -> None:
         if not _ensure_running(home):
             _apply(home, program.name)
         _wait_for_process(home, program.name)
-        # Only now: a step in a container does not see what supervisord, outside, can run.
         executable = Path(program.command[0])
-        if state(home, program.name).pid is None and executable.is_absolute() and not os.access(executable, os.X_OK):
-            _forget(home, program.name)
-            raise Unavailable(f"{program.name}: {executable} is not there; `make setup` installs the environments")
+        if executable.is_absolute() and not os.access(executable, os.X_OK):
+            _require_start(home, program.name, executable)
 
 
 def stop(home: Home, name: str) -> None:
@@ -261,6 +259,16 @@ def _wait_for_process(home: Home, name: str, seconds: float = 10) -> None:
             return
         time.sleep(0.02)
     raise Unavailable(f"{name} did not start; see {log_file(home, name)}")
+
+
+def _require_start(home: Home, name: str, executable: Path, seconds: float = 10) -> None:
+    """Raise Unavailable unless supervisord can run what is not here: a step in a container sees other files than it."""
+    deadline = time.monotonic() + seconds
+    while (now := state(home, name).state) != "RUNNING":
+        if now in ("BACKOFF", "FATAL") or time.monotonic() > deadline:
+            _forget(home, name)
+            raise Unavailable(f"{name}: {executable} is not there; `make setup` installs the environments")
+        time.sleep(0.05)
 
 
 def _forget(home: Home, name: str) -> None:
