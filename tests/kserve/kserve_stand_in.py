@@ -12,6 +12,7 @@ without KServe; inferenceservices.crd.yaml must be applied before.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ import urllib3
 from kubernetes.client.exceptions import ApiException
 from tests.conftest import free_port
 from tests.kserve.ingress import Ingress, end
+from tests.kserve.pod_address import PodAddress
 
 from slipstream import storage
 from slipstream.traffic.kserve_api import GROUP, PLURAL, VERSION
@@ -45,6 +47,7 @@ class Revision:
     name: str
     template: Json
     port: int = 0
+    address: PodAddress | None = None
     process: subprocess.Popen[bytes] | None = None
     ready: bool = False
     failure: str | None = None
@@ -82,6 +85,7 @@ class KServeStandIn:
         *,
         mode: str = "Serverless",
         late_revisions: bool = False,
+        own_addresses: bool = False,
     ) -> None:
         self.services: dict[str, Service] = {}
         self.error: Exception | None = None
@@ -89,6 +93,8 @@ class KServeStandIn:
         self._mode = mode
         self._late_revisions = late_revisions
         """Whether Knative's route is quicker than its configuration: a race that KServe mistakes for a rollback."""
+        self._own_addresses = own_addresses
+        """Whether each pod has an address that a real API server proxies to."""
         self._client, self._namespace, self._folder, self._server = client, namespace, folder, server
         self._objects = kubernetes.client.CustomObjectsApi(client)
         self._core = kubernetes.client.CoreV1Api(client)
@@ -114,6 +120,8 @@ class KServeStandIn:
         for service in self.services.values():
             for revision in service.revisions.values():
                 end(revision.process)
+                if revision.address is not None:
+                    revision.address.close()
         self._ingress.close()
         if self.error is not None:
             raise self.error
@@ -332,6 +340,8 @@ class KServeStandIn:
         command = [sys.executable, *self._server, *(real.get(a, a) for a in container["args"])]
         with self._log(revision).open("wb") as log:
             revision.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        if self._own_addresses:
+            revision.address = PodAddress(revision.port)
         body = {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -354,13 +364,16 @@ class KServeStandIn:
 
     def _write_pod(self, service: Service, revision: Revision) -> None:
         ready = [{"type": "Ready", "status": str(revision.ready)}]
-        status = {"phase": "Running", "podIP": "127.0.0.1", "conditions": ready}
+        address = revision.address.address if revision.address else "127.0.0.1"
+        status = {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}], "conditions": ready}
         self._core.patch_namespaced_pod_status(f"{revision.name}-pod", self._namespace, {"status": status})
 
     def _scale_down(self, revision: Revision) -> None:
         if revision.process is not None:
             end(revision.process)
-            revision.process, revision.ready = None, False
+            if revision.address is not None:
+                revision.address.close()
+            revision.process, revision.address, revision.ready = None, None, False
             self._core.delete_namespaced_pod(f"{revision.name}-pod", self._namespace)
 
     def _log(self, revision: Revision) -> Path:
@@ -377,9 +390,12 @@ def _answers(port: int) -> bool:
 def main() -> None:
     """Run until stopped; prints the ingress's address."""
     kubernetes.config.load_config()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with tempfile.TemporaryDirectory() as folder:
         server = tuple(os.environ.get("STAND_IN_SERVER", "-m slipstream.serving.server").split())
-        stand_in = KServeStandIn(kubernetes.client.ApiClient(), sys.argv[1], Path(folder) / "stand-in", server)
+        stand_in = KServeStandIn(
+            kubernetes.client.ApiClient(), sys.argv[1], Path(folder) / "stand-in", server, own_addresses=True
+        )
         print(stand_in.ingress, flush=True)
         try:
             threading.Event().wait()
