@@ -147,7 +147,10 @@ class StepRun:
         )
 
     def produces(self, model_id: str, step: int = 0) -> None:
-        """Link a logged model of an earlier run as this run's output."""
+        """Link a logged model of an earlier run as this run's output; once, since MLflow refuses a second link."""
+        linked = self.client.get_run(self.run_id).outputs
+        if linked and model_id in [output.model_id for output in linked.model_outputs]:
+            return
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
 
 

@@ -60,6 +60,8 @@ def test_unchanged_training_is_reused_and_another_seed_is_not() -> None:
     written = document("reused")
     first, second = step("retrain", spec_of(written)), step("retrain", spec_of(written))
     assert second.reused and second.run_id == first.run_id
+    again = step("retrain", spec_of(written))  # as after a kill before Airflow had the output
+    assert again == second
     other = step("retrain", spec_of({**written, "seed": 1}))
     assert first.artifact is not None and other.artifact is not None
     assert not other.reused and other.artifact.sha256 != first.artifact.sha256
