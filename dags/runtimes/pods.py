@@ -6,9 +6,8 @@ from typing import Any
 from airflow.sdk.exceptions import AirflowException
 from kubernetes.client import models as k8s
 
+from runtimes import trainjob
 from runtimes.base import Job, raise_for
-from slipstream.spec import Resources
-from slipstream.spec.fields import in_bytes
 
 CONFIGURATION = os.environ.get("KUBECONFIG")
 """Without one: the cluster that Airflow itself runs in."""
@@ -41,7 +40,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "annotations": {"slipstream/run": job.inputs.run_key, "slipstream/cell": job.name},
         "service_account_name": account(job),
         "automount_service_account_token": job.step in RELEASE_STEPS,
-        "container_resources": requirements(resources),
+        "container_resources": k8s.V1ResourceRequirements(**trainjob.requirements(resources)),
         "node_selector": resources.node_selector or {},
         "tolerations": [k8s.V1Toleration(**t.model_dump()) for t in resources.tolerations or ()],
         "volumes": folders,
@@ -98,19 +97,6 @@ def sources(job: Job) -> list[k8s.V1EnvFromSource]:
         *(k8s.V1EnvFromSource(config_map_ref=k8s.V1ConfigMapEnvSource(name=n)) for n in settings.env_from_config_maps),
         *(k8s.V1EnvFromSource(secret_ref=k8s.V1SecretEnvSource(name=n)) for n in settings.env_from_secrets),
     ]
-
-
-def requirements(resources: Resources) -> k8s.V1ResourceRequirements:
-    """Processors are reserved and not capped, since throttling would falsify measurements; memory is both."""
-    requests: dict[str, str] = {}
-    limits: dict[str, str] = {}
-    if resources.cpu is not None:
-        requests["cpu"] = f"{round(resources.cpu * 1000)}m"
-    if resources.memory is not None:
-        requests["memory"] = limits["memory"] = str(in_bytes(resources.memory))
-    if resources.gpu:
-        limits["nvidia.com/gpu"] = str(resources.gpu)
-    return k8s.V1ResourceRequirements(requests=requests, limits=limits)
 
 
 def volumes(job: Job) -> tuple[list[k8s.V1Volume], list[k8s.V1VolumeMount]]:

@@ -135,7 +135,10 @@ def training_runtime(
 
 
 def requirements(resources: Resources) -> Manifest:
-    """Requests and limits: processors are reserved and not capped, memory is both, GPUs are a limit."""
+    """Requests and limits: memory is both, GPUs are a limit.
+
+    Processors are reserved and not capped, since throttling would falsify measurements.
+    """
     requests: dict[str, str] = {}
     limits: dict[str, str] = {}
     if resources.cpu is not None:

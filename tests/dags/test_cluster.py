@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,9 @@ def cluster() -> Iterator[Cluster]:
     made = Cluster(f"slipstream-test-{uuid.uuid4().hex[:6]}")
     made.kubectl("create", "namespace", made.namespace)
     made.kubectl("apply", "-f", str(ROOT / "tests/kserve/inferenceservices.crd.yaml"))
-    made.kubectl("wait", "--for=condition=Established", "crd/inferenceservices.serving.kserve.io")
+    made.kubectl("apply", "-f", str(ROOT / "tests/dags/trainer.crd.yaml"))
+    for kind in ("inferenceservices.serving.kserve.io", "trainjobs.trainer.kubeflow.org"):
+        made.kubectl("wait", "--for=condition=Established", f"crd/{kind}")
     yield made
     made.kubectl("delete", "namespace", made.namespace, "--wait=false")
 
@@ -140,6 +143,7 @@ def installed(
         "specs": {"location": f"{store}/specs"},
         "runs": f"{store}/runs",
         "storage": {"endpoint": gateway.environment["AWS_ENDPOINT_URL"]},
+        "trainer": {"enabled": True},
         "kserve": {"releases": f"{store}/releases", "ingress": ingress},
         "steps": {
             "hostNetwork": True,
@@ -156,6 +160,20 @@ def installed(
     path.write_text(yaml.safe_dump(values))
     cluster.helm("upgrade", "--install", "slipstream", str(CHART), "--values", str(path))
     return cluster
+
+
+@pytest.fixture(scope="module")
+def uploaded(store: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The spec, with its data in the store."""
+    from examples.fashion import data
+
+    from slipstream import storage
+
+    folder, loaded = tmp_path_factory.mktemp("data"), data(limit=5000)
+    for name, split in (("train", loaded.train), ("test", loaded.test)):
+        np.savez(folder / f"{name}.npz", inputs=split.inputs, labels=split.labels)
+        storage.upload(folder / f"{name}.npz", f"{store}/data/{name}.npz")
+    return SPEC.replace("DATA", f"{store}/data")
 
 
 def can(cluster: Cluster, account: str) -> Callable[[str, str], bool]:
@@ -199,6 +217,7 @@ def test_a_forbidden_call_is_refused(installed: Cluster, tmp_path: Path) -> None
 def test_a_spec_goes_from_data_in_the_store_to_a_release(
     installed: Cluster,
     store: str,
+    uploaded: str,
     ingress: str,
     home: Path,
     dags: Callable[..., dict[str, Any]],
@@ -207,15 +226,10 @@ def test_a_spec_goes_from_data_in_the_store_to_a_release(
     gateway: Any,
 ) -> None:
     import httpx
-    from examples.fashion import data
 
     from slipstream import storage
 
-    loaded = data(limit=5000)
-    for name, split in (("train", loaded.train), ("test", loaded.test)):
-        np.savez(tmp_path / f"{name}.npz", inputs=split.inputs, labels=split.labels)
-        storage.upload(tmp_path / f"{name}.npz", f"{store}/data/{name}.npz")
-    storage.write_text(f"{store}/specs/cluster.yaml", SPEC.replace("DATA", f"{store}/data"))
+    storage.write_text(f"{store}/specs/cluster.yaml", uploaded)
     settings = yaml.safe_load(installed.kubectl("get", "configmap", "slipstream-settings", "-o", "yaml"))
     (home / "settings.yaml").write_text(settings["data"]["settings.yaml"])
     monkeypatch.setenv("SLIPSTREAM_SPECS", f"{store}/specs")
@@ -241,6 +255,42 @@ def test_a_spec_goes_from_data_in_the_store_to_a_release(
         installed.kubectl("get", "pods", "--selector=app.kubernetes.io/component=step", "-o", "yaml")
     )
     assert pods_left["items"] == [], "pods of steps that ended well are deleted"
+
+
+def test_two_pods_train_together_and_a_bad_one_says_why(
+    installed: Cluster, store: str, uploaded: str, home: Path, airflow_home: Path, tmp_path: Path
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+    from tests.dags.trainer_stand_in import TrainerStandIn
+
+    from runtimes.base import Job
+    from runtimes.training import TrainJob
+    from slipstream import storage
+    from slipstream.contract import StepInput, StepOutput
+    from slipstream.home import Home
+    from slipstream.settings import Settings
+
+    found = yaml.safe_load(installed.kubectl("get", "configmap", "slipstream-settings", "-o", "yaml"))
+    settings = Settings.model_validate(yaml.safe_load(found["data"]["settings.yaml"]))
+    text = uploaded.replace("cluster-resnet", "together") + "training: {workers: 2}\n"
+    client = kubernetes.config.new_client_from_config(str(installed.configuration_of("slipstream-airflow", tmp_path)))
+    trainer = TrainerStandIn(kubernetes.config.new_client_from_config(ADMIN), installed.namespace)
+
+    def train(name: str, spec_text: str) -> StepOutput:
+        uri = f"{store}/runs/{name}/r/spec.yaml"
+        storage.write_text(uri, spec_text)
+        job = Job("retrain", uri, StepInput(run_key=name), settings, Home.from_environment())
+        storage.write_text(job.given, job.inputs.model_dump_json())
+        TrainJob(client, job, {"ti": SimpleNamespace(dag_id="optimize-cluster")}).run()
+        return StepOutput.model_validate_json(storage.read_text(job.made))
+
+    try:
+        output = train("good", text)
+        assert output.artifact is not None and output.metrics["test_top1"] > 50
+        with pytest.raises(AirflowFailException, match="nowhere"):
+            train("bad", text.replace("training:train", "nowhere:train"))
+    finally:
+        trainer.close()
 
 
 def test_uninstalling_leaves_nothing_of_the_chart(installed: Cluster) -> None:
