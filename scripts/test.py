@@ -1,6 +1,6 @@
 """Runs the tests, each part in the environment that it needs: `scripts/test.py [PART ...]`.
 
-Three parts run at a time, since most of them wait more than they compute; what measures runs alone, at the end. Ends
+Two parts run at a time, since most of them wait more than they compute; what measures runs alone, at the end. Ends
 with one line that sums up all parts, and exits 1 when anything failed.
 """
 
@@ -84,7 +84,7 @@ def run(part: str, report: Path) -> bool:
 def run_all(reports: dict[str, Path]) -> list[str]:
     """Run the parts, those that may at the same time first; the failed ones."""
     together = [p for p in reports if p not in ALONE]
-    with ThreadPoolExecutor(max_workers=3) as pool:
+    with ThreadPoolExecutor(max_workers=2) as pool:
         passed = dict(zip(together, pool.map(lambda part: run(part, reports[part]), together), strict=True))
     passed |= {part: run(part, reports[part]) for part in reports if part in ALONE}
     return [part for part, fine in passed.items() if not fine]
