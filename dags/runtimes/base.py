@@ -15,9 +15,6 @@ from slipstream.settings import Settings
 from slipstream.spec import Resources, Spec
 from slipstream.steps import environment_of
 
-OUT_OF_MEMORY = 137
-"""Exit code of a process that was ended by SIGKILL (128 + 9), as the kernel ends one that exceeds its memory."""
-
 
 @dataclass(frozen=True)
 class Job:

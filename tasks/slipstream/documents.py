@@ -1,22 +1,21 @@
 """A step's IN document: read as a whole, or gathered from the OUT documents of earlier steps."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from slipstream import flow, storage
-from slipstream.contract import StepInput, StepOutput
+from slipstream.contract import Document, StepInput, StepOutput
 from slipstream.errors import InputError
 from slipstream.spec import Spec
+
+T = TypeVar("T", bound=Document)
 
 
 def read(uri: str) -> StepInput:
     """An IN document. Raises InputError when it is none, DataError when it is not there."""
-    text = storage.read_text(uri)
-    try:
-        return StepInput.model_validate_json(text)
-    except ValidationError as error:
-        raise InputError(f"{uri}: not an IN document: {error}") from error
+    return _read(uri, StepInput, "IN")
 
 
 def gather(step: str, spec: Spec, run_key: str, cell: str, outputs: Iterable[str]) -> StepInput:
@@ -25,13 +24,13 @@ def gather(step: str, spec: Spec, run_key: str, cell: str, outputs: Iterable[str
     Raises InputError when one is missing or none.
     """
     chosen = flow.cell_of(cell) if cell else None
-    found = [_output(uri) for uri in outputs]
+    found = [_read(uri, StepOutput, "OUT") for uri in outputs]
     return StepInput(run_key=run_key, cell=chosen, upstream=flow.upstream(step, spec, chosen, found))
 
 
-def _output(uri: str) -> StepOutput:
+def _read(uri: str, kind: type[T], name: str) -> T:
     text = storage.read_text(uri)
     try:
-        return StepOutput.model_validate_json(text)
+        return kind.model_validate_json(text)
     except ValidationError as error:
-        raise InputError(f"{uri}: not an OUT document: {error}") from error
+        raise InputError(f"{uri}: not an {name} document: {error}") from error
