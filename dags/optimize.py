@@ -8,14 +8,15 @@ from datetime import timedelta
 from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
-from airflow.sdk import DAG, Param, TaskGroup, get_parsing_context, task, task_group
+from airflow.sdk import DAG, Param, TaskGroup, chain, get_parsing_context, task, task_group
 from airflow.sdk.exceptions import AirflowFailException
 
 from operators import StepOperator, ask_only_if_wanted, settle
 from slipstream import catalog, flow
 from slipstream.errors import SpecError
 from slipstream.home import Home
-from slipstream.spec import Spec
+from slipstream.spec import TECHNIQUES, Spec
+from slipstream.steps import STEPS
 
 HOME = Home.from_environment()
 
@@ -58,7 +59,7 @@ def pipeline(spec: Spec) -> DAG:
             engines = StepOperator.partial(
                 task_id="build", trigger_rule="all_done", **HALF_THE_MACHINE, **NAMED
             ).expand(cell=cells.output)
-            cells >> candidate.expand(recipe=recipes.output) >> engines
+            cells >> candidates(spec, recipes.output) >> engines
 
         with TaskGroup("accuracy_validation", prefix_group_id=False) as accuracy_validation:
             validated = StepOperator.partial(
@@ -80,13 +81,17 @@ def pipeline(spec: Spec) -> DAG:
     return dag
 
 
-@task_group(prefix_group_id=False)
-def candidate(recipe: str) -> None:
-    """One recipe: the techniques that it names, in their order; the others are skipped."""
-    distill = StepOperator(task_id="distill", cell=recipe, **WHOLE_MACHINE, **NAMED)
-    prune = StepOperator(task_id="prune", cell=recipe, trigger_rule="none_failed", **WHOLE_MACHINE, **NAMED)
-    quantize = StepOperator(task_id="quantize", cell=recipe, trigger_rule="none_failed", **HALF_THE_MACHINE, **NAMED)
-    distill >> prune >> quantize
+def candidates(spec: Spec, recipes: Any) -> Any:
+    """Each recipe: the techniques that it names, in their order; those that only other recipes name are skipped."""
+    named = {t for techniques in spec.recipes.values() for t in techniques}
+    used = [t for t in TECHNIQUES if t in named] or ["quantize"]  # a group without a task would cut the graph
+
+    @task_group(prefix_group_id=False)
+    def candidate(recipe: str) -> None:
+        share = {t: WHOLE_MACHINE if STEPS[t].trains else HALF_THE_MACHINE for t in used}
+        chain(*(StepOperator(task_id=t, cell=recipe, trigger_rule="none_failed", **share[t], **NAMED) for t in used))
+
+    return candidate.expand(recipe=recipes)
 
 
 def approval(spec: Spec) -> ApprovalOperator:

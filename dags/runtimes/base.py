@@ -13,7 +13,6 @@ from slipstream.contract import StepInput
 from slipstream.home import Home
 from slipstream.settings import Settings
 from slipstream.spec import Resources, Spec
-from slipstream.steps import environment_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,11 @@ class Job:
     @property
     def environment(self) -> str:
         """The environment that the step needs."""
-        return environment_of(self.step, self.spec.model.framework)
+        return self.spec.environment_of(self.step, self._target)
+
+    @property
+    def _target(self) -> str | None:
+        return self.inputs.cell.target if self.inputs.cell else None
 
     @property
     def resources(self) -> Resources:
@@ -49,7 +52,7 @@ class Job:
     @property
     def image(self) -> str:
         """The step's image."""
-        return self.settings.image_of(self.step, self.spec)
+        return self.settings.image_of(self.step, self.spec, self._target)
 
     @property
     def given(self) -> str:

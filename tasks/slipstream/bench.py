@@ -22,7 +22,8 @@ from slipstream.engines.base import engine_for, load_engine
 from slipstream.errors import InputError, SlipstreamError
 from slipstream.evidence import EngineEvidence, Latency, Row, row_of
 from slipstream.flow import cell_of, cells
-from slipstream.frameworks.base import framework_for, load_eager
+from slipstream.frameworks import FRAMEWORKS
+from slipstream.frameworks.base import load_eager
 from slipstream.home import write_atomically
 from slipstream.measure import latency, stats
 from slipstream.measure.latency import Comparison, Plan
@@ -110,7 +111,7 @@ def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan 
         progress=lambda d, t, _: log.info("round %d/%d", d, t),
     )
     rows = tuple(row_of(key, found["validate", key]) for key in keys)
-    names = {*framework_for(spec.model.framework).distributions, "mlcommons-loadgen", "slipstream"}
+    names = {*FRAMEWORKS[spec.model.framework].distributions, "mlcommons-loadgen", "slipstream"}
     for target in spec.targets.values():
         names |= set(engine_for(target.engine).distributions)
     return Bench(spec, run_key, rows, comparison, eager, digests.versions(*sorted(names)))

@@ -119,10 +119,12 @@ def bench(
     from slipstream import spec as specs
     from slipstream.home import Home
     from slipstream.platform import addresses
-    from slipstream.steps import environment_of
 
     home = Home.from_environment()
-    python = home.python(environment_of("validate", specs.load(spec).model.framework))
+    chosen = specs.load(spec)
+    environments = {chosen.environment_of("validate", target) for target in chosen.targets}
+    special = environments - {chosen.environment_of("retrain", None)}  # an engine's own has the framework's too
+    python = home.python(min(special or environments))
     uri = os.environ.get("MLFLOW_TRACKING_URI") or addresses.load(home).mlflow
     command = [str(python), "-m", "slipstream.bench", str(spec), "--run", run, *(["--out", str(out)] if out else [])]
     if code := subprocess.run(command, env=os.environ | {"MLFLOW_TRACKING_URI": uri}, check=False).returncode:

@@ -17,7 +17,7 @@ from slipstream.spec import BASELINE, TECHNIQUES, Spec, parse
 from slipstream.steps import STEPS
 
 STAGES: dict[str, tuple[str, ...]] = {
-    "optimize": ("check", "retrain", "distill", "prune", "quantize", "build"),
+    "optimize": ("check", "retrain", *TECHNIQUES, "build"),
     "accuracy_validation": ("validate", "select"),
     "small_scale_test": ("trial",),
     "full_rollout": ("approval", "rollout"),

@@ -26,7 +26,7 @@ from slipstream.contract import Cell
 from slipstream.errors import InputError, SlipstreamError
 from slipstream.home import Home
 from slipstream.settings import Settings
-from slipstream.spec import Spec
+from slipstream.spec import TECHNIQUES, Spec
 
 RETRIES = 2
 JUDGES = ("check", "select", "trial", "rollout")
@@ -58,7 +58,7 @@ class Task(NamedTuple):
 def tasks(chosen: Spec, stage: str) -> Iterator[Task]:
     """All steps of a stage, in an order in which each comes after what it builds on."""
     for step in flow.STAGES[stage]:
-        if step in ("distill", "prune", "quantize"):
+        if step in TECHNIQUES:
             yield from (Task(step, Cell(recipe=r)) for r in chosen.recipes if step in chosen.techniques(r))
         elif step in ("build", "validate"):
             yield from (Task(step, flow.cell_of(key)) for key in flow.cells(chosen))
@@ -140,6 +140,7 @@ class Compiler:
         for name in documents:
             arguments += ["--upstream", {"inputPath": name}]
         arguments += ["--outputs", {"outputPath": "output"}]
+        target = task.cell.target if task.cell else None
         return components.load_component_from_text(
             yaml.safe_dump(
                 {
@@ -152,7 +153,7 @@ class Compiler:
                     "outputs": [{"name": "output", "type": "Artifact"}],
                     "implementation": {
                         "container": {
-                            "image": self.installation.image_of(task.step, self.chosen),
+                            "image": self.installation.image_of(task.step, self.chosen, target),
                             "command": ["slipstream"],
                             "args": arguments,
                         }

@@ -18,7 +18,6 @@ from slipstream.errors import SpecError
 from slipstream.home import Home
 from slipstream.spec import Resources, Spec
 from slipstream.spec.fields import Section
-from slipstream.steps import environment_of
 
 
 class Docker(Section):
@@ -116,9 +115,9 @@ class Settings(Section):
         default = self.image.format(environment="serve", version=versions("slipstream")["slipstream"])
         return self.resources_of_servers().image or default
 
-    def image_of(self, step: str, spec: Spec) -> str:
-        """Image of a step: the one that its resources name, or its environment's."""
-        environment = environment_of(step, spec.model.framework)
+    def image_of(self, step: str, spec: Spec, target: str | None = None) -> str:
+        """Image of a step: the one that its resources name, or its environment's. `target` is that of its cell."""
+        environment = spec.environment_of(step, target)
         default = self.image.format(environment=environment, version=versions("slipstream")["slipstream"])
         return self.resources_of(step, spec).image or default
 

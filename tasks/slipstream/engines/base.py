@@ -1,7 +1,7 @@
 """The engine seam: what a module under engines/ implements, and the manifest that travels with every engine.
 
 An engine folder holds `engine.json` (an `EngineManifest`) and the engine's own files. Adding an engine is one
-module with an object `ENGINE`, one line in `engines.ENGINES`, and a subclass of the contract tests.
+module with an object `ENGINE`, one entry in `engines.ENGINES`, and a subclass of the contract tests.
 """
 
 import importlib
@@ -58,7 +58,7 @@ class EngineManifest(Document):
     fingerprint: dict[str, str]
     candidate_sha256: str
     input_shape: tuple[int, ...]
-    """Shape of one sample, without the batch dimension."""
+    """Shape of one sample, without the batch dimension; -1 where it varies from batch to batch."""
     input_dtype: str
     output_shape: tuple[int, ...]
     files: dict[str, str]
@@ -69,7 +69,7 @@ class EngineManifest(Document):
 def engine_for(name: str) -> Engine:
     """The engine that a spec names. Raises EngineError when its libraries are not in this environment."""
     try:
-        module = importlib.import_module(ENGINES[name])
+        module = importlib.import_module(ENGINES[name].module)
     except ImportError as error:
         raise EngineError(f"engine {name}: {error}; this environment lacks its libraries") from error
     engine: Engine = module.ENGINE

@@ -18,7 +18,7 @@ from slipstream.contract import Document
 from slipstream.data import Data, Split
 from slipstream.digests import versions
 from slipstream.errors import ModelError
-from slipstream.frameworks import launched
+from slipstream.frameworks import FRAMEWORKS, launched
 from slipstream.spec import Call
 
 T = TypeVar("T")
@@ -29,15 +29,6 @@ WEIGHTS = "weights.safetensors"
 INPUT, OUTPUT = "input", "output"
 """Tensor names in every ONNX file and in the Open Inference Protocol."""
 
-FRAMEWORKS: dict[str, str] = {"torch": "slipstream.frameworks.torch"}
-"""Spec name → module."""
-
-DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
-    "torch": ("torch", "torch-pruning", "safetensors", "onnx", "onnxruntime", "numpy")
-}
-"""Spec name → PyPI distributions whose versions belong to the identity of what the framework makes. They stand here
-and not in the module, since a step that only finds its earlier result should not load the framework."""
-
 
 class CandidateManifest(Document):
     """What `candidate.json` says."""
@@ -46,9 +37,10 @@ class CandidateManifest(Document):
     architecture: Call | None
     """Builds the network that the weights fit into; None once only the ONNX form is left."""
     input_shape: tuple[int, ...]
-    """Shape of one sample, without the batch dimension."""
+    """Shape of one sample, without the batch dimension; -1 where it varies from batch to batch."""
     input_dtype: str
     output_shape: tuple[int, ...]
+    """Shape of one answer, without the batch dimension; -1 where it varies."""
     parameters: int
     """Number of weights."""
     quantized: bool = False
@@ -187,26 +179,27 @@ class Pruner(Protocol):
 class Framework(Protocol):
     """What differs between PyTorch, Keras and the others. A network is the framework's own object."""
 
-    distributions: tuple[str, ...]
-    """The framework's entry in DISTRIBUTIONS."""
-
     def load_eager(self, candidate: Path, threads: int | None = None) -> Eager:
         """The candidate, run by the framework itself in FP32: the baseline that people know."""
         ...
 
-    def build(self, architecture: Call, seed: int) -> Any:
-        """The untrained network. Raises ModelError when the function does not return one."""
+    def build(self, architecture: Call | None, seed: int) -> Any:
+        """The untrained network. Raises ModelError when the function does not return one, or there is none."""
         ...
 
     def load(self, candidate: Path) -> Any:
         """The trained network of a candidate folder. Raises ModelError when the weights do not fit."""
         ...
 
-    def load_weights(self, weights: Path, architecture: Call) -> Any:
-        """A network with weights from a safetensors file. Raises ModelError when they do not fit."""
+    def find_model(self, folder: Path) -> Path:
+        """The one trained model in a folder, such as a registered version's. Raises ModelError, with what to do."""
         ...
 
-    def save(self, network: Any, architecture: Call, samples: Split, folder: Path) -> "CandidateManifest":
+    def load_weights(self, weights: Path, architecture: Call | None) -> Any:
+        """The network of what `find_model` found. Raises ModelError when the weights do not fit the architecture."""
+        ...
+
+    def save(self, network: Any, architecture: Call | None, samples: Split, folder: Path) -> "CandidateManifest":
         """Write a candidate folder. `samples` are a few real ones on which its ONNX form must agree."""
         ...
 
@@ -241,7 +234,7 @@ class Framework(Protocol):
 def framework_for(name: str) -> Framework:
     """The framework that a spec names. Raises ModelError when its libraries are not in this environment."""
     try:
-        module = importlib.import_module(FRAMEWORKS[name])
+        module = importlib.import_module(FRAMEWORKS[name].module)
     except ImportError as error:
         raise ModelError(f"framework {name}: {error}; this environment lacks its libraries") from error
     framework: Framework = module.FRAMEWORK
@@ -250,7 +243,7 @@ def framework_for(name: str) -> Framework:
 
 def toolchain(name: str) -> dict[str, str]:
     """Installed versions of what decides a framework's results; loads none of it."""
-    return versions(*DISTRIBUTIONS[name])
+    return versions(*FRAMEWORKS[name].distributions)
 
 
 def group_of(name: str) -> Group:

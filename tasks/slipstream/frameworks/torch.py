@@ -20,7 +20,6 @@ from slipstream.data import Split, user_function
 from slipstream.errors import ModelError
 from slipstream.frameworks import torch_distributed, torch_pruner, torch_training
 from slipstream.frameworks.base import (
-    DISTRIBUTIONS,
     INPUT,
     MANIFEST,
     ONNX,
@@ -67,14 +66,13 @@ class TorchEager:
 class TorchFramework:
     """See frameworks.base.Framework."""
 
-    distributions = DISTRIBUTIONS["torch"]
-
     def load_eager(self, candidate: Path, threads: int | None = None) -> TorchEager:
         """The candidate in FP32. `threads` is set for the whole process: PyTorch knows no other way."""
         return TorchEager(self.load(candidate), threads)
 
-    def build(self, architecture: Call, seed: int) -> Any:
+    def build(self, architecture: Call | None, seed: int) -> Any:
         """The untrained network. Raises ModelError when the function does not return a torch.nn.Module."""
+        assert architecture is not None, "the spec refuses a torch model without an architecture"
         torch_training.seed_everything(seed)
         network = user_function(architecture)(**architecture.params)
         return _require_module(network, architecture)
@@ -89,13 +87,24 @@ class TorchFramework:
         load_state(network, candidate / WEIGHTS, manifest.architecture)
         return network.eval()
 
-    def load_weights(self, weights: Path, architecture: Call) -> Any:
+    def find_model(self, folder: Path) -> Path:
+        """The one file of weights in a folder. Raises ModelError: pickled models are never loaded."""
+        found = sorted(folder.rglob(WEIGHTS))
+        if len(found) == 1:
+            return found[0]
+        raise ModelError(
+            f"holds {len(found)} files {WEIGHTS} instead of one; pickled models are never loaded, so log the weights "
+            f"with safetensors.torch.save_file(model.state_dict(), '{WEIGHTS}') and that file as the model"
+        )
+
+    def load_weights(self, weights: Path, architecture: Call | None) -> Any:
         """A network with weights from a safetensors file. Raises ModelError when they do not fit."""
+        assert architecture is not None, "the spec refuses a torch model without an architecture"
         network = self.build(architecture, seed=0)
         load_state(network, weights, architecture)
         return network.eval()
 
-    def save(self, network: Any, architecture: Call, samples: Split, folder: Path) -> CandidateManifest:
+    def save(self, network: Any, architecture: Call | None, samples: Split, folder: Path) -> CandidateManifest:
         """Write a candidate folder. Raises ModelError for NaN weights, or when ONNX Runtime and PyTorch disagree."""
         return save(network, architecture, samples, folder)
 
@@ -146,7 +155,9 @@ class CandidatePruner(torch_pruner.ChannelPruner):
         return manifest
 
 
-def save(network: Any, architecture: Call, samples: Split, folder: Path, *, sparsity: float = 0.0) -> CandidateManifest:
+def save(
+    network: Any, architecture: Call | None, samples: Split, folder: Path, *, sparsity: float = 0.0
+) -> CandidateManifest:
     """Write weights, ONNX form and manifest into `folder`, which is made. Raises ModelError."""
     network = network.eval().to(memory_format=torch.contiguous_format)
     folder.mkdir(parents=True)

@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from slipstream.errors import SpecError
+from slipstream.frameworks import FRAMEWORKS
 from slipstream.spec.fields import PATTERNS, SCHEDULE, Call, Name, Section
 from slipstream.spec.sections import (
     FILES,
@@ -30,7 +31,7 @@ from slipstream.spec.sections import (
     Toleration,
     Training,
 )
-from slipstream.steps import STEPS
+from slipstream.steps import STEPS, environment_of
 
 __all__ = [
     "BASELINE", "PATTERNS", "TECHNIQUES", "Call", "Distill", "Guardrails", "Model", "Objective", "Prune", "Quantize",
@@ -38,8 +39,8 @@ __all__ = [
     "load", "parse",
 ]  # fmt: skip
 
-Technique = Literal["distill", "prune", "quantize"]
-TECHNIQUES: tuple[Technique, ...] = ("distill", "prune", "quantize")
+Technique = Literal["distill", "prune", "cluster", "simplify", "quantize"]
+TECHNIQUES: tuple[Technique, ...] = ("distill", "prune", "cluster", "simplify", "quantize")
 BASELINE = "baseline"
 """Name of the implicit recipe with no techniques: the reference for every gate."""
 
@@ -56,7 +57,7 @@ class Spec(Section):
     objective: Objective = Objective()
     """How good it must stay, how fast it must get."""
     recipes: dict[Name, tuple[Technique, ...]]
-    """Named lists of techniques, in the order distill, prune, quantize."""
+    """Named lists of techniques, in the order distill, prune, cluster, simplify, quantize."""
     distill: Distill | None = None
     """Settings of distillation."""
     prune: Prune = Prune()
@@ -94,12 +95,22 @@ class Spec(Section):
                     f"recipes.{name}: {list(techniques)} must name each technique once, in the order "
                     f"{', '.join(TECHNIQUES)}"
                 )
+            has = FRAMEWORKS[self.model.framework].techniques
+            if missing := [t for t in techniques if t not in has]:
+                raise ValueError(
+                    f"recipes.{name}: {', '.join(missing)} cannot be done for a model of framework "
+                    f"{self.model.framework}, which has {', '.join(has)}"
+                )
             if "distill" in techniques and self.distill is None:
                 raise ValueError(f"recipes.{name} distills, but there is no `distill:` section with a student")
         if unknown := sorted(set(self.resources) - {"default", *STEPS}):
             known = ", ".join(("default", *STEPS))
             raise ValueError(f"resources.{unknown[0]}: not a step; known: {known}")
         return self
+
+    def environment_of(self, step: str, target: str | None) -> str:
+        """The environment in which a step runs; `target` is that of its cell."""
+        return environment_of(step, self.model.framework, self.targets[target].engine if target else None)
 
     def techniques(self, recipe: str) -> tuple[Technique, ...]:
         """Techniques of a recipe; the baseline has none."""

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from slipstream.engines import ENGINES
+from slipstream.frameworks import FRAMEWORKS
 from slipstream.spec.fields import MEMORY, REGISTRY, FileUri, Percent, Section, UserFunction, percent
 
 
@@ -14,12 +15,26 @@ class Model(Section):
 
     registry: Annotated[str, Field(pattern=REGISTRY)]
     """Registered model and alias, such as `models:/fashion-resnet@source`. Moving the alias starts a run."""
-    framework: Literal["torch"] = "torch"
+    framework: str = "torch"
     """Framework of the trained model."""
-    architecture: UserFunction
-    """Builds the untrained network; weights are loaded into it, so that nothing is ever unpickled."""
+    architecture: UserFunction | None = None
+    """Builds the untrained network; weights are loaded into it, so that nothing is ever unpickled. Needed unless the
+    model's own file says what it computes, as ONNX does."""
+    file: FileUri | None = None
+    """A trained model's file, local path or s3:// URI, to start from: each run registers it, unless it is registered
+    already, and moves the alias to it."""
     train: UserFunction | None = None
     """Trains the model. Scheduled runs retrain with it; without it every run starts from the registry."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.framework not in FRAMEWORKS:
+            raise ValueError(f"unknown framework {self.framework!r}; known: {', '.join(sorted(FRAMEWORKS))}")
+        if self.framework == "torch" and self.architecture is None:
+            raise ValueError("architecture is missing: name the function that builds the network, as module:function")
+        if self.file is not None and self.train is not None:
+            raise ValueError("file and train cannot both be where the model comes from; leave one out")
+        return self
 
     @property
     def name(self) -> str:
@@ -114,8 +129,9 @@ class Prune(Section):
 class Quantize(Section):
     """Post-training quantization with calibration on samples of the training split."""
 
-    scheme: Literal["int8"] = "int8"
-    """Number format of weights and activations."""
+    scheme: Literal["int8", "int8-dynamic", "int8-weights", "int4-weights"] = "int8"
+    """Number format: `int8` for weights and activations, with ranges from calibration; `int8-dynamic` with ranges
+    found anew for each input; `int8-weights` and `int4-weights` for weights alone, which saves memory."""
     samples: Annotated[int, Field(ge=16, le=100_000)] = 300
     """Calibration samples, drawn from the training split only."""
     per_channel: bool = True
@@ -126,18 +142,28 @@ class Target(Section):
     """Where an engine runs."""
 
     engine: str
-    """Engine: `openvino` or `onnxruntime`."""
+    """Engine: `openvino`, `onnxruntime`, …; docs/engines.md has them all."""
     device: str = "CPU"
     """Device in the engine's own words."""
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
     """Threads that one inference may use."""
-    precision: Literal["f32", "bf16"] = "f32"
+    precision: Literal["f32", "f16", "bf16"] = "f32"
     """Precision of what is not quantized. Pinned, since OpenVINO otherwise picks BF16 by itself."""
+    batch: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=3, max_length=3)] = (1, 1, 16)
+    """Least, usual and greatest batch size: the optimisation profile of engines that have one."""
+    lengths: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = ()
+    """Length buckets of inputs of varying length: each batch is cut or padded to the least that holds it. None is the
+    length that the data has."""
+    options: dict[str, bool | int | float | str] = Field(default={})
+    """The engine's own options (docs/engines.md); an unknown one is refused before anything is trained."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.engine not in ENGINES:
             raise ValueError(f"unknown engine {self.engine!r}; known: {', '.join(sorted(ENGINES))}")
+        for name, values in (("batch", self.batch), ("lengths", self.lengths)):
+            if list(values) != sorted(values):
+                raise ValueError(f"{name} must grow, but is {list(values)}")
         return self
 
 

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from slipstream.engines import ENGINES
+from slipstream.frameworks import FRAMEWORKS
+
 FRAMEWORK = "framework"
-"""Placeholder for the environment of the spec's framework."""
+"""Placeholder for the environment of the spec's framework, or of an engine that has its own."""
 
 TRAINING = {"OMP_WAIT_POLICY": "PASSIVE"}
 """OpenMP's threads otherwise spin while they wait for one another: with a neighbour on one of two cores an epoch of
@@ -35,6 +38,8 @@ STEPS: dict[str, StepInfo] = {
     "retrain": StepInfo(FRAMEWORK, ("frameworks", "candidates.py", "data.py"), variables=TRAINING),
     "distill": StepInfo(FRAMEWORK, ("frameworks", "candidates.py", "data.py"), variables=TRAINING),
     "prune": StepInfo(FRAMEWORK, ("frameworks", "candidates.py", "data.py"), variables=TRAINING),
+    "cluster": StepInfo(FRAMEWORK, ("frameworks", "candidates.py", "data.py"), variables=TRAINING),
+    "simplify": StepInfo(FRAMEWORK, ("frameworks",)),
     "quantize": StepInfo(FRAMEWORK, ("frameworks", "data.py")),
     "build": StepInfo(FRAMEWORK, ("engines",)),
     "validate": StepInfo(FRAMEWORK, ("engines", "measure", "data.py")),
@@ -46,7 +51,10 @@ STEPS: dict[str, StepInfo] = {
 }
 
 
-def environment_of(step: str, framework: str) -> str:
-    """The environment in which a step runs, for a spec of this framework."""
+def environment_of(step: str, framework: str, engine: str | None = None) -> str:
+    """The environment in which a step runs, for a spec of this framework and, in a cell with a target, its engine."""
     environment = STEPS[step].environment
-    return framework if environment == FRAMEWORK else environment
+    if environment != FRAMEWORK:
+        return environment
+    own = ENGINES[engine].environment if engine is not None else None
+    return own or FRAMEWORKS[framework].environment

@@ -100,7 +100,8 @@ def _networks_and_data(spec: Spec, context: Context) -> Iterator[SlipstreamError
     except Exception as error:
         yield DataError(f"data: the loader failed: {type(error).__name__}: {error}")
         return
-    yield from _network(framework, "model.architecture", spec.model.architecture, loaded, spec.seed)
+    if spec.model.architecture is not None:
+        yield from _network(framework, "model.architecture", spec.model.architecture, loaded, spec.seed)
     if spec.distill is not None:
         yield from _network(framework, "distill.student", spec.distill.student, loaded, spec.seed)
 

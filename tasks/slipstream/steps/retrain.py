@@ -18,7 +18,7 @@ from slipstream.contract import Artifact, StepInput, StepOutput
 from slipstream.data import user_code_digest
 from slipstream.digests import folder as folder_digest
 from slipstream.errors import ModelError
-from slipstream.frameworks.base import MANIFEST, WEIGHTS, Framework, framework_for, read_manifest, toolchain
+from slipstream.frameworks.base import MANIFEST, Framework, framework_for, read_manifest, toolchain
 from slipstream.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Registry, translated
 from slipstream.spec import Model, Spec
 from slipstream.steps.base import Context, workers
@@ -116,11 +116,11 @@ def _load(context: Context, framework: Framework, version: str) -> Any:
     shutil.rmtree(target, ignore_errors=True)
     with translated(f"downloading {name} version {version}"):
         folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(target)))
-    return framework.load_weights(_weights(folder, found), context.spec.model.architecture)
+    return framework.load_weights(_weights(framework, folder, found), context.spec.model.architecture)
 
 
-def _weights(folder: Path, found: ModelVersion) -> Path:
-    """The weights file of a downloaded version. Raises ModelError when there is none, or not the registered one."""
+def _weights(framework: Framework, folder: Path, found: ModelVersion) -> Path:
+    """The trained model of a downloaded version. Raises ModelError when there is none, or not the registered one."""
     where = f"{found.name} version {found.version}"
     candidate, expected = folder / "data" / "candidate", found.tags.get(SHA256)
     if (candidate / MANIFEST).is_file():
@@ -131,13 +131,10 @@ def _weights(folder: Path, found: ModelVersion) -> Path:
                 f"{where}: is a pruned candidate, but a baseline is a whole network; set the alias to the version "
                 "that it was made from"
             )
-    weights = sorted(folder.rglob(WEIGHTS))
-    if len(weights) == 1:
-        return weights[0]
-    raise ModelError(
-        f"{where}: holds {len(weights)} files {WEIGHTS} instead of one; pickled models are never loaded, so log the "
-        f"weights with safetensors.torch.save_file(model.state_dict(), '{WEIGHTS}') and that file as the model"
-    )
+    try:
+        return framework.find_model(folder)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
 
 
 def register_checkpoint(client: MlflowClient, model: Model, artifact: Artifact, run_key: str) -> str:

@@ -23,7 +23,8 @@ from slipstream.data import Data, Split
 from slipstream.engines.base import Runner, engine_for, load_engine
 from slipstream.errors import DataError, ModelError
 from slipstream.evidence import EngineEvidence, Interval, Latency
-from slipstream.frameworks.base import framework_for, load_eager
+from slipstream.frameworks import FRAMEWORKS
+from slipstream.frameworks.base import load_eager, toolchain
 from slipstream.measure import accuracy, gates, latency, stats
 from slipstream.measure.accuracy import Runs
 from slipstream.measure.latency import Comparison, Plan
@@ -44,13 +45,13 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
     """Objective, target, seed, machine and versions; what is preferred among passing engines does not matter here."""
     assert inputs.cell is not None and inputs.cell.target is not None
     target = spec.targets[inputs.cell.target]
-    toolchain = {*framework_for(spec.model.framework).distributions, *engine_for(target.engine).distributions}
+    distributions = {*FRAMEWORKS[spec.model.framework].distributions, *engine_for(target.engine).distributions}
     return {
         "objective": spec.objective.model_dump(mode="json", exclude={"prefer"}),
         "target": target.model_dump(mode="json"),
         "seed": spec.seed,
         "hardware": hardware.describe(),
-        "versions": digests.versions(*sorted(toolchain | {"mlcommons-loadgen"})),
+        "versions": digests.versions(*sorted(distributions | {"mlcommons-loadgen"})),
     }
 
 
@@ -118,7 +119,7 @@ def _baseline_scores(context: Context, progress: _Progress) -> npt.NDArray[np.fl
     """The same for every cell of a run, and so computed by the first one only."""
     test, metric, output = context.data.test, context.spec.objective.metric, _baseline(context)
     assert output.artifact is not None
-    versions = digests.versions(*framework_for(context.spec.model.framework).distributions)
+    versions = toolchain(context.spec.model.framework)
     key = digest([output.artifact.sha256, test.digest, metric, versions, digests.source("measure/accuracy.py")])
     path = context.home.cache / "scores" / f"{key}.npy"
     if path.is_file():
