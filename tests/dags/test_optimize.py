@@ -80,7 +80,7 @@ def test_the_stages_are_the_task_groups(dags: Dags, publish: Callable[..., Path]
     groups = {k: set(v.children) for k, v in dag.task_group.get_task_group_dict().items() if k}
     assert groups == {
         "optimize": {"retrain", "candidate", "build"},
-        "candidate": {"distill", "prune", "quantize"},
+        "candidate": {"prune", "quantize"},
         "accuracy_validation": {"validate", "select"},
         "small_scale_test": {"trial"},
         "full_rollout": {"approval", "rollout"},
@@ -119,8 +119,6 @@ def test_a_run_goes_through_all_stages_with_readable_names(
     assert tasks == {
         "check": "success",
         "retrain": "success",
-        "distill int8": "skipped",
-        "distill pruned": "skipped",
         "prune int8": "skipped",
         "prune pruned": "success",
         "quantize int8": "success",
