@@ -1,7 +1,7 @@
 """Runs the tests, each part in the environment that it needs: `scripts/test.py [PART ...]`.
 
-Two parts run at a time, since most of them wait more than they compute; what measures runs alone, at the end. Ends
-with one line that sums up all parts, and exits 1 when anything failed.
+Three parts run at a time, since most of them wait more than they compute; what measures comes first, and the others
+give way to it. Ends with one line that sums up all parts, and exits 1 when anything failed.
 """
 
 import os
@@ -40,8 +40,11 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Part → its environment and its test files; a folder stands for the test files right in it. A file that one part
 names is left out of another part's folder. The longest come first."""
-ALONE = ("e2e",)
-"""Parts that measure, and so have the machine for themselves."""
+MEASURES = ("e2e",)
+"""Parts that measure, and so go before the others on a processor that they share."""
+GIVES_WAY = 10
+"""What the others add to their niceness. The scheduler then leaves them a tenth of a contested core."""
+AT_A_TIME = 3
 NAMED = ("images", "docker", "k8s")
 """Tiers that run only when they are named: they need minutes, and more than a checkout and its environments."""
 
@@ -74,6 +77,8 @@ def run(part: str, report: Path) -> bool:
     # Without bytecode every process that a test starts compiles Airflow, MLflow or torch anew: 4 s of a core each.
     settings = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     command += map(str, files)
+    if part not in MEASURES:
+        command = ["nice", "-n", str(GIVES_WAY), *command]
     done = subprocess.run(
         command, cwd=ROOT, env=settings, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -82,11 +87,10 @@ def run(part: str, report: Path) -> bool:
 
 
 def run_all(reports: dict[str, Path]) -> list[str]:
-    """Run the parts, those that may at the same time first; the failed ones."""
-    together = [p for p in reports if p not in ALONE]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        passed = dict(zip(together, pool.map(lambda part: run(part, reports[part]), together), strict=True))
-    passed |= {part: run(part, reports[part]) for part in reports if part in ALONE}
+    """Run the parts, those that measure first; the failed ones."""
+    order = sorted(reports, key=lambda part: part not in MEASURES)
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        passed = dict(zip(order, pool.map(lambda part: run(part, reports[part]), order), strict=True))
     return [part for part, fine in passed.items() if not fine]
 
 
