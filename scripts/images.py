@@ -1,4 +1,4 @@
-"""Builds the container images with Docker or Podman: `scripts/images.py [--cuda] [ENVIRONMENT ...]`.
+"""Builds the container images with Docker or Podman: `scripts/images.py [--cuda] [--rtx] [ENVIRONMENT ...]`.
 
 Names them slipstream-ENVIRONMENT:VERSION, or VERSION-cuda with PyTorch's CUDA build. Variables: BASE names another base
 image, CONTAINER_TOOL one of docker and podman, SOURCE the address of the code for the label. This machine's pip
@@ -22,9 +22,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-IMAGES = ("airflow", "torch", "serve")
-"""Environments that have an image: containers/NAME/{Dockerfile,constraints.txt} and the extra NAME of pyproject.toml.
-tensorflow and tensorrt go here with their steps (containers/README.md)."""
+IMAGES = ("airflow", "torch", "tensorflow", "tensorrt", "serve")
+"""Environments that have an image: containers/NAME/{Dockerfile,constraints.txt} and the extra NAME of pyproject.toml."""
+NAMED = ("tensorrt",)
+"""Images that are built only when they are named: they need gigabytes from NVIDIA's index, and a GPU to be of use."""
 PIP = {"PIP_INDEX_URL": "index-url", "PIP_EXTRA_INDEX_URL": "extra-index-url", "PIP_FIND_LINKS": "find-links"}
 """Build argument, which is also pip's variable → pip's setting."""
 
@@ -89,11 +90,14 @@ def served(place: str, root: Path, address: str, *, index: bool) -> str:
 
 
 def pip_settings() -> dict[str, str]:
-    """What pip is told on this machine, by its variables or its files, as build arguments."""
+    """What pip is told on this machine, by its variables or its files, as build arguments.
+
+    A variable that is empty counts: without PIP_EXTRA_INDEX_URL nobody waits for an index that is out of reach.
+    """
     found = {}
     for variable, key in PIP.items():
-        value = os.environ.get(variable) or output_of(sys.executable, "-m", "pip", "config", "get", f"global.{key}")
-        if value:
+        value = os.environ.get(variable, output_of(sys.executable, "-m", "pip", "config", "get", f"global.{key}"))
+        if value or variable in os.environ:
             found[variable] = value
     return found
 
@@ -119,7 +123,10 @@ def main() -> None:
     """Build the named images, or all."""
     parser = argparse.ArgumentParser(description="Build the container images.")
     parser.add_argument("--cuda", action="store_true", help="PyTorch's CUDA build; tags end in -cuda")
-    parser.add_argument("names", nargs="*", metavar="ENVIRONMENT", help=f"one of {', '.join(IMAGES)}; default: all")
+    parser.add_argument("--rtx", action="store_true", help="in the image tensorrt, TensorRT for RTX, from PyPI")
+    every = [name for name in IMAGES if name not in NAMED]
+    told = f"one of {', '.join(IMAGES)}; default: {', '.join(every)}"
+    parser.add_argument("names", nargs="*", metavar="ENVIRONMENT", help=told)
     given = parser.parse_args()
     if unknown := set(given.names) - set(IMAGES):
         parser.error(f"no image {', '.join(sorted(unknown))}; known: {', '.join(IMAGES)}")
@@ -127,12 +134,13 @@ def main() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     arguments = {"VERSION": version, "REVISION": revision()}
     arguments |= {key: os.environ[key] for key in ("BASE", "SOURCE") if os.environ.get(key)}
+    arguments |= {"EXTRAS": "tensorrt-server tensorrt-rtx"} if given.rtx else {}
     settings = pip_settings()
     if given.cuda:  # wheels and indexes that a machine adds are there for the CPU build
         settings = {"PIP_EXTRA_INDEX_URL": ""} | {k: v for k, v in settings.items() if k == "PIP_INDEX_URL"}
     lines = []
     with reachable(settings) as seen:
-        for name in given.names or IMAGES:
+        for name in given.names or every:
             tag = f"slipstream-{name}:{version}{'-cuda' if given.cuda else ''}"
             took = build(name, tag, arguments | seen, container_tool)
             lines.append(f"{tag:<32} {megabytes(tag, container_tool):>6.0f} MB {took:>6.0f} s")

@@ -8,8 +8,11 @@ must be there. KServe's controller is played by tests/kserve/kserve_stand_in.py,
 import os
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +41,7 @@ recipes: {int8: [quantize]}
 quantize: {samples: 64}
 targets: {server: {engine: openvino, threads: 1}}
 small_scale_test: {shadow: 500, share: 20%, requests: 300, rate_per_s: 60}
-rollout: {steps: [50, 100], requests: 100, rate_per_s: 60}
+rollout: {steps: [50, 100], requests: 300, rate_per_s: 60}
 guardrails: {max_p99_ms: 5000, max_p99_ratio: 10, max_disagreement: 40, max_accuracy_drop: 30}
 """
 TRAINING = """\
@@ -240,7 +243,9 @@ def test_a_spec_goes_from_data_in_the_store_to_a_release(
     monkeypatch.setattr(pods, "CONFIGURATION", configuration)
 
     dag = dags()["optimize-cluster"]
-    finished = dag.test()
+    with upgraded_while(installed, "rollout") as seen:
+        finished = dag.test()
+    assert len(seen) == 3 and len(set(seen.values())) == 1, "upgrade and rollback leave a running rollout alone"
     states = {f"{ti.task_id} {ti.map_index}": str(ti.state) for ti in finished.get_task_instances()}
     assert str(finished.state) == "success", states
 
@@ -255,6 +260,35 @@ def test_a_spec_goes_from_data_in_the_store_to_a_release(
         installed.kubectl("get", "pods", "--selector=app.kubernetes.io/component=step", "-o", "yaml")
     )
     assert pods_left["items"] == [], "pods of steps that ended well are deleted"
+
+
+@contextmanager
+def upgraded_while(cluster: Cluster, step: str) -> Iterator[dict[str, str]]:
+    """Upgrades the chart and rolls it back while the pod of a step runs; yields which pod ran before and after each."""
+    seen: dict[str, str] = {}
+    ended = threading.Event()
+
+    def running() -> str:
+        found = yaml.safe_load(cluster.kubectl("get", "pods", f"--selector=slipstream/step={step}", "-o", "yaml"))
+        return "".join(p["metadata"]["uid"] for p in found["items"] if p["status"].get("phase") == "Running")
+
+    def work() -> None:
+        while not (uid := running()):
+            if ended.wait(0.5):
+                return
+        seen["before"] = uid
+        cluster.helm("upgrade", "slipstream", str(CHART), "--reuse-values", "--set", "steps.environment.ANOTHER=one")
+        seen["upgraded"] = running()
+        cluster.helm("rollback", "slipstream", "1")
+        seen["rolled back"] = running()
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        try:
+            yield seen
+        finally:
+            ended.set()
+            done.result()
 
 
 def test_two_pods_train_together_and_a_bad_one_says_why(
