@@ -26,7 +26,7 @@ test: lint ## Lint, types and all tests; `make test-torch` runs one part of the 
 	@.venv/bin/python scripts/test.py
 
 test-docker: setup ## Tier: build the container images, test them, and run steps in containers (minutes)
-	@.venv/bin/python scripts/test.py images docker
+	@.venv/bin/python scripts/test.py images docker kfp
 
 test-k8s: setup ## Tier: chart, steps and traffic in the cluster that KUBECONFIG names (minutes)
 	@.venv/bin/python scripts/test.py k8s

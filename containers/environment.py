@@ -1,11 +1,12 @@
 """Makes an image's virtual environment: run by the Dockerfiles while they build, not part of the images.
 
-`python environment.py requirements EXTRA` prints what pip installs for an environment, so that this layer does not
+`python environment.py requirements EXTRA...` prints what pip installs for an environment, so that this layer does not
 depend on slipstream's own code; `python environment.py finish` drops from the environment it runs in what only its
 makers need, and compiles the rest.
 """
 
 import compileall
+import re
 import shutil
 import sys
 import sysconfig
@@ -22,6 +23,7 @@ DROPPED = (
     "onnx/backend/test/data",
     "openvino/include",
     "pyarrow/include",
+    "tensorflow/include",
     "torch/include",
     "torch/share/cmake",
     "torch/test",
@@ -34,10 +36,18 @@ KEPT_PROGRAM = "torch_shm_manager"
 its test programs and protoc."""
 
 
-def requirements(extra: str) -> list[str]:
-    """What pyproject.toml asks for: the core's dependencies and those of an extra."""
+def requirements(*extras: str) -> list[str]:
+    """What pyproject.toml asks for: the core's dependencies and those of extras, also of the extras that they name."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [*project["dependencies"], *project["optional-dependencies"][extra]]
+    found = list(project["dependencies"])
+    wanted = list(extras)
+    while wanted:
+        for requirement in project["optional-dependencies"][wanted.pop(0)]:
+            if (own := re.fullmatch(r"slipstream\[([\w,-]+)\]", requirement)) is not None:
+                wanted += own[1].split(",")
+            else:
+                found.append(requirement)
+    return list(dict.fromkeys(found))
 
 
 def unneeded(packages: Path) -> list[Path]:
@@ -81,6 +91,6 @@ def compile_all(folder: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "requirements":
-        print("\n".join(requirements(sys.argv[2])))
+        print("\n".join(requirements(*sys.argv[2:])))
     else:
         finish()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ("airflow", "torch", "tensorflow", "tensorrt", "serve")
-"""Environments that have an image: containers/NAME/{Dockerfile,constraints.txt} and the extra NAME of pyproject.toml."""
+"""Environments with an image: containers/NAME/{Dockerfile,constraints.txt} and the extra NAME of pyproject.toml."""
 NAMED = ("tensorrt",)
 """Images that are built only when they are named: they need gigabytes from NVIDIA's index, and a GPU to be of use."""
 PIP = {"PIP_INDEX_URL": "index-url", "PIP_EXTRA_INDEX_URL": "extra-index-url", "PIP_FIND_LINKS": "find-links"}

@@ -17,7 +17,27 @@ ROOT = Path(__file__).parent.parent
 
 STAGES = tuple(f"tests/steps/test_{step}.py" for step in ("select", "trial", "rollout", "rollback", "report"))
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
-    "torch": (".envs/torch", ("tests/frameworks", "tests/engines", "tests/measure", "tests/steps")),
+    "torch": (
+        ".envs/torch",
+        (
+            *(
+                "tests/frameworks",
+                "tests/agreement",
+                "tests/engines",
+                "tests/measure",
+                "tests/measure/metrics",
+                "tests/quantization",
+                "tests/steps",
+            ),
+            "tests/init/test_written.py",
+            "tests/examples",
+            "tests/test_tokens.py",
+        ),
+    ),
+    "tensorflow": (
+        ".envs/tensorflow",
+        ("tests/frameworks/test_keras.py", "tests/steps/test_cluster.py", "tests/engines/test_litert.py"),
+    ),
     "stages": (".envs/serve", ("tests/kserve", "tests/test_registry.py", *STAGES)),
     "serve": (".envs/serve", ("tests/serving", "tests/traffic", "tests/report")),
     "core": (
@@ -26,6 +46,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
             "tests",
             "tests/containers/test_dockerfiles.py",
             "tests/helm",
+            "tests/init",
             "tests/platform",
             "tests/storage",
             "tests/watch",
@@ -36,6 +57,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "e2e": (".venv", ("tests/e2e",)),
     "images": (".venv", ("tests/containers/test_images.py",)),
     "docker": (".envs/airflow", ("tests/dags/test_docker.py",)),
+    "kfp": (".envs/kubeflow", ("tests/kubeflow/test_local_runner.py",)),
     "k8s": (".envs/airflow", ("tests/dags/test_cluster.py",)),
 }
 """Part → its environment and its test files; a folder stands for the test files right in it. A file that one part
@@ -45,7 +67,7 @@ MEASURES = ("e2e",)
 GIVES_WAY = 10
 """What the others add to their niceness. The scheduler then leaves them a tenth of a contested core."""
 AT_A_TIME = 3
-NAMED = ("images", "docker", "k8s")
+NAMED = ("images", "docker", "kfp", "k8s")
 """Tiers that run only when they are named: they need minutes, and more than a checkout and its environments."""
 
 

@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs an NVIDIA GPU where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    from slipstream import gpu
+    from slipstream.errors import EngineError
+
+    try:
+        gpu.find(0)
+    except EngineError as error:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=str(error)))
+
+
 def free_port() -> int:
     """A port that nothing listens on now."""
     with socket.socket() as probe:

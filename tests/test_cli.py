@@ -30,7 +30,7 @@ def slipstream(*arguments: str, home: Path | None = None) -> subprocess.Complete
 def test_help_names_every_command_and_the_exit_codes() -> None:
     done = slipstream("--help")
     assert done.returncode == 0
-    for command in ("validate", "schema", "step", "report", "up", "down", "status", "logs"):
+    for command in ("init", "validate", "schema", "step", "report", "up", "down", "status", "logs"):
         assert f" {command} " in done.stdout
     assert "Exit codes: 0 done, 1 failed" in " ".join(done.stdout.split())
 

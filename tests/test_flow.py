@@ -46,6 +46,14 @@ def test_cells_are_every_recipe_on_every_target_and_the_baseline() -> None:
     assert flow.cell_of("int8") == Cell(recipe="int8")
 
 
+def test_a_target_that_takes_no_quantized_model_has_no_cell_for_one() -> None:
+    targets = {**SPEC.targets, "torch": spec.Target(engine="torch")}
+    cells = flow.cells(SPEC.model_copy(update={"targets": targets}))
+    assert [c for c in cells if c.endswith("@torch")] == [
+        f"{r}@torch" for r in ("baseline", *SPEC.recipes) if "quantize" not in SPEC.techniques(r)
+    ]
+
+
 @pytest.mark.parametrize(
     ("step", "cell", "expected"),
     [

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slipstream import spec as specs
 from slipstream.engines import ENGINES
 from slipstream.errors import SpecError
+from slipstream.flow import with_choices
 from slipstream.frameworks import FRAMEWORKS
 from slipstream.spec import fields
 
@@ -74,7 +75,9 @@ call = function | st.fixed_dictionaries(
     {"function": function, "params": st.dictionaries(st.text("abc", min_size=1), value)}
 )
 limit = st.floats(1, 9)
-target = st.fixed_dictionaries({"engine": st.sampled_from(sorted(ENGINES)), "threads": st.integers(1, 64)})
+builds = [name for name, engine in ENGINES.items() if not engine.frameworks or "torch" in engine.frameworks]
+engines = [name for name in builds if ENGINES[name].server is not None]  # a spec needs one that can be released
+target = st.fixed_dictionaries({"engine": st.sampled_from(sorted(engines)), "threads": st.integers(1, 64)})
 document = st.fixed_dictionaries(
     {
         "name": names,
@@ -122,3 +125,13 @@ def test_the_schema_describes_every_field_and_allows_the_short_forms() -> None:
     assert {"type": "string", "pattern": fields.FUNCTION_NAME} in architecture
     share = schema["$defs"]["SmallScaleTest"]["properties"]["share"]
     assert {option["type"] for option in share["anyOf"]} == {"number", "string"}
+
+
+def test_a_recipe_has_its_own_scheme_and_is_built_where_that_runs() -> None:
+    spec = specs.load(ROOT / "tests/specs/good-schemes.yaml")
+    assert [spec.quantize.of(recipe).scheme for recipe in spec.recipes] == ["int8", "int8-dynamic", "int8"]
+    assert spec.quantize.of("dynamic").schemes == {}
+    assert [spec.runs("dynamic", target) for target in ("server", "portable")] == [False, True]
+    assert spec.runs("int8", "server") and spec.runs("slim", "server")
+    fewer = with_choices(spec, recipes=["int8"])
+    assert (list(fewer.recipes), fewer.quantize.schemes) == (["int8"], {})

@@ -35,7 +35,8 @@ class Subprocess:
         program = job.home.envs / job.environment / "bin" / "slipstream"
         if not program.exists():
             raise AirflowFailException(
-                f"step {job.step} needs the environment {job.environment}, but {program} does not exist"
+                f"step {job.step} needs the environment {job.environment}, but {program} does not exist; "
+                "`make setup` makes the environments, and `scripts/setup tensorrt` that of the engine tensorrt"
             )
         code, lines = self._stream([str(program), *job.arguments], _environment(job))
         raise_for(job, code, lines)

@@ -3,27 +3,66 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.contract import Artifact
+from slipstream.contract import Artifact, StepOutput
 from slipstream.data import Split
-from slipstream.frameworks.base import Framework, read_manifest
+from slipstream.errors import ModelError
+from slipstream.frameworks import FRAMEWORKS
+from slipstream.frameworks.base import (
+    MANIFEST,
+    ONNX,
+    Constrained,
+    Constraining,
+    Framework,
+    Schedule,
+    SoftTargets,
+    read_manifest,
+    trainer_for,
+)
+from slipstream.measure.metrics.base import metric_for, value
 from slipstream.signature import signature
+from slipstream.spec import Cluster, Prune, Quantize, Spec
 from slipstream.steps.base import Context
 from slipstream.tracking import fetch
 
 _log = logging.getLogger(__name__)
 
 
-def fresh_folder(context: Context) -> Path:
+def fresh_folder(context: Context, name: str = "candidate") -> Path:
     """The folder for a candidate, without what a killed attempt may have left there."""
-    folder = context.workdir / "candidate"
+    folder = context.workdir / name
     shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def source_of(context: Context) -> StepOutput:
+    """The output that a technique works on: of the recipe's technique before it, or of retrain."""
+    techniques: Sequence[str] = context.spec.techniques(context.cell.recipe)
+    before = techniques[: techniques.index(context.step)]
+    return context.upstream(before[-1] if before else "retrain")
+
+
+def write_onnx(context: Context, source: Path, model: Any, **changes: Any) -> Path:
+    """A candidate folder with another ONNX form of the candidate in `source`; `changes` are of its manifest.
+
+    The framework can no longer load it, so its files stay behind, but for what engines convert from.
+    """
+    folder, manifest = fresh_folder(context), read_manifest(source)
+    folder.mkdir(parents=True)
+    (folder / ONNX).write_bytes(model.SerializeToString())
+    for name in FRAMEWORKS[manifest.framework].keeps:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+        elif (source / name).is_file():
+            shutil.copy(source / name, folder / name)
+    changed = manifest.model_copy(update={"architecture": None, **changes})
+    (folder / MANIFEST).write_text(changed.model_dump_json(indent=2))
     return folder
 
 
@@ -40,13 +79,38 @@ def log(context: Context, folder: Path, name: str, parents: Iterable[str | None]
     )
 
 
-def quality(answers: npt.NDArray[Any], split: Split) -> dict[str, float]:
-    """`test_top1` in percent, for people: no gate uses it, since they judge built engines."""
-    return {"test_top1": float(np.mean(answers.argmax(1) == split.labels) * 100)}
+def quality(spec: Spec, answers: npt.NDArray[Any], split: Split) -> dict[str, float]:
+    """The spec's metric of answers (N, …) in percent, such as `test_top1`: for people. Gates judge built engines.
+
+    Raises ModelError for answers that are none.
+    """
+    metric = metric_for(spec.objective.metric)
+    metric.check(answers, split.labels, "the network", ModelError)
+    return {f"test_{metric.name}": 100 * value(metric, metric.evaluate(answers, split.labels))}
+
+
+def train_constrained(
+    context: Context,
+    candidate: Path,
+    section: Prune | Cluster | Quantize,
+    schedule: Schedule,
+    soft: SoftTargets | None = None,
+) -> tuple[Constrained, dict[str, float]]:
+    """A candidate's network, trained as the section says and finished, with its figures and quality.
+
+    The checkpoint is named after the step.
+    """
+    framework = cast(Constraining, trainer_for(context.spec.model.framework))  # the spec refuses those that are not
+    made = framework.constrain(candidate, section, context.job, schedule)
+    framework.fit(made.network, context.job, schedule, context.step, soft)
+    figures, test = made.finish(), context.data.test
+    figures |= quality(context.spec, framework.logits(made.network, test.inputs), test)
+    _log.info("%s: %s", context.step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    return made, figures
 
 
 def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> npt.NDArray[np.float32]:
-    """(N, classes) logits of a candidate for the training split, from the cache or computed once.
+    """(N, …) answers of a candidate for the training split, from the cache or computed once.
 
     They belong to the images as they are, so whoever learns from them trains without augmentation.
     In a group process 0 computes them, and all read its file.

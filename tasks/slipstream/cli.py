@@ -37,6 +37,29 @@ def validate(spec: SpecFile) -> None:
 
 
 @app.command()
+def init(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="models:/NAME@ALIAS or /VERSION, an ONNX file, a SavedModel's folder, a .keras or .h5 file, or "
+            "module:function that builds the network."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Write the spec here, and a data function beside it.")],
+    data: Annotated[str | None, typer.Option(help="Your data function, as module:function.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="The function that builds a registered PyTorch model, as module:function.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
+) -> None:
+    """Look at a model and at this machine, and write a spec to start from; says what it could not know."""
+    from slipstream.home import Home
+    from slipstream.init import command
+
+    command.init(Home.from_environment(), model, out, data=data, architecture=architecture, force=force)
+
+
+@app.command()
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference in docs/ instead.")] = False,
     settings: Annotated[bool, typer.Option("--settings", help="Of the installation's settings instead.")] = False,

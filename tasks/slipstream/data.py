@@ -22,11 +22,12 @@ from slipstream.spec import Call, Spec
 class Split:
     """Samples with labels.
 
-    `inputs` is (N, …) in the dtype and layout that the model takes at batch N; `labels` is (N,) int64.
+    `inputs` is (N, …) in the dtype and layout that the model takes at batch N; `labels` is (N, …), numbers in the form
+    that the metric takes: (N,) int64 classes, (N, M, 5) float32 boxes, (N, H, W) int64 maps (measure/metrics).
     """
 
     inputs: npt.NDArray[Any]
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -57,10 +58,15 @@ class Data:
     train: Split
     test: Split
     classes: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    """What makes inputs of text: the JSON of a Hugging Face `tokenizers` file, which travels with the release."""
 
     def digests(self) -> dict[str, str]:
-        """Digest of each split."""
-        return {"train": self.train.digest, "test": self.test.digest}
+        """Digest of each split, and of the tokenizer where there is one."""
+        found = {"train": self.train.digest, "test": self.test.digest}
+        if self.tokenizer is not None:
+            found["tokenizer"] = hashlib.sha256(self.tokenizer.encode()).hexdigest()
+        return found
 
     def calibration(self, samples: int, seed: int) -> npt.NDArray[np.intp]:
         """Indices into `train` of a calibration set, stratified by chance alone, that shares no sample with `test`.
@@ -111,15 +117,27 @@ def load(spec: Spec) -> Data:
         if not isinstance(data, Data):
             raise DataError(f"data: {spec.data.function} returned {type(data).__name__}, not slipstream.data.Data")
     else:
-        data = Data(train=_read(spec.data.train), test=_read(spec.data.test))
+        tokenizer = None if spec.data.tokenizer is None else _read_text(spec.data.tokenizer)
+        data = Data(train=_read(spec.data.train), test=_read(spec.data.test), tokenizer=tokenizer)
     for name, split in (("train", data.train), ("test", data.test)):
         _check(name, split)
     return data
 
 
-def _read(uri: str) -> Split:
+def _path(uri: str) -> Path:
     # A path in a spec is relative to the user's code, which is what the step's current folder need not be.
-    path = storage.fetch(uri if storage.is_remote(uri) else str(Home.from_environment().code / uri))
+    return storage.fetch(uri if storage.is_remote(uri) else str(Home.from_environment().code / uri))
+
+
+def _read_text(uri: str) -> str:
+    try:
+        return _path(uri).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{uri}: cannot be read: {error}") from error
+
+
+def _read(uri: str) -> Split:
+    path = _path(uri)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Split(arrays["inputs"], arrays["labels"])
@@ -132,9 +150,8 @@ def _check(name: str, split: Split) -> None:
         raise DataError(f"data: split {name} is empty")
     if len(split.inputs) != len(split.labels):
         raise DataError(f"data: split {name} has {len(split.inputs)} inputs but {len(split.labels)} labels")
-    if split.labels.dtype != np.int64 or split.labels.ndim != 1:
-        raise DataError(
-            f"data: labels of split {name} must be (N,) int64, not {split.labels.shape} {split.labels.dtype}"
-        )
-    if np.issubdtype(split.inputs.dtype, np.floating) and not np.isfinite(split.inputs).all():
-        raise DataError(f"data: inputs of split {name} hold NaN or infinity")
+    if not any(np.issubdtype(split.labels.dtype, kind) for kind in (np.integer, np.floating)):
+        raise DataError(f"data: labels of split {name} must be numbers, not {split.labels.dtype}")
+    for what, array in (("inputs", split.inputs), ("labels", split.labels)):
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise DataError(f"data: {what} of split {name} hold NaN or infinity")

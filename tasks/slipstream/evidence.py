@@ -79,7 +79,7 @@ class Row(Document):
 
     cell: str
     evidence: EngineEvidence | None
-    """None when the cell produced none: it failed, or is missing."""
+    """None when the cell produced none: it failed, is missing, or its engine cannot be loaded where it was judged."""
     verdicts: tuple[Verdict, ...]
     status: str
     """`reference`, `passed`, `rejected`, `inconclusive` or `missing`."""
@@ -100,4 +100,5 @@ def row_of(cell: str, output: StepOutput | None) -> Row:
         status = "reference"
     else:
         status = {"pass": "passed", "fail": "rejected", "inconclusive": "inconclusive"}[combine(output.verdicts)]
-    return Row(cell=cell, evidence=evidence_of(output), verdicts=output.verdicts, status=status)
+    evidence = evidence_of(output) if "evidence" in output.details else None
+    return Row(cell=cell, evidence=evidence, verdicts=output.verdicts, status=status)

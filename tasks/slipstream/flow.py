@@ -64,13 +64,15 @@ def with_choices(spec: Spec, *, max_drop: float | None = None, recipes: Sequence
     if recipes is not None:
         if unknown := sorted(set(recipes) - set(spec.recipes)):
             raise InputError(f"recipes {', '.join(unknown)}: not in spec {spec.name}; known: {', '.join(spec.recipes)}")
-        document["recipes"] = {name: t for name, t in document["recipes"].items() if name in recipes}
+        for chosen in (document["recipes"], document["quantize"]["schemes"]):
+            for name in set(chosen) - set(recipes):
+                del chosen[name]
     return parse(yaml.safe_dump(document, sort_keys=False), f"run of {spec.name}")
 
 
 def cells(spec: Spec) -> list[str]:
-    """Keys of all cells that a run must judge: every recipe on every target, the baseline first."""
-    return [Cell(recipe=r, target=t).key for t in spec.targets for r in (BASELINE, *spec.recipes)]
+    """Keys of all cells that a run must judge: every recipe on every target that takes it, the baseline first."""
+    return [Cell(recipe=r, target=t).key for t in spec.targets for r in (BASELINE, *spec.recipes) if spec.runs(r, t)]
 
 
 def cell_of(key: str) -> Cell:

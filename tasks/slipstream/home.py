@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-ENVIRONMENTS = ("airflow", "torch", "serve", "kubeflow")
+ENVIRONMENTS = ("airflow", "torch", "tensorflow", "tensorrt", "serve", "kubeflow")
 """Environments beside the core; each has a folder under containers/ and a virtual environment under .envs/."""
 
 

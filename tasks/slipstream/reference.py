@@ -35,8 +35,8 @@ One YAML file for each installation says where steps run, in which images and wi
 What a spec says under `resources:` goes before what stands here. Unknown keys are refused.
 [runtimes.md](runtimes.md) tells how the runtimes differ.
 """
-ORDER = ("Model", "DataFiles", "Objective", "Distill", "Prune", "Quantize", "Target", "SmallScaleTest", "Rollout",
-         "Guardrails", "Training", "Resources", "Toleration", "Call")  # fmt: skip
+ORDER = ("Model", "DataFiles", "Objective", "Distill", "Prune", "Cluster", "Quantize", "Target", "SmallScaleTest",
+         "Rollout", "Guardrails", "Training", "Resources", "Toleration", "Call")  # fmt: skip
 TOP = "Top level"
 TITLES = {"DataFiles": "Data files", "SmallScaleTest": "Small-scale test", "Call": "User function"}
 

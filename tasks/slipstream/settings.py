@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from slipstream.digests import versions
+from slipstream.engines import SERVE
 from slipstream.errors import SpecError
 from slipstream.home import Home
 from slipstream.spec import Resources, Spec
@@ -110,9 +111,9 @@ class Settings(Section):
         """Resources of a model server on Kubernetes."""
         return self.resources.get("serving", Resources()).over(self.resources.get("default", Resources()))
 
-    def image_of_servers(self) -> str:
-        """Image of a model server on Kubernetes."""
-        default = self.image.format(environment="serve", version=versions("slipstream")["slipstream"])
+    def image_of_servers(self, environment: str = SERVE) -> str:
+        """Image of a model server on Kubernetes; `environment` is that of the engine's servers."""
+        default = self.image.format(environment=environment, version=versions("slipstream")["slipstream"])
         return self.resources_of_servers().image or default
 
     def image_of(self, step: str, spec: Spec, target: str | None = None) -> str:

@@ -92,14 +92,23 @@ class StepRun:
         """Log one file."""
         self.client.log_artifact(self.run_id, str(path), folder)
 
+    def table(self, path: Path) -> None:
+        """Log a JSON file with `columns` and `data` (rows) so that MLflow shows it as a table.
+
+        `MlflowClient.log_table` would append to the table that a killed attempt left.
+        """
+        self.artifact(path)
+        self.tags({"mlflow.loggedArtifacts": json.dumps([{"path": path.name, "type": "table"}])})
+
     def dataset(self, data: Data, name: str, sources: Mapping[str, str]) -> None:
         """Link the splits to this run, by digest; `sources` says where each split came from."""
+        found = data.digests()
         inputs = [
             DatasetInput(
-                Dataset(f"{name}-{split}", digest[:36], "code", json.dumps({"source": sources[split]})),
+                Dataset(f"{name}-{split}", found[split][:36], "code", json.dumps({"source": source})),
                 [InputTag("mlflow.data.context", split)],
             )
-            for split, digest in data.digests().items()
+            for split, source in sources.items()
         ]
         self.client.log_inputs(self.run_id, datasets=inputs)
 
@@ -185,6 +194,10 @@ class Tracking:
     def search(self, tags: Mapping[str, str]) -> list[Run]:
         """Runs of this spec that carry all these tags, newest first."""
         return self._search({SPEC: self.spec.name, **tags})
+
+    def search_all(self, tags: Mapping[str, str]) -> list[Run]:
+        """Runs of all specs for the same model that carry all these tags, newest first."""
+        return self._search(tags)
 
     def _search(self, tags: Mapping[str, str]) -> list[Run]:
         condition = " and ".join(f"tags.`{k}` = '{v}'" for k, v in tags.items())

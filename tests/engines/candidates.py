@@ -53,9 +53,10 @@ def network(seed: int = 0) -> onnx.ModelProto:
 
 def quantized(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same network with Q/DQ nodes, as steps/quantize.py makes them."""
-    from slipstream.steps.quantize import quantize_onnx
+    from slipstream.quantization import Request, static
+    from slipstream.spec import Quantize
 
-    return quantize_onnx(model, samples(32, seed=2), per_channel=True, on_sample=lambda done: None)
+    return static.quantize(model, Request(Quantize(), samples(32, seed=2), on_sample=lambda done: None))
 
 
 def write(folder: Path, model: onnx.ModelProto, *, is_quantized: bool = False) -> Path:

@@ -140,8 +140,13 @@ class EngineContract:
         with pytest.raises(DataError, match="N×1×16×16 float32"):
             load_engine(engine).run(batch)
 
-    def test_a_model_that_is_none_is_refused(self, fp32: Path, target: Target, tmp_path: Path) -> None:
-        broken = write(tmp_path / "broken", network())
-        (broken / ONNX).write_bytes(b"not a model")
+    @pytest.fixture
+    def broken(self, tmp_path: Path) -> Path:
+        """A candidate whose model cannot be read."""
+        folder = write(tmp_path / "broken", network())
+        (folder / ONNX).write_bytes(b"not a model")
+        return folder
+
+    def test_a_model_that_is_none_is_refused(self, broken: Path, target: Target, tmp_path: Path) -> None:
         with pytest.raises(EngineError, match="cannot"):
             build_engine(broken, target, tmp_path / "engine")

@@ -27,3 +27,10 @@ def test_int8_is_fused_into_integer_operators(int8, target, tmp_path):  # noqa: 
 def test_bf16_is_refused():
     with pytest.raises(EngineError, match=r"bf16.*openvino"):
         ENGINE.check(Target(engine="onnxruntime", precision="bf16"))
+
+
+def test_it_has_no_options_and_no_half_precision():
+    with pytest.raises(EngineError, match=r"options\.streams: no such option.*\nonnxruntime has no options"):
+        ENGINE.check(Target(engine="onnxruntime", options={"streams": 2}))
+    with pytest.raises(EngineError, match=r"f16.*openvino"):
+        ENGINE.check(Target(engine="onnxruntime", precision="f16"))

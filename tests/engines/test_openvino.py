@@ -55,3 +55,57 @@ def test_bf16_is_near_fp32_but_not_equal(fp32, target, tmp_path):  # noqa: F811
         answers.append(load_engine(tmp_path / precision).run(x))
     difference = abs(answers[0] - answers[1]).max()
     assert 0 < difference < 0.05 * abs(answers[0]).max()
+
+
+@pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "HETERO:CPU", "MULTI:CPU"])
+def test_joined_devices_answer_as_the_device_itself(fp32, target, tmp_path, device):  # noqa: F811
+    joined = target.model_copy(update={"device": device})
+    manifest = build_engine(fp32, joined, tmp_path / "joined")
+    build_engine(fp32, target, tmp_path / "alone")
+    assert manifest.fingerprint["device"] == device
+    assert manifest.fingerprint["execution_devices"] == "CPU"
+    assert manifest.fingerprint["device_name"] == ENGINE.fingerprint(target)["device_name"]
+    for size in (1, 5):
+        joined_answers, alone = (load_engine(tmp_path / name).run(samples(size)) for name in ("joined", "alone"))
+        assert joined_answers.tobytes() == alone.tobytes()
+
+
+def test_every_joined_device_that_is_not_here_is_named():
+    with pytest.raises(EngineError, match=r"no device 'GPU\.7', 'NPU' on this machine; it has .*CPU"):
+        ENGINE.check(Target(engine="openvino", device="HETERO:GPU.7,NPU,CPU"))
+    with pytest.raises(EngineError, match="leaves no device"):
+        ENGINE.check(Target(engine="openvino", device="AUTO:-CPU,-GPU,-NPU"))
+
+
+def test_a_precision_that_the_device_would_silently_change_is_refused():
+    if "FP16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU computes in FP16")
+    for device in ("CPU", "AUTO:CPU"):
+        with pytest.raises(EngineError, match=r"CPU does not compute in f16.*f32"):
+            ENGINE.check(Target(engine="openvino", device=device, precision="f16"))
+
+
+def test_options_reach_the_compiled_model(fp32, target, tmp_path):  # noqa: F811
+    found = {}
+    for name, options in {"default": {}, "own": {"hint": "throughput", "num_streams": 2}}.items():
+        build_engine(fp32, target.model_copy(update={"options": options, "threads": 2}), tmp_path / name)
+        compiled = load_engine(tmp_path / name).compiled
+        found[name] = [str(compiled.get_property(k)).rpartition(".")[2] for k in ("PERFORMANCE_HINT", "NUM_STREAMS")]
+    assert found == {"default": ["LATENCY", "1"], "own": ["THROUGHPUT", "2"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"streams": 2}, "options.streams: no such option"),
+        ({"num_streams": 0}, "options.num_streams: must be greater than or equal to 1, not 0"),
+        ({"num_streams": True}, "options.num_streams: must be a valid integer, not True"),
+        ({"hint": "speed"}, "options.hint: must be 'latency' or 'throughput', not 'speed'"),
+    ],
+)
+def test_wrong_options_are_refused_with_all_that_there_are(options, said):
+    with pytest.raises(EngineError) as refused:
+        ENGINE.check(Target(engine="openvino", options=options))
+    first, last = str(refused.value).splitlines()
+    assert first.startswith(f"openvino: {said}")
+    assert last.startswith("openvino has `hint`: ") and "`num_streams`: " in last

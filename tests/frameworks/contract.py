@@ -1,4 +1,5 @@
-"""What every framework must do. A new one subclasses `FrameworkContract` and supplies `framework` and `call`."""
+"""What every framework that trains must do. A new one subclasses `FrameworkContract` and supplies `framework` and
+`call`; one that removes channels subclasses `ChannelPruningContract`."""
 
 import threading
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import pytest
 
 from slipstream.data import Data, Split
 from slipstream.errors import ModelError
-from slipstream.frameworks.base import INPUT, ONNX, OUTPUT, WEIGHTS, Framework, Job, Schedule, read_manifest
+from slipstream.frameworks.base import INPUT, ONNX, OUTPUT, WEIGHTS, Job, Schedule, Trainer, read_manifest
 from slipstream.spec import Call
 
 
@@ -39,16 +40,27 @@ def squares(samples: int, seed: int) -> Split:
     return Split(images, labels.astype(np.int64))
 
 
+def channels_last(split: Split) -> Split:
+    """The same images as 8×8×1."""
+    return Split(np.ascontiguousarray(split.inputs.transpose(0, 2, 3, 1)), split.labels)
+
+
 class FrameworkContract:
     """Tests against the seam in frameworks/base.py."""
 
-    framework: Framework
+    framework: Trainer
     call: Call
     """An architecture for 1×8×8 images in four classes."""
+    weights = WEIGHTS
+    """The file of a candidate that the network is loaded from."""
+    channels_last = False
+    """Whether the architecture takes them as 8×8×1."""
 
     @pytest.fixture
     def job(self, tmp_path: Path) -> Job:
-        return Job(Data(squares(400, 1), squares(100, 2)), seed=5, folder=tmp_path, progress=Recorder())
+        splits = [squares(400, 1), squares(100, 2)]
+        train, test = map(channels_last, splits) if self.channels_last else splits
+        return Job(Data(train, test), seed=5, folder=tmp_path, progress=Recorder())
 
     @pytest.fixture
     def candidate(self, job: Job, tmp_path: Path) -> Path:
@@ -107,7 +119,7 @@ class FrameworkContract:
     def test_candidate_loads_back_to_the_same_answers_in_all_forms(self, candidate: Path, job: Job) -> None:
         inputs = job.data.test.inputs
         loaded = self.framework.logits(self.framework.load(candidate), inputs)
-        weights = self.framework.logits(self.framework.load_weights(candidate / WEIGHTS, self.call), inputs)
+        weights = self.framework.logits(self.framework.load_weights(candidate / self.weights, self.call), inputs)
         np.testing.assert_array_equal(loaded, weights)
         eager = self.framework.load_eager(candidate, threads=1)
         for size in (1, 3, len(inputs)):
@@ -119,7 +131,8 @@ class FrameworkContract:
 
     def test_manifest_tells_shapes_without_the_batch(self, candidate: Path) -> None:
         manifest = read_manifest(candidate)
-        assert (manifest.input_shape, manifest.output_shape, manifest.input_dtype) == ((1, 8, 8), (4,), "float32")
+        shape = (8, 8, 1) if self.channels_last else (1, 8, 8)
+        assert (manifest.input_shape, manifest.output_shape, manifest.input_dtype) == (shape, (4,), "float32")
         assert manifest.sparsity == 0 and not manifest.quantized
 
     def test_eager_does_not_depend_on_the_thread_that_calls_it(self, candidate: Path, job: Job) -> None:
@@ -131,9 +144,13 @@ class FrameworkContract:
         np.testing.assert_array_equal(answers[0], eager.run(inputs))
 
     def test_damaged_weights_are_refused(self, candidate: Path) -> None:
-        (candidate / WEIGHTS).write_bytes(b"not safetensors")
+        (candidate / self.weights).write_bytes(b"not weights")
         with pytest.raises(ModelError, match="cannot be read"):
             self.framework.load(candidate)
+
+
+class ChannelPruningContract(FrameworkContract):
+    """For frameworks with a Pruner."""
 
     def test_pruning_keeps_classes_and_multiples_and_loads_back(
         self, candidate: Path, job: Job, tmp_path: Path

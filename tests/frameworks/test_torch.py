@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.frameworks.contract import FrameworkContract, Recorder, squares
+from tests.frameworks.contract import ChannelPruningContract, Recorder, squares
 
 from slipstream.errors import DataError, ModelError
 from slipstream.frameworks import torch_training
@@ -22,7 +22,7 @@ def call(name: str) -> Call:
     return Call(function=f"tests.frameworks.networks:{name}")
 
 
-class TestTorch(FrameworkContract):
+class TestTorch(ChannelPruningContract):
     framework = FRAMEWORK
     call = call("squares")
 

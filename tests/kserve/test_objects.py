@@ -52,6 +52,15 @@ def test_names_are_dns_safe_and_distinct(model: str, safe: str) -> None:
     assert objects.object_name("Net_2") != objects.object_name("net-2")
 
 
+def test_an_engine_with_servers_of_its_own_is_served_from_their_image() -> None:
+    found = objects.predictor(V1, "s3://b/v1", "sha-v1", settings(), "tensorrt")
+    assert found["containers"][0]["image"] == "registry.test/slipstream-tensorrt:1"
+    chosen = objects.predictor(
+        V1, "s3://b/v1", "sha-v1", settings(resources={"serving": {"image": "mine:2"}}), "tensorrt"
+    )
+    assert chosen["containers"][0]["image"] == "mine:2"
+
+
 def test_the_predictor_is_confined_and_says_what_it_is() -> None:
     found = predictor(
         V1,

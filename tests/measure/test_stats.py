@@ -82,6 +82,45 @@ def test_bca_agrees_with_scipy() -> None:
     assert np.mean([b.high for b in ours]) == pytest.approx(theirs.high, abs=0.0015)
 
 
+@pytest.mark.parametrize("n", [80, 500])
+def test_the_set_bootstrap_of_a_mean_is_that_of_means(n: int) -> None:
+    """Averaged over seeds, as above; of 500 samples the jackknife leaves out groups."""
+    values = np.random.default_rng(n).exponential(size=n) / 10 - 0.05
+
+    def mean(counts: np.ndarray) -> np.ndarray:
+        result: np.ndarray = counts @ values / n
+        return result
+
+    ours = [stats.paired_bootstrap(mean, n, 0.975, np.random.default_rng(seed)) for seed in range(10)]
+    plain = [stats.bca_mean(values, 0.975, np.random.default_rng(seed)) for seed in range(10)]
+    for side in ("low", "high"):
+        got, expected = (np.mean([getattr(b, side) for b in found]) for found in (ours, plain))
+        assert got == pytest.approx(expected, abs=0.1 * (plain[0].high - plain[0].low))  # it is expanded
+    assert ours[0].estimate == pytest.approx(values.mean())
+
+
+def test_bounds_are_read_further_out_where_few_samples_matter() -> None:
+    z = scipy_stats.norm.ppf(CONFIDENCE)
+    even, few = np.ones(2000), np.r_[np.zeros(995), np.ones(5)]
+    assert stats._expanded(CONFIDENCE, even) == pytest.approx(z, abs=0.002)
+    assert stats._expanded(CONFIDENCE, few) == pytest.approx(math.sqrt(5 / 4) * scipy_stats.t.ppf(CONFIDENCE, 4))
+    assert stats._expanded(CONFIDENCE, np.r_[np.zeros(999), 1]) == stats._expanded(CONFIDENCE, few[-2:])
+
+
+def test_a_jackknife_leaves_out_every_sample_once() -> None:
+    for n in (30, 200, 999):
+        counts = np.concatenate(list(stats._jackknife_counts(n, rng())))
+        assert len(counts) == min(n, stats.JACKKNIFE)
+        assert ((counts == 0).sum(axis=0) == 1).all()
+        left_out = (counts == 0).sum(axis=1)
+        assert left_out.max() - left_out.min() <= 1
+
+
+def test_resample_counts_add_up() -> None:
+    counts = stats._resample_counts(50, 33, rng())
+    assert counts.shape == (50, 33) and (counts.sum(axis=1) == 33).all() and counts.max() > 2
+
+
 def test_resampled_percentiles_have_the_distribution_of_drawn_resamples() -> None:
     values = np.sort(np.random.default_rng(2).exponential(size=700))
     quick = stats._resampled_percentiles(values, 0.99, rng())
@@ -123,6 +162,9 @@ def test_one_round_that_hit_only_one_subject_hardly_matters() -> None:
         stats.paired_drop([1.0, math.nan], [1.0, 0.0], CONFIDENCE, rng()),
         stats.paired_drop([1.0, 0.0], [1.0], CONFIDENCE, rng()),
         stats.paired_drop([0.5] * 10, [0.4] * 10, CONFIDENCE, rng()),
+        stats.paired_bootstrap(lambda counts: counts[:, 0] * 0, 29, CONFIDENCE, rng()),
+        stats.paired_bootstrap(lambda counts: counts[:, 0] * math.nan, 100, CONFIDENCE, rng()),
+        stats.paired_bootstrap(lambda counts: np.where(counts[:, 0] > 3, math.nan, 0.1), 100, CONFIDENCE, rng()),
         stats.wilson(0, 0, CONFIDENCE),
         stats.wilson(5, 3, CONFIDENCE),
         stats.ratio_of_rounds([1.0] * 4, [1.0] * 4, CONFIDENCE),
@@ -140,6 +182,12 @@ def test_unusable_data_give_unknown_bounds(bounds: stats.Bounds) -> None:
 def test_few_values_give_no_upper_bound_of_a_p99() -> None:
     assert stats.percentile_bounds(np.arange(298.0), 0.99, CONFIDENCE).high == math.inf
     assert stats.percentile_bounds(np.arange(299.0), 0.99, CONFIDENCE).high == 298.0
+
+
+def test_resamples_that_all_agree_leave_as_much_doubt_as_equal_pairs() -> None:
+    plain = stats.bca_mean(np.zeros(300), CONFIDENCE, rng())
+    assert stats.paired_bootstrap(lambda counts: counts[:, 0] * 0, 300, CONFIDENCE, rng()) == plain
+    assert plain.high > 0.005
 
 
 def test_equal_scores_still_leave_doubt_in_proportion_to_the_sample() -> None:
@@ -251,3 +299,33 @@ def test_a_graded_drop_at_the_margin_passes_about_at_the_nominal_rate() -> None:
         stats.paired_drop(a, b, CONFIDENCE, generator).high < 0.2 for a, b in zip(baseline, engine, strict=True)
     )
     assert not exceeds(misses, trials, 0.06), misses / trials
+
+
+def ratio_difference(rows: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """rows (N, 4): numerators and denominators of two ratios of sums, as those of an IoU."""
+
+    def difference(counts: np.ndarray) -> np.ndarray:
+        sums = counts @ rows
+        result: np.ndarray = sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]
+        return result
+
+    return difference
+
+
+@pytest.mark.parametrize("n", [60, 400])
+def test_a_drop_of_a_ratio_of_sums_at_the_margin_passes_about_at_the_nominal_rate(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes are skewed and one model loses up to half of what the other finds: true ratios 0.8 and 0.7."""
+    monkeypatch.setattr(stats, "SET_RESAMPLES", 500)
+    trials, generator, misses = 250, rng(), {"high": 0, "low": 0}
+    for _ in range(trials):
+        size = generator.lognormal(3, 0.7, n)
+        first = size * generator.beta(8, 2, n)
+        rows = np.stack([first, size, first * generator.choice([1.0, 0.5], n, p=[0.75, 0.25]), size], axis=1)
+        bounds = stats.paired_bootstrap(ratio_difference(rows), n, CONFIDENCE, generator)
+        misses["high"] += bounds.high < 0.1
+        misses["low"] += bounds.low > 0.1
+    for side, missed in misses.items():
+        assert not exceeds(missed, trials, 0.06), (side, missed / trials)
+        assert missed > 0, f"the {side} bound is so wide that nothing ever passes"

@@ -11,7 +11,7 @@ from tests.report import made_up, sample
 
 from slipstream.contract import Verdict
 from slipstream.report import page, theme
-from slipstream.report.document import Report
+from slipstream.report.document import LayerTable, Report
 
 VOID = {"meta", "path", "circle", "br", "link", "use"}
 
@@ -146,3 +146,14 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,2600", f"--screenshot={shot}"]
     subprocess.run([*command, f"file://{tmp_path}/index.html"], check=True, capture_output=True, timeout=120)
     assert shot.stat().st_size > 100_000  # a blank page of this size has 10 kB
+
+
+def test_layers_are_shown_for_engines_that_tell_them_and_long_tables_are_cut() -> None:
+    plain = check(page.render(released(), {}))
+    assert "Layers" not in plain
+    table = LayerTable(
+        cell="int8@gpu", columns=("layer", "precision", "onnx"), rows=(("k<0>", "INT8", "conv1, relu1"),), total=900
+    )
+    text = check(page.render(released().model_copy(update={"layers": (table,)}), {}))
+    for told in ("int8@gpu", "k<0>", "conv1, relu1", "1 of 900 layers"):
+        assert told in text

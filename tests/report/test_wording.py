@@ -18,6 +18,11 @@ def test_points_are_signed_and_zero_is_not(value: float, text: str) -> None:
     assert wording.points(value) == text
 
 
+def test_metrics_are_named_for_people() -> None:
+    names = ("top1", "f1", "map", "miou", "mine.scores:within")
+    assert [wording.metric(name) for name in names] == ["top1", "macro F1", "mAP", "mIoU", "within"]
+
+
 def test_intervals() -> None:
     assert wording.drop(Interval(estimate=0.12, low=-0.05, high=0.31)) == "+0.12 [−0.05, +0.31]"
     assert wording.speedup(Interval(estimate=8.021, low=7.81, high=8.25)) == "8.02× [7.81, 8.25]"

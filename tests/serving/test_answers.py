@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 
-from slipstream.serving.answers import AnswerLog
+from slipstream.serving.answers import AnswerLog, read_output
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path):
@@ -13,6 +13,18 @@ def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path):
     assert (line["id"], line["release"], line["latency_ms"]) == ("id-1", "m--v1", 1.2346)
     assert line["output"] == [[0.123457, -2.0]]
     log.close()
+
+
+def test_long_answers_are_written_short_and_read_back_as_they_were(tmp_path):
+    outputs = [np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((1, 5, 32, 32), (1, 10))]
+    log = AnswerLog(tmp_path / "answers.jsonl", "m--v1")
+    for output in outputs:
+        log.write("id", 1, output)
+    log.close()
+    long, short = (json.loads(line)["output"] for line in (tmp_path / "answers.jsonl").read_text().splitlines())
+    np.testing.assert_array_equal(read_output(long), outputs[0])
+    np.testing.assert_allclose(read_output(short), outputs[1], atol=1e-6)
+    assert isinstance(short, list) and len(json.dumps(long)) < 6 * outputs[0].size
 
 
 def test_a_restarted_server_appends(tmp_path):

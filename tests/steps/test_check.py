@@ -1,6 +1,7 @@
 """check: every problem at once, before anything is trained."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,8 +64,8 @@ def test_a_missing_version_is_a_model_error() -> None:
     ("body", "said"),
     [
         ("nn.Sequential(nn.Flatten(), nn.Linear(100, 10))", "does not take a batch of the data"),
-        ("nn.Sequential(nn.Flatten(), nn.Linear(784, 3))", "3 classes, but the labels go up to 9"),
-        ("nn.Conv2d(1, 10, 3)", r"must answer \(N, classes\)"),
+        ("nn.Sequential(nn.Flatten(), nn.Linear(784, 3))", "3 outputs, but labels run from 0 to 9"),
+        ("nn.Conv2d(1, 10, 3)", r"outputs have shape .*, not \(200, classes\)"),
         ("'a string'", "returned str, not a torch.nn.Module"),
     ],
 )
@@ -78,6 +79,74 @@ def test_a_network_that_does_not_fit_the_data_is_found(
     written["model"]["architecture"] = f"{module}:network"
     with pytest.raises(ModelError, match=f"^model.architecture: .*{said}"):
         step("check", spec_of(written))
+
+
+DETECTION = """
+import numpy as np
+from slipstream.data import Data, Split
+
+def data(kinds=3):
+    labels = np.full((40, 2, 5), -1, np.float32)
+    labels[:, 0] = (kinds - 1, 1, 1, 5, 6)
+    split = Split(np.zeros((40, 1, 8, 8), np.float32), labels)
+    return Data(split, Split(split.inputs + 1, labels), classes=("a", "b", "c"))
+
+def network(columns=7):
+    from torch import nn
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5 * columns), nn.Sigmoid(), nn.Unflatten(1, (5, columns)))
+
+def loss(outputs, labels):
+    return outputs.mean()
+
+def score(outputs, labels):
+    return outputs.mean(axis=(1, 2))
+
+def wrong(outputs, labels):
+    return outputs
+"""
+
+
+def detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **objective: str) -> dict[str, Any]:
+    (tmp_path / "detection_case.py").write_text(DETECTION)
+    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    written = document("detection") | {"recipes": {"int8": ["quantize"]}, "data": "detection_case:data"}
+    written["model"] |= {"architecture": "detection_case:network", "train": "detection_case:network"}
+    return written | {"objective": {"metric": "map"} | objective, "distill": None}
+
+
+def test_boxes_and_their_metric_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert step("check", spec_of(detection(tmp_path, monkeypatch))).details["classes"] == ["a", "b", "c"]
+    assert step("check", spec_of(detection(tmp_path, monkeypatch, metric="detection_case:score")))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"objective": {"metric": "top1"}}, ModelError, r"network: labels must be \(N,\) integers, not \(40, 2, 5\)"),
+        ({"objective": {"metric": "detection_case:wrong"}}, SpecError, r"wrong must return \(2,\) scores"),
+        ({"objective": {"metric": "detection_case:none"}}, SpecError, "^objective.metric: .* has no function none"),
+        ({"data": {"function": "detection_case:data", "params": {"kinds": 4}}}, ModelError, "classes go up to 3"),
+        ({"model": {"architecture": {"function": "detection_case:network", "params": {"columns": 8}}}}, ModelError,
+         "answers with 4 classes, but the data names 3"),
+        ({"recipes": {"pruned": ["prune"]}}, SpecError, "^recipes.pruned: .* name a loss under model.loss"),
+        ({"recipes": {"pruned": ["prune"]}, "model": {"loss": "detection_case:gone"}}, SpecError, "^model.loss: "),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_metric_is_found(
+    change: dict[str, Any], error: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = detection(tmp_path, monkeypatch)
+    for section, values in change.items():
+        written[section] = {**written[section], **values} if section == "model" else values
+    with pytest.raises(error, match=said):
+        step("check", spec_of(written))
+
+
+def test_a_loss_makes_boxes_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = detection(tmp_path, monkeypatch) | {"recipes": {"pruned": ["prune"]}}
+    written["model"]["loss"] = "detection_case:loss"
+    assert step("check", spec_of(written))
 
 
 def test_a_loader_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from tests.steps.training import RUN_KEY, document, spec_of, step
 from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import read_manifest
-from slipstream.frameworks.torch_training import distillation_loss
+from slipstream.frameworks.torch_losses import distillation_loss
 from slipstream.tracking import fetch
 
 torch.set_num_threads(1)

@@ -1,34 +1,27 @@
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import load_dict
-from onnx import helper, numpy_helper
-from tests.engines.candidates import network, write
+from tests.engines.candidates import network, quantized, write
 from tests.engines.images import samples
+from tests.quantization.models import CLASSES, attention, ids
 from tests.steps.pipeline import inputs, logged, small_spec
 
 from slipstream import data
 from slipstream.contract import Cell
 from slipstream.errors import DataError, ModelError
-from slipstream.frameworks.base import ONNX, read_manifest
+from slipstream.frameworks import FRAMEWORKS
+from slipstream.frameworks.base import MANIFEST, ONNX, CandidateManifest, read_manifest
+from slipstream.spec import Spec
+from slipstream.spec.sections import DataFiles
 from slipstream.steps import quantize
 from slipstream.steps.base import run_step
 from slipstream.tracking import fetch
 
 CELL = Cell(recipe="int8")
-
-
-def save(folder: Path, model: onnx.ModelProto) -> Path:
-    onnx.save(model, folder / "model.onnx")
-    return folder / "model.onnx"
-
-
-def quantized(model: onnx.ModelProto, *, per_channel: bool = True) -> onnx.ModelProto:
-    return quantize.quantize_onnx(model, samples(32), per_channel=per_channel, on_sample=lambda done: None)
 
 
 def test_the_step_makes_an_int8_candidate_and_records_its_calibration(mlflow_server, home, tmp_path, capfd):
@@ -95,52 +88,85 @@ def test_the_candidate_of_the_technique_before_is_wanted_not_an_earlier_one(mlfl
         run_step("quantize", spec, inputs(spec, Cell(recipe="pruned-int8"), source))
 
 
-def test_quantization_is_deterministic():
-    assert quantized(network()).SerializeToString() == quantized(network()).SerializeToString()
+@pytest.mark.parametrize("scheme", ["int8", "int4-weights"])
+def test_a_scheme_takes_texts_of_varying_length(scheme, mlflow_server, home, tmp_path):
+    spec = text_spec(tmp_path / "data", f"text-{scheme}", scheme)
+    source = logged(spec, text_candidate(tmp_path / "candidate"))
+    output = run_step("quantize", spec, inputs(spec, CELL, source))
+    manifest = read_manifest(fetch(output.artifact))
+    assert manifest.quantized and manifest.quantization == spec.quantize
+    assert manifest.input_shape == (-1,)
+    assert 0 < output.metrics["calibration_relative_error"] < 0.3
+    assert output.metrics["compressed_share"] > 0.8
+    assert output.artifact.size_bytes < 0.8 * source.artifact.size_bytes
 
 
-def test_progress_counts_every_sample_once():
-    seen = []
-    quantize.quantize_onnx(network(), samples(32), per_channel=True, on_sample=seen.append)
-    assert seen == list(range(1, 33))
+def test_a_quantized_model_that_answers_otherwise_is_refused_with_the_mend():
+    with pytest.raises(ModelError, match=r"on its own calibration samples, .*quantize\.model_type to transformer"):
+        quantize.compare(network(), network(seed=1), samples(32))
 
 
-@pytest.mark.parametrize("per_channel", [True, False])
-def test_per_channel_decides_the_number_of_weight_scales(per_channel):
-    model = quantized(network(), per_channel=per_channel)
-    sizes = {numpy_helper.to_array(t).size for t in model.graph.initializer if "scale" in t.name.lower()}
-    assert (8 in sizes) == per_channel
+def test_samples_that_are_all_equal_are_refused(mlflow_server, home, tmp_path):
+    spec = small_spec(tmp_path / "data", "equal", train=np.repeat(samples(1, seed=3), 96, axis=0))
+    source = logged(spec, write(tmp_path / "candidate", network()))
+    with pytest.raises(DataError, match="all 32 samples are equal"):
+        run_step("quantize", spec, inputs(spec, CELL, source))
 
 
-def test_a_weight_that_is_nan_is_refused(tmp_path):
-    model = network()
-    weight = model.graph.initializer[0]
-    values = numpy_helper.to_array(weight).copy()
-    values[0, 0, 0, 0] = np.nan
-    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    with pytest.raises(ModelError, match=f"weight {weight.name} holds NaN"):
-        quantize.load_onnx(save(tmp_path, model))
+def test_a_training_split_of_one_sample_is_refused(mlflow_server, home, tmp_path):
+    spec = small_spec(tmp_path / "data", "single", train=samples(1, seed=3))
+    source = logged(spec, write(tmp_path / "candidate", network()))
+    with pytest.raises(DataError, match="wants 32 samples, but the training split has only 1"):
+        run_step("quantize", spec, inputs(spec, CELL, source))
 
 
-def test_what_is_no_model_is_refused(tmp_path):
-    (tmp_path / ONNX).write_text(json.dumps({}))
-    with pytest.raises(ModelError, match="not a valid ONNX model"):
-        quantize.load_onnx(tmp_path / ONNX)
+def test_what_is_quantized_already_is_refused(mlflow_server, home, tmp_path):
+    spec = small_spec(tmp_path / "data", "twice")
+    source = logged(spec, write(tmp_path / "candidate", quantized(network()), is_quantized=True))
+    with pytest.raises(ModelError, match="quantized already"):
+        run_step("quantize", spec, inputs(spec, CELL, source))
 
 
-def test_a_model_without_layers_to_quantize_is_refused():
-    model = network()
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.append(helper.make_node("Relu", ["input"], ["output"], "relu"))
-    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("output", 1, ["batch", 1, 16, 16]))
-    with pytest.raises(ModelError, match="nothing to quantize"):
-        quantized(model)
+def test_what_engines_convert_from_is_kept_with_the_samples(mlflow_server, home, tmp_path, monkeypatch):
+    monkeypatch.setitem(FRAMEWORKS, "torch", replace(FRAMEWORKS["torch"], keeps=("original", "notes.txt")))
+    spec = small_spec(tmp_path / "data", "kept")
+    candidate = write(tmp_path / "candidate", network())
+    (candidate / "original").mkdir()
+    (candidate / "original" / "graph").write_text("as it was")
+    (candidate / "notes.txt").write_text("kept")
+    (candidate / "weights").write_text("left behind")
+    output = run_step("quantize", spec, inputs(spec, CELL, logged(spec, candidate)))
+    folder = fetch(output.artifact)
+    assert {p.name for p in folder.iterdir()} == {MANIFEST, ONNX, "original", "notes.txt", "calibration.npz"}
+    assert (folder / "original" / "graph").read_text() == "as it was"
+    with np.load(folder / "calibration.npz") as arrays:
+        drawn = load_dict(f"runs:/{output.run_id}/calibration.json")["indices"]
+        np.testing.assert_array_equal(arrays["inputs"], data.load(spec).train.inputs[drawn])
 
 
-def test_an_operator_that_nobody_knows_is_refused():
-    model = network()
-    model.graph.node[1].op_type = "Sorcery"
-    model.graph.node[1].domain = "example"
-    model.opset_import.append(helper.make_opsetid("example", 1))
-    with pytest.raises(ModelError, match="Sorcery"):
-        quantized(model)
+def text_spec(folder: Path, name: str, scheme: str) -> Spec:
+    """A spec whose splits are texts: 96 to train with and 64 to test with."""
+    folder.mkdir(parents=True)
+    for split, (size, seed) in {"train": (96, 1), "test": (64, 2)}.items():
+        np.savez(folder / f"{split}.npz", inputs=ids(size, seed), labels=np.arange(size) % CLASSES)
+    written = {"samples": 64, "scheme": scheme, "model_type": "transformer"}
+    targets = {"portable": {"engine": "onnxruntime", "threads": 1}}
+    return small_spec(folder / "images", name, quantize=written, targets=targets).model_copy(
+        update={"data": DataFiles(train=str(folder / "train.npz"), test=str(folder / "test.npz"))}
+    )
+
+
+def text_candidate(folder: Path) -> Path:
+    """The attention network as a candidate."""
+    folder.mkdir()
+    (folder / ONNX).write_bytes(attention().SerializeToString())
+    manifest = CandidateManifest(
+        framework="torch",
+        architecture=None,
+        input_shape=(-1,),
+        input_dtype="int64",
+        output_shape=(CLASSES,),
+        parameters=1,
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return folder

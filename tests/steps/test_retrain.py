@@ -1,4 +1,4 @@
-"""retrain: trained and registered, or taken from the registry; killed and resumed."""
+"""retrain: trained and registered, from a file, or taken from the registry; killed and resumed."""
 
 import os
 import signal
@@ -16,11 +16,16 @@ import safetensors.torch
 import torch
 import yaml
 from mlflow import MlflowClient
+from tests.engines.candidates import network
+from tests.engines.images import samples
+from tests.steps.pipeline import small_spec
 from tests.steps.training import RUN_KEY, document, spec_of, step
 
+from slipstream import digests
 from slipstream.contract import StepInput, StepOutput
 from slipstream.errors import InputError, ModelError
 from slipstream.frameworks.base import WEIGHTS, framework_for
+from slipstream.spec import Spec
 from slipstream.steps.retrain import register_checkpoint
 from slipstream.tracking import fetch
 
@@ -111,6 +116,97 @@ def test_a_pickle_is_refused_with_the_mend(tmp_path: Path) -> None:
     del written["model"]["train"]
     with pytest.raises(ModelError, match=r"pickled models are never loaded.*safetensors\.torch\.save_file"):
         step("retrain", spec_of(written))
+
+
+def test_a_file_is_registered_once_and_every_run_goes_on_from_it(tmp_path: Path) -> None:
+    given = onnx_file(tmp_path / "model.onnx")
+    spec, client = onnx_spec(tmp_path, "from-file", str(given)), MlflowClient()
+    first = step("retrain", spec)
+    assert first.details == {"version": "1", "origin": "file"}
+    version = client.get_model_version_by_alias("from-file", "source")
+    assert first.artifact is not None and first.metrics["test_top1"] > 0
+    assert version.tags["slipstream.sha256"] == first.artifact.sha256
+    assert version.tags["slipstream.file_sha256"] == digests.file(given)
+    client.set_registered_model_alias("from-file", "other", "1")
+    client.delete_registered_model_alias("from-file", "source")
+    again = step("retrain", spec.model_copy(update={"seed": 1}))  # not found unchanged, so it works anew
+    assert again.details == first.details and not again.reused
+    assert again.artifact is not None and again.artifact.sha256 == first.artifact.sha256
+    assert len(client.search_model_versions("name = 'from-file'")) == 1
+    assert client.get_model_version_by_alias("from-file", "source").version == "1"
+
+
+def test_other_bytes_are_another_version_and_a_person_may_ask_for_the_old_one(tmp_path: Path) -> None:
+    given = onnx_file(tmp_path / "model.onnx")
+    spec = onnx_spec(tmp_path, "changed-file", str(given))
+    step("retrain", spec)
+    onnx_file(given, seed=1)
+    assert step("retrain", spec).details == {"version": "2", "origin": "file"}
+    asked = step("retrain", spec, source_version="1")
+    assert asked.details == {"version": "1", "origin": "registry"}
+
+
+def test_a_path_begins_at_the_users_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx_file(tmp_path / "code" / "models" / "model.onnx")
+    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path / "code"))
+    for number, path in enumerate(["models/model.onnx", "models"]):
+        spec = onnx_spec(tmp_path, f"relative-{number}", path)
+        assert step("retrain", spec).details["origin"] == "file"
+
+
+def test_a_file_that_is_not_there_is_a_model_error_before_anything_starts(tmp_path: Path) -> None:
+    spec = onnx_spec(tmp_path, "no-file", "nowhere/model.onnx")
+    for name in ("check", "retrain"):
+        with pytest.raises(ModelError, match=r"model\.file: .*nowhere/model\.onnx: no such file"):
+            step(name, spec)
+
+
+def test_a_file_that_does_not_fit_the_data_is_found_by_check(tmp_path: Path) -> None:
+    spec = onnx_spec(tmp_path, "misfit-file", str(onnx_file(tmp_path / "model.onnx")), images=samples(20)[:, :, :8])
+    with pytest.raises(ModelError, match=r"^model\.file: the model takes N×1×16×16 float32"):
+        step("check", spec)
+
+
+def test_a_torch_models_file_is_taken_too(tmp_path: Path) -> None:
+    written = document("torch-file")
+    del written["model"]["train"]
+    written["model"]["file"] = str(weights_file(tmp_path, {}))
+    step("check", spec_of(written))
+    assert step("retrain", spec_of(written)).details == {"version": "1", "origin": "file"}
+
+
+@pytest.mark.parametrize("how", ["mlflow.onnx", "folder"])
+def test_an_onnx_version_that_a_person_registered_is_taken(how: str, tmp_path: Path) -> None:
+    import onnx
+
+    name = f"by-hand-{how.replace('.', '-')}"
+    given = onnx_file(tmp_path / "model" / "anything.onnx")
+    with mlflow.start_run() as run:
+        if how == "folder":
+            mlflow.log_artifacts(str(given.parent), "model")
+            MlflowClient().create_registered_model(name)
+            MlflowClient().create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id)
+        else:
+            mlflow.onnx.log_model(onnx.load(given), name="model", registered_model_name=name)
+    MlflowClient().set_registered_model_alias(name, "source", "1")
+    output = step("retrain", onnx_spec(tmp_path, name))
+    assert output.details == {"version": "1", "origin": "registry"}
+
+
+def onnx_file(path: Path, seed: int = 0) -> Path:
+    """A small classifier of 1×16×16 images that somebody exported."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(network(seed).SerializeToString())
+    return path
+
+
+def onnx_spec(folder: Path, name: str, file: str | None = None, images: Any = None) -> Spec:
+    """A spec for an ONNX model, from a file or from the registry."""
+    given = small_spec(folder / "data", name, train=images, recipes={"int8": ["quantize"]}).model_dump(mode="json")
+    del given["targets"]["far"]
+    return Spec.model_validate(
+        given | {"model": {"registry": f"models:/{name}@source", "framework": "onnx", "file": file}}
+    )
 
 
 def test_neither_version_nor_train_function_is_a_model_error() -> None:

@@ -122,3 +122,22 @@ def test_evidence_without_its_engine_is_an_error(world: World) -> None:
 
 def test_the_table_is_json(world: World, upstream: Callable[..., tuple]) -> None:
     json.dumps(select.run(world.context("select", upstream())).details)
+
+
+def test_an_engine_for_comparison_is_never_the_release_however_fast(world_maker: WorldMaker) -> None:
+    targets = {"server": {"engine": "openvino"}, "torch": {"engine": "torch", "options": {"mode": "eager"}}}
+    world = world_maker(targets=targets)
+    fast = validated("small", target="torch", p50_ms=0.01)
+    outputs = (validated("int8", p50_ms=3.0), fast, validated("small", verdict=FAIL), world.built("int8"))
+    output = select.run(world.context("select", outputs))
+    assert output.details["winner"] == "int8@server"
+    assert output.details["best_per_target"]["torch"] == "small@torch"
+    assert [r["cell"] for r in output.details["rows"] if r["cell"].endswith("@torch")] == [
+        "baseline@torch",
+        "small@torch",
+    ], "what is quantized has no PyTorch engine, and is not missed"
+    assert "is the best of 1 passing engines" in output.verdicts[0].reason
+    assert "measured for comparison" in output.details["comparison_only"]["small@torch"]
+    alone = (fast, validated("int8", verdict=FAIL), validated("small", verdict=FAIL))
+    message = failing(lambda: select.run(world.context("select", alone, run_key="run-2")), GateFailed)
+    assert "small@torch: passed: engine torch is measured for comparison; no model server runs it" in message

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,10 @@ def data():
             images[i, 0, 4 * label : 4 * label + 4] += 0.3
         return Split(images, labels)
     return Data(train=split(60), test=split(900), classes=("boot", "bag", "coat"))
+
+def margin(outputs, labels):
+    own = outputs[np.arange(len(labels)), labels]
+    return np.clip((own - outputs.mean(axis=1)) / (outputs.max(axis=1) - outputs.mean(axis=1)) - 0.5, 0, 0.5) * 2
 
 def network(heavy=True, swapped=False):
     """Sums each third of the image; the heavy branch costs time and changes nothing."""
@@ -190,14 +195,14 @@ def test_an_unchanged_engine_is_not_measured_again(case: Case) -> None:
 def test_baseline_scores_are_computed_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.validate("light")
     scored: list[str] = []
-    original = validate.accuracy.scores
+    original = validate.metrics.record
 
     def noting(*args: object, what: str, **kwargs: object) -> np.ndarray:
         scored.append(what)
         result: np.ndarray = original(*args, what=what, **kwargs)  # type: ignore[arg-type]
         return result
 
-    monkeypatch.setattr(validate.accuracy, "scores", noting)
+    monkeypatch.setattr(validate.metrics, "record", noting)
     case.validate("swapped")
     assert scored == ["engine swapped@server"]
 
@@ -220,6 +225,36 @@ def test_only_what_decides_the_result_is_part_of_its_settings(case: Case) -> Non
     assert settings(lambda objective: objective.update(prefer="size")) == same
     assert settings(lambda objective: objective.update(max_drop=2.0)) != same
     assert {"openvino", "torch", "mlcommons-loadgen"} <= set(same["versions"])  # type: ignore[call-overload]
+    boxes = settings(lambda objective: objective.update(metric="map"))
+    assert "pycocotools" in boxes["versions"]  # type: ignore[operator]
+    assert same["metric"] is None
+    own = settings(lambda objective: objective.update(metric="validate_case:margin"))
+    path = Path(str(sys.modules["validate_case"].__file__))
+    path.write_text(path.read_text().replace("- 0.5", "- 0.25"))
+    changed = settings(lambda objective: objective.update(metric="validate_case:margin"))
+    assert own["metric"] is not None and own["metric"] != changed["metric"]
+
+
+def test_a_metric_that_is_no_mean_is_bounded_by_the_bootstrap(case: Case) -> None:
+    case = replace(case, spec=with_metric(case.spec, "f1"))
+    light, swapped = (evidence.evidence_of(case.validate(recipe)) for recipe in ("light", "swapped"))
+    assert light.metric == "f1"
+    assert light.drop_pp.estimate == 0 < light.drop_pp.high < 1
+    assert light.baseline_quality == light.engine_quality > 80
+    assert swapped.drop_pp.low > 30
+    assert swapped.worst_class in ("boot", "bag") and swapped.worst_class_drop_pp > 50
+
+
+def test_a_metric_of_the_users_is_used_in_the_gate(case: Case) -> None:
+    case = replace(case, spec=with_metric(case.spec, "validate_case:margin"))
+    light, swapped = case.validate("light"), case.validate("swapped")
+    assert (answers(light)["accuracy"], answers(swapped)["accuracy"]) == ("pass", "fail")
+    assert evidence.evidence_of(light).metric == "margin"
+    assert light.metrics["margin"] == evidence.evidence_of(light).engine_quality
+
+
+def with_metric(spec: specs.Spec, metric: str) -> specs.Spec:
+    return spec.model_copy(update={"objective": spec.objective.model_copy(update={"metric": metric})})
 
 
 def test_bench_measures_all_engines_of_a_run_together(case: Case) -> None:

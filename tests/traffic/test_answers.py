@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 from slipstream.data import Split
+from slipstream.errors import EngineError
+from slipstream.measure.metrics.base import value
+from slipstream.measure.metrics.classification import TOP1, TOP5
+from slipstream.measure.metrics.segmentation import MIOU
 from slipstream.serving.answers import AnswerLog
 from slipstream.traffic import answers
 from slipstream.traffic.load import Record
@@ -70,7 +74,7 @@ def test_pairs_are_made_by_id_and_missing_answers_counted(path: Path, tmp_path: 
     pairs, unanswered = answers.pair([record("a", 4), record("b"), record("c", 2), record("unknown")], *both)
     assert [p.sample for p in pairs] == [4, 2]
     assert unanswered == 1
-    assert answers.different(pairs) == 2
+    assert answers.different(pairs, TOP1) == 2
 
 
 def test_what_the_sender_mirrored_is_paired_by_like_latencies() -> None:
@@ -87,7 +91,7 @@ def test_what_the_sender_mirrored_is_paired_by_like_latencies() -> None:
     ]
     pairs, unanswered = answers.FromRecords().pairs(records)
     assert [(p.champion.latency_ms, p.challenger.latency_ms) for p in pairs] == [(2.0, 3.0), (8.0, 11.0)]
-    assert (answers.different(pairs), unanswered, pairs[0].sample) == (1, 1, 3)
+    assert (answers.different(pairs, TOP1), unanswered, pairs[0].sample) == (1, 1, 3)
 
 
 def answered(*output: float) -> answers.Answered:
@@ -98,8 +102,8 @@ def test_a_nan_answer_is_different_and_wrong() -> None:
     nan = answered(float("nan"), 0, 0)
     pairs = [answers.Pair(0, nan, nan), answers.Pair(0, answered(1, 0, 0), answered(2, 0, 0))]
     split = Split(np.zeros((1, 3), np.float32), np.array([0], np.int64))
-    assert answers.different(pairs) == 1
-    champion, challenger = answers.scores(pairs, split, "top1")
+    assert answers.different(pairs, TOP1) == 1
+    champion, challenger = answers.records(pairs, split, TOP1)
     np.testing.assert_array_equal(champion, [0, 1])
     np.testing.assert_array_equal(challenger, [0, 1])
 
@@ -108,11 +112,36 @@ def test_top5_counts_the_five_highest() -> None:
     output = answered(*[10 - i for i in range(10)])
     split = Split(np.zeros((10, 1), np.float32), np.arange(10, dtype=np.int64))
     pairs = [answers.Pair(i, output, output) for i in range(10)]
-    assert answers.scores(pairs, split, "top5")[0].sum() == 5
-    assert answers.scores(pairs, split, "top1")[0].sum() == 1
+    assert answers.records(pairs, split, TOP5)[0].sum() == 5
+    assert answers.records(pairs, split, TOP1)[0].sum() == 1
 
 
 def test_no_pairs_have_no_scores() -> None:
     split = Split(np.zeros((1, 1), np.float32), np.zeros(1, np.int64))
-    assert [len(s) for s in answers.scores([], split, "top1")] == [0, 0]
-    assert json.dumps(answers.different([])) == "0"
+    assert [len(s) for s in answers.records([], split, TOP1)] == [0, 0]
+    assert json.dumps(answers.different([], TOP1)) == "0"
+
+
+def test_an_answer_of_another_shape_is_wrong_and_different() -> None:
+    split = Split(np.zeros((1, 3), np.float32), np.array([0], np.int64))
+    pairs = [answers.Pair(0, answered(1, 0, 0), answered(1, 0))]
+    champion, challenger = answers.records(pairs, split, TOP1)
+    assert (champion.tolist(), challenger.tolist(), answers.different(pairs, TOP1)) == ([1], [0], 1)
+
+
+def test_answers_that_cannot_be_to_these_labels_are_an_error() -> None:
+    split = Split(np.zeros((1, 3), np.float32), np.array([7], np.int64))
+    with pytest.raises(EngineError, match="the champion: 3 outputs, but labels run from 7 to 7"):
+        answers.records([answers.Pair(0, answered(1, 0, 0), answered(1, 0, 0))], split, TOP1)
+
+
+def test_maps_keep_their_shape_on_the_way_through_the_log(path: Path) -> None:
+    maps = np.random.default_rng(0).normal(size=(1, 3, 24, 24)).astype(np.float32)
+    AnswerLog(path, "net--v1").write("a", 2.5, maps)
+    found = answers.read(answers.Mark(path, 0, None))["a"].output
+    np.testing.assert_array_equal(found, maps[0])
+    split = Split(np.zeros((1, 1), np.float32), maps.argmax(1))
+    pairs = [answers.Pair(0, answers.Answered(1.0, found), answers.Answered(1.0, -found))]
+    champion, challenger = (value(MIOU, records) for records in answers.records(pairs, split, MIOU))
+    assert (champion, answers.different(pairs, MIOU)) == (1, 1)
+    assert challenger < 0.1

@@ -4,12 +4,13 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 from tests.conftest import free_port
-from tests.traffic.conftest import TOY_SERVER, await_ready
+from tests.traffic.conftest import TOY_SERVER, await_ready, clear
 from tests.traffic.contract import A, B, TrafficContract, engine, load, shares
 
 from slipstream.errors import Unavailable
@@ -44,6 +45,37 @@ def test_a_dead_server_shows_as_errors_of_its_release(
     assert after.requests - before.requests == len(failed)
     assert after.memory_mib == 0
     assert toy_envoy.deployed("net") == {"v1"}
+
+
+def test_an_engine_is_served_from_the_environment_of_its_servers(
+    envoy_home: tuple[Home, str, str], tmp_path: Path
+) -> None:
+    """`tensorrt` here is `serve` under another name, to be seen in the server's command line."""
+    home, address, admin = envoy_home
+    environments = tmp_path / "envs"
+    environments.mkdir()
+    for name in ("serve", "tensorrt"):
+        (environments / name).symlink_to(home.envs / "serve")
+    control = EnvoyController(replace(home, envs=environments), address, admin, server=TOY_SERVER)
+    folder = engine(tmp_path / "a" / "engine")
+    manifest = {
+        "engine": "tensorrt",
+        "target": {"engine": "tensorrt", "device": "GPU"},
+        "fingerprint": {},
+        "candidate_sha256": "0" * 64,
+        "input_shape": [1],
+        "input_dtype": "float32",
+        "output_shape": [1],
+        "files": {},
+    }
+    (folder / "engine.json").write_text(json.dumps(manifest))
+    control.deploy(A, folder)
+    try:
+        pid = supervisor.state(home, "server-net--v1").pid
+        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        assert command[0] == str(environments / "tensorrt" / "bin" / "python")
+    finally:
+        clear(home, control)
 
 
 def test_errors_of_the_mirror_are_counted(toy_envoy: EnvoyController, tmp_path: Path) -> None:

@@ -102,3 +102,32 @@ def test_only_an_open_latency_under_noise_is_set_aside_and_only_beside_a_passed_
         ((verdict("p99_ratio", "inconclusive"), verdict("latency", "inconclusive")), True),
     ):
         assert settle(given, noisy=noisy, ratio="p99_ratio") == (given, [])
+
+
+def boxes(n: int, *, missed: int = 0) -> tuple[Split, list[Pair]]:
+    """A detector's answers to n samples with an object each; the challenger misses some."""
+    rng = np.random.default_rng(0)
+    labels, found = np.full((n, 2, 5), -1, np.float32), []
+    for i in range(n):
+        low = rng.uniform(0, 30, 2)
+        labels[i, 0] = (i % 3, *low, *(low + 12))
+        champion = np.zeros((8, 4 + 3), np.float32)
+        champion[0, :4], champion[0, 4 + i % 3] = labels[i, 0, 1:], 0.8
+        challenger = champion + np.array([0.1] * 4 + [0] * 3, np.float32)
+        challenger[:, 4:] *= 0.1 if i < missed else 0.95
+        found.append(Pair(i, Answered(2.0 + 0.1 * rng.random(), champion), Answered(1.0, challenger)))
+    return Split(np.zeros((n, 1), np.float32), labels), found
+
+
+@pytest.mark.parametrize(("missed", "answer"), [(0, "pass"), (120, "fail")])
+def test_boxes_are_judged_by_map_and_matched_boxes(tmp_path: Path, missed: int, answer: str) -> None:
+    split, found = boxes(500, missed=missed)
+    spec = make_spec(tmp_path, "net", objective={"confidence": 0.95, "metric": "map"})
+    evidence = Evidence(spec, split, CHALLENGER, 250.0, pairs=found, canary=canary(500))
+    answers = {v.gate: v.answer for v in evidence.verdicts()}
+    assert (answers["accuracy"], answers["disagreement"]) == (answer, answer)
+    figures = evidence.figures()
+    assert figures["different"] == missed
+    assert figures["champion_quality"] == pytest.approx(100)
+    few = Evidence(spec, split, CHALLENGER, 250.0, pairs=found[-20:], canary=canary(500))
+    assert {v.gate: v.answer for v in few.verdicts()}["accuracy"] == "inconclusive"

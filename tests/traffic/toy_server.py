@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
             "release": self.options.release,
             "at": time.time(),
             "latency_ms": 1000 * (time.perf_counter() - begun),
-            "output": output,
+            "output": [output],
         }
         if self.options.answers:
             with self.lock, self.options.answers.open("a") as log:

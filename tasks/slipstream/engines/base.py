@@ -6,17 +6,21 @@ module with an object `ENGINE`, one entry in `engines.ENGINES`, and a subclass o
 
 import importlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy.typing as npt
+from pydantic import ConfigDict, Field, ValidationError
 
-from slipstream import digests
+from slipstream import digests, tokens
 from slipstream.contract import Document
-from slipstream.engines import ENGINES
+from slipstream.engines import ENGINES, SERVE, lengths
 from slipstream.errors import DataError, EngineError
 from slipstream.spec import Target
+from slipstream.spec.fields import Section
 
 MANIFEST = "engine.json"
+LAYERS = "layers.json"
+"""Table of what an engine is made of, for engines that tell: `columns`, and `data` with a list for each row."""
 
 
 class Runner(Protocol):
@@ -41,13 +45,84 @@ class Engine(Protocol):
         """Versions, device and hardware facts that must be equal where an engine is built and where it is loaded."""
         ...
 
-    def build(self, candidate: Path, target: Target, folder: Path) -> None:
-        """Write the engine's files into `folder`. `candidate` is a candidate folder (frameworks/base.py)."""
+    def build(self, candidate: Path, target: Target, folder: Path) -> dict[str, float] | None:
+        """Write the engine's files into `folder`. `candidate` is a candidate folder (frameworks/base.py).
+
+        What it measured on the way, if anything, is recorded with the build: name with unit → number.
+        """
         ...
 
     def load(self, folder: Path, target: Target) -> Runner:
         """Load the files that `build` wrote. The fingerprint has been checked before."""
         ...
+
+
+@runtime_checkable
+class BuildsAhead(Protocol):
+    """What an engine has beside `Engine` when it also builds for hardware that is not here."""
+
+    def check_load(self, target: Target) -> None:
+        """Raise EngineError when an engine that `check` allows to build here cannot be loaded here."""
+        ...
+
+
+@runtime_checkable
+class Caches(Protocol):
+    """What an engine has beside `Engine` when a build or a load leaves something that makes the next one faster."""
+
+    def cache_file(self, target: Target) -> Path | None:
+        """File that `build` and `load` read, if it is there, and keep up to date; None where there is none.
+
+        Its name must tell all that its content depends on: it is shared with every machine that asks for the name.
+        """
+        ...
+
+
+@runtime_checkable
+class UsesGpu(Protocol):
+    """What an engine has beside `Engine` when it runs on NVIDIA GPUs, so that they are watched while it is measured."""
+
+    def gpu(self, target: Target) -> int:
+        """CUDA's number of the GPU that the target names."""
+        ...
+
+
+class Options(Section):
+    """Base of an engine's own options: what a target may say under `options`, one field with a docstring for each.
+
+    Values are taken as written: `"2"` is not a number, and `true` is not 1.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def read_options(target: Target, model: type[OptionsT]) -> OptionsT:
+    """The target's options as the engine's own class of them.
+
+    Raises EngineError with a line for each unknown key and each wrong value, and all options that the engine has.
+    """
+    try:
+        return model.model_validate(target.options)
+    except ValidationError as error:
+        problems = [f"{target.engine}: {_problem(e)}" for e in error.errors()]
+    known = "; ".join(f"`{name}`: {_in_a_line(field.description)}" for name, field in model.model_fields.items())
+    raise EngineError("\n".join((*problems, f"{target.engine} has {known or 'no options'}")))
+
+
+def _in_a_line(text: str | None) -> str:
+    return " ".join(str(text).split()).rstrip(".")
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(("options", *map(str, error["loc"])))
+    if error["type"] == "extra_forbidden":
+        return f"{where}: no such option; remove it or check its spelling"
+    if error["type"] == "value_error":  # a validator's own words
+        return f"{where}: {str(error['msg']).removeprefix('Value error, ')}"
+    return f"{where}: {str(error['msg']).replace('Input should be', 'must be')}, not {error['input']!r}"
 
 
 class EngineManifest(Document):
@@ -64,6 +139,8 @@ class EngineManifest(Document):
     files: dict[str, str]
     """File name → sha256."""
     quantized: bool = False
+    figures: dict[str, float] = Field(default={})
+    """What the engine measured when it was built; metrics of the step."""
 
 
 def engine_for(name: str) -> Engine:
@@ -85,21 +162,65 @@ def read_manifest(folder: Path) -> EngineManifest:
 
 
 def require_batch(batch: npt.NDArray[Any], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-    """Raise DataError unless `batch` is (N, *shape) of `dtype` with N ≥ 1; NumPy would broadcast or cast silently."""
-    if batch.shape[1:] != shape or batch.ndim != len(shape) + 1 or batch.shape[0] < 1 or batch.dtype != dtype:
+    """Raise DataError unless `batch` is (N, *shape) of `dtype` with N ≥ 1; NumPy would broadcast or cast silently.
+
+    -1 in `shape` stands for any size of at least 1.
+    """
+    fits = batch.ndim == len(shape) + 1 and batch.shape[0] >= 1 and batch.dtype == dtype
+    if not fits or any(n != s and (s != -1 or n < 1) for n, s in zip(batch.shape[1:], shape, strict=True)):
         wanted = "×".join(("N", *map(str, shape)))
         raise DataError(f"the engine takes {wanted} {dtype} with N at least 1, not {batch.shape} {batch.dtype}")
 
 
-def build_engine(candidate: Path, target: Target, folder: Path) -> EngineManifest:
-    """Build a candidate folder for a target into `folder`, with its manifest. Raises EngineError, ModelError."""
+def why_not_loadable(target: Target) -> str | None:
+    """Why an engine that can be built here cannot be loaded here; None when it can. Raises EngineError."""
+    engine = engine_for(target.engine)
+    try:
+        if isinstance(engine, BuildsAhead):
+            engine.check_load(target)
+    except EngineError as error:
+        return str(error)
+    return None
+
+
+def gpu_of(target: Target) -> int | None:
+    """CUDA's number of the GPU that the target's engine runs on; None for other devices."""
+    engine = engine_for(target.engine)
+    return engine.gpu(target) if isinstance(engine, UsesGpu) else None
+
+
+def server_environment(folder: Path) -> str:
+    """The environment of the model server for an engine folder. Raises EngineError for one that is never released."""
+    if not (folder / MANIFEST).exists():
+        return SERVE  # whose server says what is wrong with the folder
+    engine = read_manifest(folder).engine
+    environment = ENGINES[engine].server
+    if environment is None:
+        raise EngineError(f"engine {engine}: it is measured for comparison with others and not served")
+    return environment
+
+
+def cache_file(target: Target) -> Path | None:
+    """The file in which the target's engine keeps what makes the next build or load faster, if it has one."""
+    engine = engine_for(target.engine)
+    return engine.cache_file(target) if isinstance(engine, Caches) else None
+
+
+def build_engine(candidate: Path, target: Target, folder: Path, tokenizer: str | None = None) -> EngineManifest:
+    """Build a candidate folder for a target into `folder`, with its manifest, and a tokenizer's JSON.
+
+    Raises EngineError, ModelError.
+    """
     from slipstream.frameworks import base as frameworks
 
     engine = engine_for(target.engine)
     engine.check(target)
     given = frameworks.read_manifest(candidate)
+    lengths.require_varying(target.lengths, given.input_shape, given.input_dtype)
     folder.mkdir(parents=True)
-    engine.build(candidate, target, folder)
+    figures = engine.build(candidate, target, folder)
+    if tokenizer is not None:
+        (folder / tokens.TOKENIZER).write_text(tokenizer)
     manifest = EngineManifest(
         engine=target.engine,
         target=target,
@@ -110,13 +231,14 @@ def build_engine(candidate: Path, target: Target, folder: Path) -> EngineManifes
         output_shape=given.output_shape,
         files={f.relative_to(folder).as_posix(): digests.file(f) for f in sorted(folder.rglob("*")) if f.is_file()},
         quantized=given.quantized,
+        figures=figures or {},
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
     return manifest
 
 
 def load_engine(folder: Path) -> Runner:
-    """Load an engine after its files and its fingerprint have been checked.
+    """Load an engine after its files and its fingerprint have been checked; in the target's length buckets, if any.
 
     Raises EngineError, naming each fact that differs, when it was built for other hardware or versions, and
     when a file is not the one that was built.
@@ -124,6 +246,8 @@ def load_engine(folder: Path) -> Runner:
     manifest = read_manifest(folder)
     engine = engine_for(manifest.engine)
     engine.check(manifest.target)
+    if isinstance(engine, BuildsAhead):
+        engine.check_load(manifest.target)
     here = engine.fingerprint(manifest.target)
     differing = [
         f"{k}: built with {v!r}, here {here.get(k)!r}" for k, v in manifest.fingerprint.items() if here.get(k) != v
@@ -133,4 +257,5 @@ def load_engine(folder: Path) -> Runner:
     for name, sha256 in manifest.files.items():
         if not (folder / name).is_file() or digests.file(folder / name) != sha256:
             raise EngineError(f"{folder / name}: missing, or not the file that was built; fetch the engine again")
-    return engine.load(folder, manifest.target)
+    runner = engine.load(folder, manifest.target)
+    return lengths.Bucketed(runner, manifest.target.lengths) if manifest.target.lengths else runner

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from slipstream import digests, hardware
-from slipstream.engines.base import Runner, require_batch
+from slipstream.engines.base import Options, Runner, read_options, require_batch
 from slipstream.errors import EngineError
 from slipstream.frameworks.base import INPUT, ONNX, OUTPUT
 from slipstream.spec import Target
@@ -20,13 +20,17 @@ DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)":
 ERRORS_ONLY = 3
 
 
+class OnnxRuntimeOptions(Options):
+    """What a target may say under `options`: nothing yet."""
+
+
 class OnnxRuntimeRunner:
-    """A session. ONNX Runtime plans its memory for each batch size by itself."""
+    """A session. ONNX Runtime plans its memory for each batch size, and each length, by itself."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session = session
         port = session.get_inputs()[0]
-        self._shape = tuple(int(d) for d in port.shape[1:])
+        self._shape = tuple(d if isinstance(d, int) else -1 for d in port.shape[1:])
         self._dtype = np.dtype(DTYPES[port.type])
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -41,17 +45,18 @@ class OnnxRuntime:
     distributions = ("onnxruntime",)
 
     def check(self, target: Target) -> None:
-        """Raise EngineError when the device has no provider here, or for a precision that only OpenVINO offers."""
+        """Raise EngineError for a device without a provider here, a precision other than f32, or any option."""
+        read_options(target, OnnxRuntimeOptions)
         here = [d for d, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
         if target.device not in here:
             raise EngineError(
                 f"onnxruntime: no device {target.device!r} in this environment; it has {', '.join(here)}. "
                 "Change the target's `device`"
             )
-        if target.precision == "bf16":
+        if target.precision != "f32":
             raise EngineError(
-                "onnxruntime: its CPU kernels do not compute in bf16; set the target's `precision` to f32, "
-                "or its `engine` to openvino"
+                f"onnxruntime: its CPU kernels do not compute in {target.precision}; set the target's `precision` to "
+                "f32, or its `engine` to openvino"
             )
 
     def fingerprint(self, target: Target) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from slipstream.data import Data, Split
 from slipstream.digests import versions
 from slipstream.errors import ModelError
 from slipstream.frameworks import FRAMEWORKS, launched
-from slipstream.spec import Call
+from slipstream.spec import Call, Cluster, Optimizer, Prune, Quantize
 
 T = TypeVar("T")
 
@@ -44,8 +44,12 @@ class CandidateManifest(Document):
     parameters: int
     """Number of weights."""
     quantized: bool = False
+    quantization: Quantize | None = None
+    """Settings that it was quantized with; engines that quantize by themselves (LiteRT) follow them."""
     sparsity: float = 0.0
-    """Share of the baseline's channels that was removed."""
+    """Share of the baseline's channels that was removed, or of the weights that are zero, as `prune.method` says."""
+    unique_weights: int = 0
+    """The most different values that a layer's clustered weights have; 0 where they are not clustered."""
 
 
 class Eager(Protocol):
@@ -131,6 +135,10 @@ class Job:
     """Checkpoints; the same folder again when a killed step is tried again."""
     progress: Progress
     group: Group = ALONE
+    loss: Call | None = None
+    """The user's loss of outputs and labels; None is cross entropy."""
+    metric: str = "top1"
+    """What the held-out part of the training split is scored by, for people."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,7 @@ class Schedule:
     """Epochs of the step that earlier rounds did; metrics and progress count on from there."""
     epochs_in_step: int | None = None
     """Epochs of the whole step; None when this training is all of it."""
+    optimizer: Optimizer = "sgd"
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class SoftTargets:
     """A teacher's answers for the training split, and how they enter the loss (Hinton et al. 2015)."""
 
     logits: npt.NDArray[np.float32]
-    """(N, classes), in the order of the training split."""
+    """(N, …), in the order of the training split."""
     temperature: float
     weight: float
     """Share of the soft loss."""
@@ -177,22 +186,21 @@ class Pruner(Protocol):
 
 
 class Framework(Protocol):
-    """What differs between PyTorch, Keras and the others. A network is the framework's own object."""
+    """What differs between PyTorch, Keras and ONNX. A network is the framework's own object."""
 
     def load_eager(self, candidate: Path, threads: int | None = None) -> Eager:
         """The candidate, run by the framework itself in FP32: the baseline that people know."""
-        ...
-
-    def build(self, architecture: Call | None, seed: int) -> Any:
-        """The untrained network. Raises ModelError when the function does not return one, or there is none."""
         ...
 
     def load(self, candidate: Path) -> Any:
         """The trained network of a candidate folder. Raises ModelError when the weights do not fit."""
         ...
 
-    def find_model(self, folder: Path) -> Path:
-        """The one trained model in a folder, such as a registered version's. Raises ModelError, with what to do."""
+    def find_model(self, path: Path) -> Path:
+        """The one trained model in a folder, such as a registered version's; a file that is all of a model is that.
+
+        Raises ModelError, with what to do.
+        """
         ...
 
     def load_weights(self, weights: Path, architecture: Call | None) -> Any:
@@ -205,6 +213,14 @@ class Framework(Protocol):
 
     def logits(self, network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """(N, …) inputs to (N, classes) outputs."""
+        ...
+
+
+class Trainer(Framework, Protocol):
+    """A framework whose models can be trained: all but ONNX."""
+
+    def build(self, architecture: Call | None, seed: int) -> Any:
+        """The untrained network. Raises ModelError when the function does not return one, or there is none."""
         ...
 
     def train(self, function: Call, job: Job) -> Any:
@@ -231,6 +247,36 @@ class Framework(Protocol):
         ...
 
 
+class Constrained(Protocol):
+    """A network whose weights are to be sparse, clustered or rounded, while it is trained and after."""
+
+    network: Any
+
+    def finish(self) -> dict[str, float]:
+        """Take away what only training needed; `sparsity`, `unique_weights`, `parameters` of what is left, measured.
+
+        Raises ModelError when it is not what was asked for, or has lost what earlier techniques made.
+        """
+        ...
+
+    def save(self, folder: Path, samples: Split) -> "CandidateManifest":
+        """Write the finished network as a candidate folder."""
+        ...
+
+
+class Constraining(Trainer, Protocol):
+    """A framework that trains under constraints."""
+
+    def constrain(
+        self, candidate: Path, section: Prune | Cluster | Quantize, job: Job, schedule: Schedule
+    ) -> Constrained:
+        """The candidate's network, to be trained by `fit` with this job and schedule as the section says.
+
+        Raises ModelError when the network has nothing that can be, SpecError when the schedule is too short for it.
+        """
+        ...
+
+
 def framework_for(name: str) -> Framework:
     """The framework that a spec names. Raises ModelError when its libraries are not in this environment."""
     try:
@@ -241,6 +287,17 @@ def framework_for(name: str) -> Framework:
     return framework
 
 
+def trainer_for(name: str) -> Trainer:
+    """The framework that a spec names, to train with. Raises ModelError when its models cannot be trained."""
+    framework = framework_for(name)
+    if not FRAMEWORKS[name].trains:
+        raise ModelError(
+            f"framework {name}: its models cannot be trained; name the framework that the model was made with, or "
+            "leave out what trains it"
+        )
+    return cast(Trainer, framework)
+
+
 def toolchain(name: str) -> dict[str, str]:
     """Installed versions of what decides a framework's results; loads none of it."""
     return versions(*FRAMEWORKS[name].distributions)
@@ -249,7 +306,7 @@ def toolchain(name: str) -> dict[str, str]:
 def group_of(name: str) -> Group:
     """The group that this process belongs to: on its own, unless a launcher started it beside others."""
     place = launched.place()
-    return ALONE if place is None else framework_for(name).join(place)
+    return ALONE if place is None else trainer_for(name).join(place)
 
 
 def read_manifest(folder: Path) -> CandidateManifest:

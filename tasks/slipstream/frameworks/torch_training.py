@@ -3,28 +3,29 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
+from slipstream import tokens
 from slipstream.data import Data, Split
-from slipstream.errors import DataError, ModelError, SpecError
+from slipstream.errors import ModelError, SpecError
 from slipstream.frameworks import torch_distributed
 from slipstream.frameworks.base import ALONE, Group, Job, Schedule, SoftTargets
+from slipstream.frameworks.held_out import hold_out
+from slipstream.frameworks.torch_losses import Loss, loss_of
+from slipstream.measure.metrics.base import metric_for, value
+from slipstream.spec import Optimizer
 
 log = logging.getLogger(__name__)
 
-Loss = Callable[..., Any]
-"""(logits, labels) → mean loss; with soft targets (logits, labels, teacher's logits) → mean loss."""
-
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-HELD_OUT = 0.05
-"""Share of the training split that is only ever evaluated on, so that the test split stays unseen."""
+DECOUPLED_WEIGHT_DECAY = 0.01
+"""AdamW's own default; in SGD the decay is part of the gradient, and so of another size."""
 
 
 class Checkpoint:
@@ -106,14 +107,20 @@ class Training:
         epochs: int,
         learning_rate: float = 0.1,
         batch_size: int = 128,
-        loss: Loss = functional.cross_entropy,
+        optimizer: Optimizer = "sgd",
+        loss: Loss | None = None,
     ) -> None:
-        """Train in place with SGD (Nesterov) and a one-cycle learning rate; resumes at the last whole epoch.
+        """Train in place with a one-cycle learning rate; resumes at the last whole epoch.
 
-        May be called several times, such as for a warm-up and the rest; each call has its own checkpoint.
+        `optimizer` is `sgd` (Nesterov) or `adamw`, which transformers need and which wants rates of about 1e-4.
+        Parameters that do not require gradients stay as they are.
+        `loss` takes outputs and labels and returns the mean over the batch; without it that is the spec's `model.loss`,
+        or else cross entropy. May be called several times, such as for a warm-up and the rest; each call has its own
+        checkpoint.
         """
         self._fits += 1
-        fit(network, self._job, Schedule(epochs, learning_rate, batch_size), f"fit-{self._fits}", loss=loss)
+        schedule = Schedule(epochs, learning_rate, batch_size, optimizer=optimizer)
+        fit(network, self._job, schedule, f"fit-{self._fits}", loss=loss)
 
     def log(self, epoch: int, **figures: float) -> None:
         """Record figures of an epoch in MLflow."""
@@ -124,38 +131,11 @@ class Training:
         return Checkpoint(self._job.folder / f"{name}.pt", self._job.group)
 
 
-def distillation_loss(temperature: float, weight: float) -> Loss:
-    """Hinton et al. 2015: weight · T² · KL(teacher ‖ student at temperature T) + (1 − weight) · cross entropy.
-
-    T² keeps the gradient of the soft part in proportion when T changes (their section 2).
-    """
-
-    def loss(logits: Any, labels: Any, teacher: Any) -> Any:
-        soft = functional.kl_div(
-            functional.log_softmax(logits / temperature, dim=1),
-            functional.log_softmax(teacher / temperature, dim=1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        return weight * temperature**2 * soft + (1 - weight) * functional.cross_entropy(logits, labels)
-
-    return loss
-
-
 def seed_everything(seed: int) -> None:
     """Seed PyTorch's and NumPy's global generators, and choose deterministic kernels where there are any."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def hold_out(samples: int, seed: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Indices to train on and indices to validate on. Raises DataError below two samples."""
-    if samples < 2:
-        raise DataError(f"data: the training split has {samples} samples; training needs at least 2")
-    order = np.random.default_rng(seed).permutation(samples)
-    held = max(int(samples * HELD_OUT), 1)
-    return order[held:], order[:held]
 
 
 def fit(
@@ -164,24 +144,25 @@ def fit(
     schedule: Schedule,
     name: str,
     *,
-    loss: Loss = functional.cross_entropy,
+    loss: Loss | None = None,
     soft: SoftTargets | None = None,
 ) -> None:
     """Train in place. Killed at any moment and called again, it ends with the same weights.
 
-    After each epoch come the metrics `train_loss`, `top1` (held-out part of the training split, percent) and `lr`,
+    After each epoch come the metrics `train_loss`, the spec's (held-out part of the training split, percent) and `lr`,
     then the checkpoint: a kill between the two repeats a metric and loses nothing.
     Raises ModelError when the loss is no longer a number.
     """
-    loop = _Loop(network, job, schedule, loss, soft)
+    loop = _Loop(network, job, schedule, loss_of(job, loss, soft), soft)
+    metric = loop.metric.name
     checkpoint = Checkpoint(job.folder / f"{name}.pt", job.group)
     first = loop.restore(checkpoint)
     before = schedule.epochs_before
     for epoch in range(first, schedule.epochs):
-        figures = {"train_loss": loop.epoch(epoch), "top1": loop.validate(), "lr": loop.learning_rate()}
+        figures = {"train_loss": loop.epoch(epoch), metric: loop.validate(), "lr": loop.learning_rate()}
         if job.group.leads:
-            said = "epoch %d: train_loss %.4f, top1 %.2f %%"
-            log.info(said, before + epoch + 1, figures["train_loss"], figures["top1"])
+            said = "epoch %d: train_loss %.4f, %s %.2f %%"
+            log.info(said, before + epoch + 1, figures["train_loss"], metric, figures[metric])
         job.progress.metrics(figures, step=before + epoch)
         checkpoint.save(loop.state(epoch + 1))
     network.eval().to("cpu")
@@ -200,23 +181,25 @@ class _Loop:
         self.network, self.job, self.schedule, self.loss = network, job, schedule, loss
         self.group, self.device = job.group, torch_distributed.device()
         split: Split = job.data.train
-        self.tensors = [torch.from_numpy(split.inputs), torch.from_numpy(split.labels)]
+        self.metric, self.labels = metric_for(job.metric), split.labels
+        # PyTorch's losses take classes as int64 only.
+        classes = np.issubdtype(split.labels.dtype, np.integer)
+        labels = split.labels.astype(np.int64) if classes else split.labels
+        self.tensors = [torch.from_numpy(split.inputs), torch.from_numpy(labels)]
         if soft is not None:
             self.tensors.append(torch.from_numpy(soft.logits))
-            self.loss = distillation_loss(soft.temperature, soft.weight)
         training, held_out = hold_out(len(split), job.seed)
         self.indices, self.held_out = torch.from_numpy(training), torch.from_numpy(held_out)
         self.batch_size = min(schedule.batch_size, len(training))
         self.batches = len(training) // self.batch_size  # batch norm cannot take a last batch of one: drop it
+        self.lengths = tokens.lengths(split.inputs[training]) if tokens.holds(split.inputs) else None
         _require_shares(self.batch_size, self.group)
         if self.tensors[0].ndim == 4:
             # Twice as fast as NCHW in PyTorch's CPU convolutions; BF16 autocast is 5 to 20 times slower in training.
             network.to(memory_format=torch.channels_last)
         network.to(self.device)
         self.trained = self.group.wrap(network)
-        self.optimizer = torch.optim.SGD(
-            network.parameters(), schedule.learning_rate, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
-        )
+        self.optimizer = _optimizer(network, schedule)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, schedule.learning_rate, total_steps=self.batches * schedule.epochs
         )
@@ -226,8 +209,11 @@ class _Loop:
         self.network.train()
         self._seed(epoch)
         # The order depends on seed and epoch alone, so that a resumed training sees the same one.
-        order = np.random.default_rng((self.job.seed, self.schedule.epochs_before + epoch))
-        shuffled = self.indices[torch.from_numpy(order.permutation(len(self.indices)))]
+        random = np.random.default_rng((self.job.seed, self.schedule.epochs_before + epoch))
+        order = random.permutation(len(self.indices))
+        if self.lengths is not None:
+            order = tokens.alike(order, self.lengths, self.batch_size, random)
+        shuffled = self.indices[torch.from_numpy(order)]
         total = 0.0
         for number in range(self.batches):
             total += self._batch(shuffled[number * self.batch_size :][: self.batch_size], epoch)
@@ -252,6 +238,7 @@ class _Loop:
         mine = self.group.part(indices)
         share = len(mine) / len(indices)
         inputs, *targets = (t[mine].to(self.device) for t in self.tensors)
+        inputs = _trim(inputs)
         if inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         loss = self.loss(self.trained(inputs), *targets)
@@ -271,12 +258,20 @@ class _Loop:
         progress.progress(done, total, epoch=plan.epochs_before + epoch + 1, loss=loss)
 
     def validate(self) -> float:
-        """Top-1 on the held-out part of the training split, in percent."""
-        mine, right = self.group.part(self.held_out), 0
-        if len(mine):
-            answers = logits(self.network, self.tensors[0][mine].numpy())
-            right = int((answers.argmax(1) == self.tensors[1][mine].numpy()).sum())
-        return self.group.add(right) / len(self.held_out) * 100
+        """The metric on the held-out part of the training split, in percent.
+
+        Scores of samples are added up over the processes; what is computed from all samples is left to process 0.
+        """
+        if not self.metric.mean:
+            return self.group.add(100 * self._score(self.held_out) if self.group.leads else 0.0)
+        mine = self.group.part(self.held_out)
+        total = self._score(mine) * len(mine) if len(mine) else 0.0
+        return self.group.add(total) / len(self.held_out) * 100
+
+    def _score(self, indices: Any) -> float:
+        answers, labels = logits(self.network, self.tensors[0][indices].numpy()), self.labels[indices.numpy()]
+        self.metric.check(answers, labels, "the network in training", ModelError)
+        return value(self.metric, self.metric.evaluate(answers, labels))
 
     def learning_rate(self) -> float:
         """Rate after the last batch."""
@@ -307,14 +302,31 @@ class _Loop:
         return int(state["epochs_done"])
 
 
+def _optimizer(network: Any, schedule: Schedule) -> Any:
+    """The optimizer of all parameters that train."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, schedule.learning_rate, weight_decay=DECOUPLED_WEIGHT_DECAY)
+    return torch.optim.SGD(parameters, schedule.learning_rate, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+
+
 def logits(network: Any, inputs: npt.NDArray[Any], batch_size: int = 512) -> npt.NDArray[np.float32]:
     """(N, …) inputs to (N, classes) float32 outputs in evaluation mode."""
     network.eval()
     place = next((p.device for p in network.parameters()), torch.device("cpu"))
     with torch.inference_mode():
-        batches = (torch.tensor(inputs[i : i + batch_size]) for i in range(0, len(inputs), batch_size))
+        parts = (inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size))
+        batches = (torch.tensor(tokens.trim(part)) for part in parts)
         outputs: npt.NDArray[np.float32] = torch.cat([network(b.to(place)).float().cpu() for b in batches]).numpy()
     return outputs
+
+
+def _trim(inputs: Any) -> Any:
+    """A batch without the columns that are all padding, where it is token ids (N, T)."""
+    if inputs.ndim != 2 or inputs.dtype != torch.int64:
+        return inputs
+    used = inputs.any(dim=0).nonzero()
+    return inputs[:, : int(used[-1]) + 1 if len(used) else 1]
 
 
 def _require_shares(batch_size: int, group: Group) -> None:

@@ -6,8 +6,8 @@ observations, NaN, too few), the bound is NaN, and a gate turns NaN into `inconc
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,10 @@ Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 4000
 """Bootstrap resamples; the Monte Carlo error of a 95 % bound is then a few percent of its distance."""
+SET_RESAMPLES = 2000
+"""The same for values that are computed from whole sets, which cost more."""
+JACKKNIFE = 200
+"""Most groups that the jackknife leaves out in turn."""
 BOOTSTRAP_MIN = 30
 """Fewer pairs than this and a bootstrap of the mean covers too little (Efron and Tibshirani 1993, ch. 14)."""
 
@@ -115,26 +119,99 @@ def bca_mean(values: npt.ArrayLike, confidence: float, rng: np.random.Generator)
         margin = wilson(0, v.size, confidence).high
         return Bounds(mean, max(mean - margin, -1.0), min(mean + margin, 1.0), v.size)
     means = _resampled_means(v, rng)
-    bias = float(
-        stats.norm.ppf(np.clip(((means < mean).sum() + (means == mean).sum() / 2) / means.size, 1e-6, 1 - 1e-6))
-    )
-    acceleration = float((deviations**3).sum()) / (6.0 * squares**1.5)
-    z = float(stats.norm.ppf(confidence))
+    return _bca(mean, means, deviations, float(stats.norm.ppf(confidence)))
+
+
+def paired_bootstrap(
+    difference: Callable[[Floats], Floats], n: int, confidence: float, rng: np.random.Generator
+) -> Bounds:
+    """Expanded BCa bounds for a difference, within [−1, 1], of two values that are each computed from a set of samples.
+
+    difference: counts (R, N), how often each of the N samples is in each of R resamples, to (R,) differences. Both
+    values of a difference must be of the same resample: what the samples have in common then cancels, as in a paired
+    test (Efron and Tibshirani 1993, sections 8.3 and 14.3). The acceleration is the jackknife's (eq. 14.15), which
+    leaves out one sample at a time or, above 200, one of 200 groups of them (Shao and Tu 1995, section 2.3).
+    A mean over classes often hangs on the few samples of a rare class. Then the resamples spread too little, and the
+    bounds are read further out (`_expanded`): in simulations of F1 and IoU with such classes, plain BCa let a drop at
+    the limit pass in 7 to 14 % of test sets, this in 3 to 9 %; the 9 % are of a class with 7 samples.
+    Where every resample agrees with the estimate there is no spread to go by: the bounds are then those of `bca_mean`
+    for as many equal pairs. NaN in any resample leaves no bound.
+    """
+    if n < BOOTSTRAP_MIN:
+        return unknown(n)
+    estimate = float(difference(np.ones((1, n)))[0])
+    drawn = np.concatenate([difference(_resample_counts(size, n, rng)) for size in _chunks(n, SET_RESAMPLES)])
+    left_out = np.concatenate([difference(counts) for counts in _jackknife_counts(n, rng)])
+    if not (math.isfinite(estimate) and np.isfinite(drawn).all() and np.isfinite(left_out).all()):
+        return unknown(n)
+    if np.ptp(drawn) <= 1e-12:
+        margin = wilson(0, n, confidence).high
+        return Bounds(estimate, max(estimate - margin, -1.0), min(estimate + margin, 1.0), n)
+    influence = left_out.mean() - left_out
+    bounds = _bca(estimate, drawn, influence, _expanded(confidence, influence))
+    return replace(bounds, n=n)
+
+
+def _expanded(confidence: float, influence: Floats) -> float:
+    """The normal quantile, widened as far as the estimate hangs on few samples.
+
+    A bootstrap of n samples is too narrow by √((n − 1)/n) and knows its spread no better than n − 1 degrees of freedom
+    tell (T. Hesterberg, The American Statistician 69:371–386, 2015, section 4.2.1). For n stands the number of samples,
+    or groups, that share the variance equally: (Σu²)² / Σu⁴ of the influences u, Kish's (1965) effective sample size.
+    """
+    shares = influence**2
+    if not shares.any():
+        return float(stats.norm.ppf(confidence))
+    n = max(float(shares.sum() ** 2 / (shares**2).sum()), 2.0)
+    return math.sqrt(n / (n - 1)) * float(stats.t.ppf(confidence, n - 1))
+
+
+def _resample_counts(resamples: int, n: int, rng: np.random.Generator) -> Floats:
+    """(R, N) how often each sample is in each of R resamples of N samples, drawn with replacement."""
+    drawn = rng.integers(0, n, (resamples, n)) + n * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.float64)
+
+
+def _jackknife_counts(n: int, rng: np.random.Generator) -> Iterator[Floats]:
+    """Counts, in chunks, of the resamples that leave out one group of samples each; at most JACKKNIFE groups."""
+    group = rng.permutation(n) % min(n, JACKKNIFE)
+    first = 0
+    for size in _chunks(n, min(n, JACKKNIFE)):
+        yield (group[None, :] != np.arange(first, first + size)[:, None]).astype(np.float64)
+        first += size
+
+
+def _chunks(n: int, resamples: int) -> list[int]:
+    """Sizes of the parts in which resamples of n samples are drawn: at most 2 million draws each."""
+    chunk = max(1, 2_000_000 // n)
+    return [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+
+
+def _bca(estimate: float, drawn: Floats, influence: Floats, z: float) -> Bounds:
+    """BCa bounds from bootstrap values at the normal quantiles ±z.
+
+    influence: how much each sample, or group of them, pulls the estimate up.
+    """
+    below = ((drawn < estimate).sum() + (drawn == estimate).sum() / 2) / drawn.size
+    bias = float(stats.norm.ppf(np.clip(below, 1e-6, 1 - 1e-6)))
+    squares = float((influence**2).sum())
+    acceleration = float((influence**3).sum()) / (6.0 * squares**1.5) if squares > 0 else 0.0
     levels = [_bca_level(bias, acceleration, side) for side in (-z, z)]
-    low, high = (float(q) for q in np.quantile(means, levels))
-    return Bounds(mean, min(low, mean), max(high, mean), v.size)
+    low, high = (float(q) for q in np.quantile(drawn, levels))
+    return Bounds(estimate, min(low, estimate), max(high, estimate), influence.size)
 
 
 def _bca_level(bias: float, acceleration: float, z: float) -> float:
     """Quantile of the bootstrap distribution that BCa reads for the normal quantile z."""
     shifted = bias + z
+    if acceleration * shifted >= 1.0:  # past the pole, where the formula would come back from the other side
+        return 1.0 if shifted > 0 else 0.0
     return float(stats.norm.cdf(bias + shifted / (1.0 - acceleration * shifted)))
 
 
 def _resampled_means(values: Floats, rng: np.random.Generator) -> Floats:
-    """(RESAMPLES,) means of samples drawn with replacement, in chunks of at most 2 million draws."""
-    chunk = max(1, 2_000_000 // values.size)
-    sizes = [min(chunk, RESAMPLES - start) for start in range(0, RESAMPLES, chunk)]
+    """(RESAMPLES,) means of samples drawn with replacement."""
+    sizes = _chunks(values.size, RESAMPLES)
     return np.concatenate([values[rng.integers(0, values.size, (k, values.size))].mean(axis=1) for k in sizes])
 
 

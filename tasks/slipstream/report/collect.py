@@ -12,6 +12,7 @@ from slipstream import flow, tracking
 from slipstream.contract import StepInput, StepOutput
 from slipstream.evidence import Row, row_of
 from slipstream.hardware import describe
+from slipstream.report import layers
 from slipstream.report import outcome as outcomes
 from slipstream.report.document import Failure, GateLine, Made, Report, Sample, TimelinePoint
 from slipstream.spec import Spec
@@ -59,6 +60,7 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
         failures=failures,
         made=tuple(_made(o) for o in upstream),
         timeline=timeline(o for o in (single.get("trial"), rollout) if o),
+        layers=layers.collect(upstream),
         data=(single["check"].details.get("data") or {}) if "check" in single else {},
         hardware=describe(),
         sample=sample,

@@ -80,11 +80,21 @@ class TimelinePoint(Document):
     p99_ms: float | None = None
 
 
+class LayerTable(Document):
+    """What an engine is made of."""
+
+    cell: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    total: int
+    """Rows of the whole table."""
+
+
 class Sample(Document):
     """The held-out sample in `report/request.json`, ready to be sent to the release."""
 
     label: str
-    """What it is, as the data set says."""
+    """What it is, as the data set says; empty where labels are not classes of whole samples."""
     classes: tuple[str, ...]
 
 
@@ -114,6 +124,8 @@ class Report(Document):
     failures: tuple[Failure, ...] = ()
     made: tuple[Made, ...] = ()
     timeline: tuple[TimelinePoint, ...] = ()
+    layers: tuple[LayerTable, ...] = ()
+    """Of the engines that tell their layers."""
     data: dict[str, str]
     """Split → sha256."""
     hardware: dict[str, str]

@@ -85,8 +85,8 @@ def _gain(spec: Spec, winner: Row | None) -> str:
     evidence = winner.evidence if winner else None
     if evidence is None:
         return ""
-    points = evidence.drop_pp.estimate
-    drop = f"{abs(points):.2f} points {'below' if points >= 0 else 'above'} the baseline's {spec.objective.metric}"
+    points, metric = evidence.drop_pp.estimate, wording.metric(spec.objective.metric)
+    drop = f"{abs(points):.2f} points {'below' if points >= 0 else 'above'} the baseline's {metric}"
     if evidence.speedup_eager is None:
         return f": {drop}"
     return f": {wording.ratio(evidence.speedup_eager.estimate)} the speed of {spec.model.framework} eager, {drop}"

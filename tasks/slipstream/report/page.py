@@ -9,7 +9,7 @@ from html import escape
 
 from slipstream.contract import Verdict
 from slipstream.evidence import EngineEvidence, Row
-from slipstream.report import wording
+from slipstream.report import layers, wording
 from slipstream.report.document import Figure, GateLine, Made, Report
 from slipstream.report.theme import CSS, themed
 
@@ -48,6 +48,7 @@ def render(report: Report, plots: Mapping[str, str]) -> str:
         _tiles(report),
         _engines(report),
         *(_plot(name, plots[name]) for name in PLOTS if name in plots),
+        layers.section(report.layers),
         _gates(report),
         _lineage(report),
         _data(report),
@@ -88,11 +89,12 @@ def tiles(report: Report) -> list[Figure]:
         judged = [r for r in report.rows if r.status != "reference"]
         by_status = {s: sum(r.status == s for r in judged) for s in ("passed", "rejected", "inconclusive", "missing")}
         shown = [Figure(name=s, value=str(n)) for s, n in by_status.items() if n or s in ("passed", "rejected")]
-        allowed = Figure(name="allowed drop", value=f"{report.objective.max_drop:g} pt", note=report.objective.metric)
+        metric = wording.metric(report.objective.metric)
+        allowed = Figure(name="allowed drop", value=f"{report.objective.max_drop:g} pt", note=metric)
         return [Figure(name="engines judged", value=str(len(judged))), *shown, allowed]
     e = row.evidence
     drop = f"drop {wording.points(e.drop_pp.low)} to {wording.points(e.drop_pp.high)}"
-    figures = [Figure(name=f"{e.metric}, held-out", value=f"{e.engine_quality:.2f} %", note=drop)]
+    figures = [Figure(name=f"{wording.metric(e.metric)}, held-out", value=f"{e.engine_quality:.2f} %", note=drop)]
     p99 = e.latency.p99_ms
     figures.append(
         Figure(name="p99 latency", value=f"{wording.milliseconds(p99)} ms", note=f"p50 {_ms(e.latency.p50_ms)}")
@@ -127,7 +129,7 @@ def _engines(report: Report) -> str:
     confidence = f"{goal.confidence * 100:g} %"
     head = (
         '<tr><th class="text">engine</th><th class="text">verdict</th>'
-        f"<th>{escape(goal.metric)}<small>%</small></th><th>drop<small>{confidence} bounds</small></th>"
+        f"<th>{escape(wording.metric(goal.metric))}<small>%</small></th><th>drop<small>{confidence} bounds</small></th>"
         f'<th class="drawn" aria-label="drop, drawn"><small>{escape(scale)}</small></th>'
         f"<th>p50<small>ms</small></th><th>p99<small>ms</small></th>"
         f"<th>against eager<small>{confidence} bounds</small></th>"

@@ -111,7 +111,7 @@ def pareto(report: Report) -> Any | None:
     _plain_log_ticks(axes.xaxis)
     by_p50 = any(r.evidence and r.evidence.latency.p99_ms is None for r in rows)
     axes.set_xlabel("p99 latency at batch 1, ms" + (" († p50: too few queries for a p99)" if by_p50 else "") + ", log")
-    axes.set_ylabel(f"{report.objective.metric} on held-out data, %")
+    axes.set_ylabel(f"{wording.metric(report.objective.metric)} on held-out data, %")
     axes.grid(visible=True)
     axes.set_axisbelow(True)
     _legend(axes, palette, rows)

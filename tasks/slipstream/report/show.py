@@ -36,7 +36,7 @@ def show(reference: str, *, as_json: bool) -> None:
         console.print(f"[dim]{name:<10}[/]  {value}", soft_wrap=True)  # unbroken, so that it can be copied
     line = request_line(home, places, report)
     if line:
-        console.print("\nSend a held-out image to the release; the data set calls it", report.sample_label + ":")
+        console.print(f"\nSend a held-out sample to the release; {_expectation(report)}:")
         sys.stdout.write(line + "\n")
 
 
@@ -63,7 +63,13 @@ def request_line(home: Home, places: Addresses, report: Report) -> str | None:
         return None
     request, classes = (_short(f) if f else None for f in files)
     assert request is not None
-    return tables.curl(places.envoy + infer_path(report.model), request, classes)
+    return tables.curl(places.envoy + infer_path(report.model), request, classes, labelled=bool(report.sample_label))
+
+
+def _expectation(report: Report) -> str:
+    """What the line ought to print."""
+    label = report.sample_label
+    return f"the data set calls it {label}" if label else "the line prints the shape of its answer"
 
 
 def _short(path: Path) -> Path:

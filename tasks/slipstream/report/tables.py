@@ -24,7 +24,7 @@ def engines(report: Report) -> Table:
     table.add_column("verdict", no_wrap=True)
     bounds = f"{report.objective.confidence * 100:g} % bounds"
     for name, unit in (
-        (report.objective.metric, "%"),
+        (wording.metric(report.objective.metric), "%"),
         ("drop, points", bounds),
         ("p50", "ms"),
         ("p99", "ms"),
@@ -96,12 +96,13 @@ def summary(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-def curl(url: str, request: Path, classes: Path | None) -> str:
-    """A shell line that sends the sample to the release and prints its label.
+def curl(url: str, request: Path, classes: Path | None, *, labelled: bool = True) -> str:
+    """A shell line that sends the sample to the release and prints its label, or else the shape of the answer.
 
-    The answer holds one score for each class; the label is that of the highest.
+    Of a sample that is labelled with a class the answer holds one score for each; the label is that of the highest.
     """
     label = f"json.load(open({json.dumps(str(classes))}))[y.index(max(y))]" if classes else "y.index(max(y))"
-    code = f'import json,sys; y=json.load(sys.stdin)["outputs"][0]["data"]; print({label})'
+    part, shown = ("data", label) if labelled else ("shape", "y")
+    code = f'import json,sys; y=json.load(sys.stdin)["outputs"][0]["{part}"]; print({shown})'
     post = f"curl -s {url} -H content-type:application/json -d @{shlex.quote(str(request))}"
     return f"{post} | python3 -c {shlex.quote(code)}"

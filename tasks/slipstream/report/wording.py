@@ -1,11 +1,21 @@
 """How figures are written, the same on the page and in the terminal. A figure that was not measured is a dash."""
 
 from slipstream.evidence import Interval
+from slipstream.measure.metrics import short_name
 
 DASH = "–"
 
 STATUS_GLYPH = {"passed": "✓", "rejected": "✕", "inconclusive": "?", "missing": "!", "reference": "·"}
 ANSWER_GLYPH = {"pass": "✓", "fail": "✕", "inconclusive": "?"}
+
+
+METRICS = {"f1": "macro F1", "map": "mAP", "miou": "mIoU"}
+"""Metric → how it is written; others are written as they are called."""
+
+
+def metric(name: str) -> str:
+    """`top1`, `mAP`, or the name of the user's function without its module."""
+    return METRICS.get(name, short_name(name))
 
 
 def milliseconds(value: float | None) -> str:

@@ -1,9 +1,11 @@
 """The answer log of a release: one JSON line for each answered request, so that two releases can be compared.
 
 A line is {"id", "release", "at", "latency_ms", "output"}: the request's id, the release's key, unix time, time in
-the server, and the outputs (N, …) rounded to six decimals.
+the server, and the outputs (N, …): nested lists rounded to six decimals or, beyond 1,000 numbers, such as maps,
+{"shape", "float32"} with the little-endian bytes in base64, which take half the room and a tenth of the time.
 """
 
+import base64
 import json
 import time
 from pathlib import Path
@@ -14,6 +16,21 @@ import numpy.typing as npt
 
 LIMIT_BYTES = 64 * 2**20
 DECIMALS = 6
+MOST_LISTED = 1000
+"""Numbers of an answer that are still written as a list, for people and simple tools."""
+
+
+def _written(output: npt.NDArray[Any]) -> Any:
+    if output.size <= MOST_LISTED:
+        return np.round(output.astype(np.float64), DECIMALS).tolist()
+    return {"shape": list(output.shape), "float32": base64.b64encode(output.astype("<f4").tobytes()).decode()}
+
+
+def read_output(entry: Any) -> npt.NDArray[np.float32]:
+    """The outputs of a line, (N, …)."""
+    if isinstance(entry, dict):
+        return np.frombuffer(base64.b64decode(entry["float32"]), "<f4").reshape(entry["shape"])
+    return np.asarray(entry, np.float32)
 
 
 class AnswerLog:
@@ -37,7 +54,7 @@ class AnswerLog:
             "release": self._release,
             "at": round(time.time(), 6),
             "latency_ms": round(latency_ms, 4),
-            "output": np.round(output.astype(np.float64), DECIMALS).tolist(),
+            "output": _written(output),
         }
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
         if self._file.tell() > self._limit:

@@ -1,7 +1,7 @@
 """The client's side of the Open Inference Protocol (V2) over JSON: request bodies, answers, one call."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -28,6 +28,10 @@ DATATYPES = {
 """NumPy dtype name → datatype of the protocol."""
 
 
+TEXT, BYTES = "text", "BYTES"
+"""Name and datatype of a tensor of texts: strings in JSON, UTF-8 with a length before each in binary."""
+
+
 def infer_path(model: str) -> str:
     """Path of a model's inference endpoint below its base URL."""
     return f"/v2/models/{model}/infer"
@@ -39,6 +43,12 @@ def body(batch: npt.NDArray[Any]) -> bytes:
     if datatype is None:
         raise DataError(f"a batch of dtype {batch.dtype} cannot be sent; use one of {', '.join(DATATYPES)}")
     tensor = {"name": INPUT, "shape": list(batch.shape), "datatype": datatype, "data": batch.ravel().tolist()}
+    return json.dumps({"inputs": [tensor]}, separators=(",", ":")).encode()
+
+
+def text_body(texts: Sequence[str]) -> bytes:
+    """The JSON body that asks for texts, of a release that has a tokenizer."""
+    tensor = {"name": TEXT, "shape": [len(texts)], "datatype": BYTES, "data": list(texts)}
     return json.dumps({"inputs": [tensor]}, separators=(",", ":")).encode()
 
 

@@ -26,16 +26,17 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
 from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER, PredictorProtocol
-from kserve.errors import InvalidInput, ModelNotReady
+from kserve.errors import ModelNotReady
 from kserve.model_server import app
 from kserve.protocol.rest.v2_datamodels import InferenceRequest
 from prometheus_client import Counter
 
 from slipstream.engines.base import EngineManifest, Runner, load_engine, read_manifest
-from slipstream.errors import SlipstreamError
-from slipstream.frameworks.base import INPUT, OUTPUT
+from slipstream.errors import DataError, SlipstreamError
+from slipstream.frameworks.base import OUTPUT
 from slipstream.serving.answers import AnswerLog
-from slipstream.serving.client import DATATYPES, RELEASE, REQUEST_ID, SERVER_MS, infer_path
+from slipstream.serving.client import RELEASE, REQUEST_ID, SERVER_MS, infer_path
+from slipstream.serving.inputs import BadRequest, Inputs
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -43,6 +44,8 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 WARM_UP = 20
+WARM_UP_LENGTH = 16
+"""Tokens of the warm-up's text where the target has no lengths."""
 GRACE_S = 10
 INLINE_MS = 5.0
 """Inferences up to about this long run in the event loop: a hop to a thread and back costs more than they take."""
@@ -50,10 +53,6 @@ INLINE_MS = 5.0
 
 REQUESTS = Counter("slipstream_requests", "Inference requests by class of status.", ["status"])
 CLASSES = ("2xx", "3xx", "4xx", "5xx")
-
-
-class BadRequest(InvalidInput):  # type: ignore[misc]  # kserve has no type information
-    """An InvalidInput that is answered without a traceback in the log: the mistake is the client's."""
 
 
 @dataclass
@@ -70,32 +69,33 @@ _answer: ContextVar[Answer] = ContextVar("answer")
 class EngineModel(Model):  # type: ignore[misc]  # kserve has no type information
     """An engine as a KServe model."""
 
-    def __init__(self, name: str, manifest: EngineManifest, runner: Runner) -> None:
+    def __init__(self, name: str, manifest: EngineManifest, runner: Runner, inputs: Inputs) -> None:
         super().__init__(name)
         self._manifest = manifest
         self._runner = runner
+        self._inputs = inputs
         # Longer inferences run here, so that health checks are answered meanwhile.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._turn = asyncio.Lock()
-        self._ms_per_sample = 0.0
-        self._datatype = DATATYPES[manifest.input_dtype]
-        self._dtype = np.dtype(manifest.input_dtype)
+        self._ms_per_value = 0.0
 
     def load(self) -> bool:
-        """Run the engine a few times, since first runs compile and allocate; then it is ready."""
-        sample = np.zeros((1, *self._manifest.input_shape), self._dtype)
-        times = []
-        for _ in range(WARM_UP):
-            started = time.perf_counter()
-            self._runner.run(sample)
-            times.append((time.perf_counter() - started) * 1e3)
-        self._ms_per_sample = float(np.median(times))
+        """Run the engine a few times at each length, since first runs compile and allocate; then it is ready."""
+        for length in self._manifest.target.lengths or (WARM_UP_LENGTH,):
+            shape = [length if size == -1 else size for size in self._manifest.input_shape]
+            sample = np.ones((1, *shape), self._manifest.input_dtype)
+            times = []
+            for _ in range(WARM_UP):
+                started = time.perf_counter()
+                self._runner.run(sample)
+                times.append((time.perf_counter() - started) * 1e3)
+            self._ms_per_value = float(np.median(times)) / sample.size
         self.ready = True
         return True
 
     def get_input_types(self) -> list[dict[str, Any]]:
-        """Input tensor for the protocol's metadata."""
-        return [{"name": INPUT, "datatype": self._datatype, "shape": [-1, *self._manifest.input_shape]}]
+        """Input tensors for the protocol's metadata."""
+        return self._inputs.types()
 
     def get_output_types(self) -> list[dict[str, Any]]:
         """Output tensor for the protocol's metadata."""
@@ -103,8 +103,10 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
 
     async def predict(self, payload: InferRequest, headers: dict[str, str] | None = None) -> InferResponse:
         """Answer one request. Raises BadRequest, which becomes status 400."""
-        batch = self._batch(payload)
-        output = await self._run(batch)
+        try:
+            output = await self._run(self._inputs.batch(payload))
+        except DataError as error:  # a text of token ids that is too long for the engine
+            raise BadRequest(f"inputs[0]: {error}") from error
         answer = _answer.get()
         answer.request_id = (headers or {}).get(REQUEST_ID) or payload.id or ""
         answer.output = output
@@ -120,30 +122,9 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
 
     async def _run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         async with self._turn:  # a runner serves one thread at a time
-            if self._ms_per_sample * len(batch) <= INLINE_MS:
+            if self._ms_per_value * batch.size <= INLINE_MS:
                 return self._runner.run(batch)
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, batch)
-
-    def _batch(self, payload: InferRequest) -> npt.NDArray[Any]:
-        """The request's only tensor, (N, …) in the engine's dtype. Raises BadRequest."""
-        wanted = self.get_input_types()[0]
-        if not isinstance(payload, InferRequest):
-            raise BadRequest("the model speaks the Open Inference Protocol V2 only: POST /v2/models/NAME/infer")
-        if len(payload.inputs) != 1:
-            raise BadRequest(f"inputs: one tensor is expected, {wanted}; there are {len(payload.inputs)}")
-        tensor = payload.inputs[0]
-        shape = list(tensor.shape)
-        fits = shape[1:] == wanted["shape"][1:] and len(shape) == len(wanted["shape"]) and shape[0] >= 1
-        if tensor.name != INPUT or tensor.datatype != self._datatype or not fits:
-            got = {"name": tensor.name, "datatype": tensor.datatype, "shape": shape}
-            raise BadRequest(f"inputs[0]: {wanted} is expected, with any batch size of at least 1; got {got}")
-        try:
-            batch = np.ascontiguousarray(tensor.as_numpy(), dtype=self._dtype)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise BadRequest(f"inputs[0].data: not {shape} values of {self._datatype}: {error}") from error
-        if np.issubdtype(batch.dtype, np.floating) and not np.isfinite(batch).all():
-            raise BadRequest("inputs[0].data: holds NaN or infinity")
-        return batch
 
 
 class Releases:
@@ -237,7 +218,8 @@ async def refused(request: Request, error: Exception) -> JSONResponse:
 def serve(arguments: argparse.Namespace) -> None:
     """Load the engine and serve until SIGTERM. Raises EngineError when the engine may not be loaded here."""
     manifest = read_manifest(arguments.engine)
-    model = EngineModel(arguments.model, manifest, load_engine(arguments.engine))
+    runner = load_engine(arguments.engine)
+    model = EngineModel(arguments.model, manifest, runner, Inputs(manifest, arguments.engine))
     model.load()
     log = AnswerLog(arguments.answers, arguments.release) if arguments.answers else None
     server = Server(arguments.host, arguments.port)

@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from slipstream.engines import ENGINES
 from slipstream.errors import SpecError
 from slipstream.frameworks import FRAMEWORKS
-from slipstream.spec.fields import PATTERNS, SCHEDULE, Call, Name, Section
+from slipstream.spec.fields import PATTERNS, SCHEDULE, Call, Name, Optimizer, Section
 from slipstream.spec.sections import (
     FILES,
     FUNCTION,
+    Cluster,
     DataSource,
     Distill,
     Guardrails,
@@ -34,9 +36,9 @@ from slipstream.spec.sections import (
 from slipstream.steps import STEPS, environment_of
 
 __all__ = [
-    "BASELINE", "PATTERNS", "TECHNIQUES", "Call", "Distill", "Guardrails", "Model", "Objective", "Prune", "Quantize",
-    "Resources", "Rollout", "SmallScaleTest", "Spec", "Target", "Toleration", "Training", "dump", "json_schema",
-    "load", "parse",
+    "BASELINE", "PATTERNS", "TECHNIQUES", "Call", "Cluster", "Distill", "Guardrails", "Model", "Objective", "Optimizer",
+    "Prune", "Quantize", "Resources", "Rollout", "SmallScaleTest", "Spec", "Target", "Toleration", "Training", "dump",
+    "json_schema", "load", "parse",
 ]  # fmt: skip
 
 Technique = Literal["distill", "prune", "cluster", "simplify", "quantize"]
@@ -62,6 +64,8 @@ class Spec(Section):
     """Settings of distillation."""
     prune: Prune = Prune()
     """Settings of pruning."""
+    cluster: Cluster = Cluster()
+    """Settings of weight clustering."""
     quantize: Quantize = Quantize()
     """Settings of quantization."""
     targets: dict[Name, Target]
@@ -103,14 +107,80 @@ class Spec(Section):
                 )
             if "distill" in techniques and self.distill is None:
                 raise ValueError(f"recipes.{name} distills, but there is no `distill:` section with a student")
+            if name in self.quantize.schemes and "quantize" not in techniques:
+                raise ValueError(f"quantize.schemes.{name}: recipe {name} does not quantize; remove it")
+        if unknown := sorted(set(self.quantize.schemes) - set(self.recipes)):
+            raise ValueError(f"quantize.schemes.{unknown[0]}: not a recipe; known: {', '.join(self.recipes)}")
         if unknown := sorted(set(self.resources) - {"default", *STEPS}):
             known = ", ".join(("default", *STEPS))
             raise ValueError(f"resources.{unknown[0]}: not a step; known: {known}")
         return self
 
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        name, info = self.model.framework, FRAMEWORKS[self.model.framework]
+        prunes = any("prune" in techniques for techniques in self.recipes.values())
+        if prunes and self.prune.method not in info.prune_methods:
+            raise ValueError(
+                f"prune.method: {self.prune.method} cannot be done for a model of framework {name}, which has "
+                f"{', '.join(info.prune_methods)}"
+            )
+        if self.quantizes and self.quantize.epochs and not info.quantization_aware:
+            raise ValueError(f"quantize.epochs: models of framework {name} are not trained for INT8; make it 0")
+        if self.training.workers > 1 and not info.distributed:
+            raise ValueError(f"training.workers: models of framework {name} are not trained by several; make it 1")
+        return self
+
+    @model_validator(mode="after")
+    def _buildable(self) -> Self:
+        for name, target in self.targets.items():
+            builds = ENGINES[target.engine].frameworks
+            if builds and self.model.framework not in builds:
+                raise ValueError(
+                    f"targets.{name}: engine {target.engine} builds models of framework {', '.join(builds)} only, not "
+                    f"of {self.model.framework}; choose another engine"
+                )
+            schemes, wanted = ENGINES[target.engine].schemes, self.schemes
+            if wanted and schemes and not wanted & set(schemes):
+                raise ValueError(
+                    f"targets.{name}: engine {target.engine} does not run quantize.scheme {', '.join(sorted(wanted))}, "
+                    f"only {', '.join(schemes)}; choose another scheme, or give that engine a spec of its own"
+                )
+        for recipe in self.recipes:
+            if not any(self.runs(recipe, target) for target in self.targets):
+                raise ValueError(
+                    f"recipes.{recipe}: no target's engine runs scheme {self.quantize.of(recipe).scheme}; choose "
+                    "another under quantize, or add a target whose engine does"
+                )
+        if not any(self.releasable(name) for name in self.targets):
+            raise ValueError(
+                "targets: none of them can be released, since their engines are for comparison only; add one with an "
+                "engine that is served, such as openvino"
+            )
+        return self
+
+    def runs(self, recipe: str, target: str) -> bool:
+        """Whether a recipe is built for a target: what quantizes only for an engine that runs the recipe's scheme."""
+        schemes = ENGINES[self.targets[target].engine].schemes
+        return "quantize" not in self.techniques(recipe) or self.quantize.of(recipe).scheme in schemes
+
+    def releasable(self, target: str) -> bool:
+        """Whether a target's engines can be released, and are not for comparison only."""
+        return ENGINES[self.targets[target].engine].server is not None
+
     def environment_of(self, step: str, target: str | None) -> str:
         """The environment in which a step runs; `target` is that of its cell."""
         return environment_of(step, self.model.framework, self.targets[target].engine if target else None)
+
+    @property
+    def schemes(self) -> set[str]:
+        """Schemes of all recipes that quantize."""
+        return {self.quantize.of(r).scheme for r, techniques in self.recipes.items() if "quantize" in techniques}
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any recipe does."""
+        return any("quantize" in techniques for techniques in self.recipes.values())
 
     def techniques(self, recipe: str) -> tuple[Technique, ...]:
         """Techniques of a recipe; the baseline has none."""

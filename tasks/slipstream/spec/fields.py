@@ -1,7 +1,7 @@
 """The types that fields of a spec have, and what their patterns mean in an error."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -49,6 +49,7 @@ Percent = Annotated[
     Field(ge=0, le=100),
 ]
 FileUri = Annotated[str, AfterValidator(_uri)]
+Optimizer = Literal["sgd", "adamw"]
 
 
 class Section(BaseModel):

@@ -1,13 +1,26 @@
 """The sections of a spec. Their docstrings are the reference in docs/spec.md."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from slipstream.engines import ENGINES
 from slipstream.frameworks import FRAMEWORKS
-from slipstream.spec.fields import MEMORY, REGISTRY, FileUri, Percent, Section, UserFunction, percent
+from slipstream.measure.metrics import METRICS
+from slipstream.spec.fields import (
+    FUNCTION_NAME,
+    MEMORY,
+    REGISTRY,
+    FileUri,
+    Name,
+    Optimizer,
+    Percent,
+    Section,
+    UserFunction,
+    percent,
+)
 
 
 class Model(Section):
@@ -20,6 +33,9 @@ class Model(Section):
     architecture: UserFunction | None = None
     """Builds the untrained network; weights are loaded into it, so that nothing is ever unpickled. Needed unless the
     model's own file says what it computes, as ONNX does."""
+    loss: UserFunction | None = None
+    """Loss by which distillation and the fine-tuning after pruning learn from the labels: a function of outputs and
+    labels that returns the mean loss of a batch. None is cross entropy, for labels that are classes or maps of them."""
     file: FileUri | None = None
     """A trained model's file, local path or s3:// URI, to start from: each run registers it, unless it is registered
     already, and moves the alias to it."""
@@ -34,6 +50,11 @@ class Model(Section):
             raise ValueError("architecture is missing: name the function that builds the network, as module:function")
         if self.file is not None and self.train is not None:
             raise ValueError("file and train cannot both be where the model comes from; leave one out")
+        if not FRAMEWORKS[self.framework].trains and (self.architecture or self.train):
+            raise ValueError(
+                f"architecture and train are of no use: models of framework {self.framework} are not trained here; "
+                "name a trained model's file under file, or register it"
+            )
         return self
 
     @property
@@ -54,6 +75,13 @@ class DataFiles(Section):
     """Training split, local path or s3:// URI. Calibration samples are drawn from it."""
     test: FileUri
     """Held-out split. Gates are judged on it and on nothing else."""
+    tokenizer: FileUri | None = None
+    """The JSON of the Hugging Face tokenizer that made inputs of text; the served model then takes texts too."""
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """Name → URI."""
+        return {"train": self.train, "test": self.test}
 
 
 FILES, FUNCTION = "<files>", "<function>"
@@ -71,11 +99,19 @@ DataSource = Annotated[
 ]
 
 
+def _metric(value: str) -> str:
+    if value not in METRICS and not re.match(FUNCTION_NAME, value):
+        raise ValueError(f"unknown metric {value!r}; known: {', '.join(METRICS)}, or a function as module:function")
+    return value
+
+
 class Objective(Section):
     """How good the model must stay and how fast it must get."""
 
-    metric: Literal["top1", "top5"] = "top1"
-    """Quality metric, scored per sample so that engines are compared with the baseline in pairs."""
+    metric: Annotated[str, AfterValidator(_metric)] = "top1"
+    """Quality metric, by which engines are compared with the baseline on the same samples: `top1`, `top5` or `f1`
+    (macro average) of class scores, `map` (COCO's) of boxes, `miou` of segmentation maps, or a function of yours as
+    `module:function`, which takes outputs and labels and returns a score from 0 to 1 for each sample."""
     max_drop: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Largest allowed drop of the metric against the baseline, in percentage points."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
@@ -84,6 +120,11 @@ class Objective(Section):
     """Upper limit for the 99th percentile of the latency at batch 1, in milliseconds."""
     prefer: Literal["latency", "throughput", "size", "accuracy"] = "latency"
     """Which of the passing engines becomes the release."""
+
+
+def _require_rate(optimizer: Optimizer, given: Collection[str]) -> None:
+    if optimizer == "adamw" and "learning_rate" not in given:
+        raise ValueError("learning_rate is missing: the default is for sgd; adamw takes rates of about 0.0005")
 
 
 class Distill(Section):
@@ -99,19 +140,38 @@ class Distill(Section):
     """Training epochs."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     """Peak of the one-cycle schedule."""
+    optimizer: Optimizer = "sgd"
+    """`sgd` with Nesterov momentum, or `adamw`, which transformers need."""
+
+    @model_validator(mode="after")
+    def _rated(self) -> Self:
+        _require_rate(self.optimizer, self.model_fields_set)
+        return self
 
 
 class Prune(Section):
-    """Structured channel pruning in rounds, each followed by fine-tuning."""
+    """Pruning with fine-tuning: of whole channels in rounds, or of single weights while the network trains."""
 
+    method: Literal["channels", "magnitude", "2:4"] = "channels"
+    """What is removed: `channels` (PyTorch), which makes the network narrower; in Keras `magnitude`, which makes the
+    smallest weights zero, and `2:4`, which makes two of each four along the inputs zero, whatever `sparsity` says."""
     sparsity: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0, lt=1)]] = (0.3, 0.5)
-    """Share of channels removed after the first and after the last round."""
+    """Share of channels or weights removed at first and at last; the share grows along the cubic schedule of Zhu and
+    Gupta (2017)."""
     rounds: Annotated[int, Field(ge=1, le=100)] = 3
-    """Rounds; the share grows along the cubic schedule of Zhu and Gupta (2017)."""
+    """Rounds of `channels`, in each of which some are removed."""
+    begin_step: Annotated[int, Field(ge=0)] = 0
+    """Training step at which `magnitude` begins, with the first share."""
+    end_step: Annotated[int, Field(ge=1)] = 1000
+    """Training step at which `magnitude` has reached the last share."""
+    frequency: Annotated[int, Field(ge=1)] = 100
+    """Training steps of `magnitude` after which the share grows; the weights that are zero are chosen anew."""
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
-    """Fine-tuning epochs after each round."""
+    """Fine-tuning epochs: after each round of `channels`, in all for the others."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     """Peak of the one-cycle schedule of each round's fine-tuning."""
+    optimizer: Optimizer = "sgd"
+    """`sgd` or `adamw`, as in distillation."""
     soft_weight: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Share of the soft loss: the network also relearns its own answers from before pruning. 0 turns that off."""
     temperature: Annotated[float, Field(ge=1, le=100)] = 4.0
@@ -120,22 +180,68 @@ class Prune(Section):
     """Channel counts stay multiples of this, since engines compute in blocks."""
 
     @model_validator(mode="after")
-    def _grows(self) -> Self:
+    def _consistent(self) -> Self:
+        _require_rate(self.optimizer, self.model_fields_set)
         if self.sparsity[0] > self.sparsity[1]:
             raise ValueError(f"sparsity must not shrink, but goes from {self.sparsity[0]} to {self.sparsity[1]}")
+        steps = self.end_step - self.begin_step
+        if self.method == "magnitude" and (steps <= 0 or steps % self.frequency):
+            raise ValueError(
+                f"frequency must divide the {steps} steps from begin_step to end_step, but is {self.frequency}: the "
+                "last share would never be reached"
+            )
         return self
+
+
+class Cluster(Section):
+    """Weight clustering (Han et al. 2016): each layer's weights take few different values, which compresses well."""
+
+    clusters: Annotated[int, Field(ge=2, le=256)] = 16
+    """Different values in each layer's weights, found by k-means++. Zero is one of them in a pruned network."""
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Fine-tuning epochs, in which the values are trained."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.005
+    """Peak of the one-cycle schedule. Weights that move far lose their cluster, so it is small."""
+
+
+Scheme = Literal["int8", "int8-dynamic", "int8-weights", "int4-weights"]
 
 
 class Quantize(Section):
     """Post-training quantization with calibration on samples of the training split."""
 
-    scheme: Literal["int8", "int8-dynamic", "int8-weights", "int4-weights"] = "int8"
+    scheme: Scheme = "int8"
     """Number format: `int8` for weights and activations, with ranges from calibration; `int8-dynamic` with ranges
     found anew for each input; `int8-weights` and `int4-weights` for weights alone, which saves memory."""
+    schemes: dict[Name, Scheme] = Field(default={})
+    """Another scheme for single recipes, by their names, such as `weights: int8-weights`. A recipe is built for the
+    targets whose engine runs its scheme."""
     samples: Annotated[int, Field(ge=16, le=100_000)] = 300
     """Calibration samples, drawn from the training split only."""
     per_channel: bool = True
     """One scale for each output channel of a weight, instead of one for the tensor."""
+    block_size: Annotated[int, Field(ge=16, le=1024)] = 32
+    """Consecutive values of a weight that share one scale in `int4-weights`."""
+    model_type: Literal["transformer"] | None = None
+    """`transformer` adds SmoothQuant (Xiao et al. 2023) to `int8`, which moves outliers of activations into weights,
+    and leaves what is around attention and normalisation in FP32."""
+    epochs: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Epochs of quantization-aware training (Jacob et al. 2018, Keras only) before `int8`; 0 is none. It keeps zeros
+    and clusters that earlier techniques made."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    """Peak of its one-cycle schedule."""
+
+    @model_validator(mode="after")
+    def _trains_for_int8(self) -> Self:
+        if self.epochs and self.scheme != "int8":
+            raise ValueError(f"epochs: quantization-aware training is for scheme int8, not {self.scheme}; make it 0")
+        return self
+
+    def of(self, recipe: str) -> Self:
+        """The settings for one recipe: `scheme` is its own, and there is training for INT8 alone."""
+        scheme = self.schemes.get(recipe, self.scheme)
+        epochs = self.epochs if scheme == "int8" else 0
+        return self.model_copy(update={"scheme": scheme, "schemes": {}, "epochs": epochs})
 
 
 class Target(Section):

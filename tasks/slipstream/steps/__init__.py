@@ -33,16 +33,18 @@ class StepInfo:
         return self.variables is TRAINING
 
 
+MAKES_CANDIDATES = ("frameworks", "agreement", "candidates.py", "data.py", "tokens.py")
+
 STEPS: dict[str, StepInfo] = {
     "check": StepInfo(FRAMEWORK, cached=False),
-    "retrain": StepInfo(FRAMEWORK, ("frameworks", "candidates.py", "data.py"), variables=TRAINING),
-    "distill": StepInfo(FRAMEWORK, ("frameworks", "candidates.py", "data.py"), variables=TRAINING),
-    "prune": StepInfo(FRAMEWORK, ("frameworks", "candidates.py", "data.py"), variables=TRAINING),
-    "cluster": StepInfo(FRAMEWORK, ("frameworks", "candidates.py", "data.py"), variables=TRAINING),
-    "simplify": StepInfo(FRAMEWORK, ("frameworks",)),
-    "quantize": StepInfo(FRAMEWORK, ("frameworks", "data.py")),
-    "build": StepInfo(FRAMEWORK, ("engines",)),
-    "validate": StepInfo(FRAMEWORK, ("engines", "measure", "data.py")),
+    "retrain": StepInfo(FRAMEWORK, MAKES_CANDIDATES, variables=TRAINING),
+    "distill": StepInfo(FRAMEWORK, MAKES_CANDIDATES, variables=TRAINING),
+    "prune": StepInfo(FRAMEWORK, MAKES_CANDIDATES, variables=TRAINING),
+    "cluster": StepInfo(FRAMEWORK, MAKES_CANDIDATES, variables=TRAINING),
+    "simplify": StepInfo(FRAMEWORK, MAKES_CANDIDATES),
+    "quantize": StepInfo(FRAMEWORK, (*MAKES_CANDIDATES, "quantization")),
+    "build": StepInfo(FRAMEWORK, ("engines", "agreement", "tokens.py")),
+    "validate": StepInfo(FRAMEWORK, ("engines", "measure", "data.py", "tokens.py")),
     "select": StepInfo("serve", cached=False),
     "trial": StepInfo("serve", cached=False),
     "rollout": StepInfo("serve", cached=False),

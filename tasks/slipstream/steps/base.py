@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar, cast
 from slipstream import data, digests, log_lines
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict, combine, digest
 from slipstream.errors import EXIT_RETRY, DataError, GateFailed, SlipstreamError, SpecError
-from slipstream.frameworks.base import ALONE, Group, Job, framework_for, group_of
+from slipstream.frameworks.base import ALONE, Group, Job, group_of, trainer_for
 from slipstream.home import Home
 from slipstream.spec import Spec
 from slipstream.steps import STEPS
@@ -81,7 +81,8 @@ class Context:
     @property
     def job(self) -> Job:
         """What training in this step works with."""
-        return Job(self.data, self.spec.seed, self.workdir, self.run, self.group)
+        loss, metric = self.spec.model.loss, self.spec.objective.metric
+        return Job(self.data, self.spec.seed, self.workdir, self.run, self.group, loss, metric)
 
     def upstream(self, *steps: str) -> StepOutput:
         """The latest upstream output for this cell's recipe among `steps`, in the order given last to first."""
@@ -216,7 +217,7 @@ def _work(module: StepModule, context: Context, processes: int) -> StepOutput:
         log.info("%s: starting %d processes", context.step, processes)
         run = context.run
         task = _Task(context.step, context.spec, context.inputs, context.identity, run.run_id, run.experiment_id)
-        made = framework_for(context.spec.model.framework).launch(processes, _member, task)
+        made = trainer_for(context.spec.model.framework).launch(processes, _member, task)
         assert made is not None, "process 0 has the output"
         return made
     with context.group.blaming():

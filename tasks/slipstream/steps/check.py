@@ -1,25 +1,34 @@
 """check: can this run end well? Asked before anything is trained, and answered with all problems at once.
 
-Details: `data` (digest of each split), `classes`, `samples` (of each split), `hardware`.
+Details: `data` (digest of each split), `classes`, `samples` (of each split), `hardware`, `build_only` (targets whose
+engines cannot be loaded here, with the reason).
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from mlflow import MlflowClient
 
-from slipstream import hardware
+from slipstream import hardware, text_checks
 from slipstream.contract import StepInput, StepOutput
 from slipstream.data import Data, user_function
-from slipstream.engines.base import engine_for
+from slipstream.engines.inquiry import Finding, inquire
 from slipstream.errors import DataError, EngineError, ModelError, SlipstreamError, SpecError
-from slipstream.frameworks.base import Framework, framework_for
+from slipstream.frameworks.base import Framework, framework_for, trainer_for
+from slipstream.measure.metrics import METRICS
+from slipstream.measure.metrics.base import BATCH, metric_for
 from slipstream.spec import Call, Spec
 from slipstream.steps.base import Context
-from slipstream.steps.retrain import require_version, version_to_load
+from slipstream.steps.retrain import from_file, require_version, version_to_load
 
 log = logging.getLogger(__name__)
+
+TUNING = {"distill", "prune", "cluster"}
+"""Techniques that train on the labels."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -30,9 +39,10 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 def run(context: Context) -> StepOutput:
     """Check functions, targets, registry, data and networks. Raises one error with a line for each problem."""
     spec = context.spec
+    findings = {name: inquire(context.home, target) for name, target in spec.targets.items()}
     problems = [
         *_functions(spec),
-        *_targets(spec),
+        *_targets(spec, findings),
         *_registry(spec, context.inputs, context.tracking.client),
     ]
     if not any(isinstance(p, SpecError) for p in problems):  # what cannot be imported cannot be tried either
@@ -41,15 +51,19 @@ def run(context: Context) -> StepOutput:
         raise _joined(problems)
     loaded = context.data
     source = spec.data
-    sources = dict.fromkeys(("train", "test"), source.function) if isinstance(source, Call) else source.model_dump()
+    sources = dict.fromkeys(("train", "test"), source.function) if isinstance(source, Call) else source.splits
     context.run.dataset(loaded, spec.name, sources)
     log.info("%d training and %d test samples; %s", len(loaded.train), len(loaded.test), hardware.sentence())
+    build_only = {name: found.not_loadable for name, found in findings.items() if found.not_loadable is not None}
+    for name, reason in build_only.items():
+        log.warning("targets.%s: its engines are built, but neither measured nor released: %s", name, reason)
     return context.output(
         details={
             "data": loaded.digests(),
             "classes": list(loaded.classes),
             "samples": {"train": len(loaded.train), "test": len(loaded.test)},
             "hardware": hardware.describe(),
+            "build_only": build_only,
         }
     )
 
@@ -61,6 +75,8 @@ def _functions(spec: Spec) -> Iterator[SlipstreamError]:
         "model.train": spec.model.train,
         "data": spec.data if isinstance(spec.data, Call) else None,
         "distill.student": spec.distill.student if spec.distill else None,
+        "model.loss": spec.model.loss,
+        "objective.metric": None if spec.objective.metric in METRICS else Call(function=spec.objective.metric),
     }
     for field, call in calls.items():
         if call is not None:
@@ -70,13 +86,13 @@ def _functions(spec: Spec) -> Iterator[SlipstreamError]:
                 yield SpecError(f"{field}: {error}; check the name, and that SLIPSTREAM_CODE is the folder above it")
 
 
-def _targets(spec: Spec) -> Iterator[SlipstreamError]:
-    """Targets that this machine cannot serve."""
-    for name, target in spec.targets.items():
-        try:
-            engine_for(target.engine).check(target)
-        except EngineError as error:
-            yield EngineError(f"targets.{name}: {error}")
+def _targets(spec: Spec, findings: Mapping[str, Finding]) -> Iterator[SlipstreamError]:
+    """Targets whose engines cannot be built on this machine."""
+    for name, finding in findings.items():
+        if finding.problem is not None:
+            yield EngineError(f"targets.{name}: {finding.problem}")
+        if not finding.asked:
+            log.warning("targets.%s: not checked: %s is in another environment", name, spec.targets[name].engine)
 
 
 def _registry(spec: Spec, inputs: StepInput, client: MlflowClient) -> Iterator[SlipstreamError]:
@@ -100,39 +116,72 @@ def _networks_and_data(spec: Spec, context: Context) -> Iterator[SlipstreamError
     except Exception as error:
         yield DataError(f"data: the loader failed: {type(error).__name__}: {error}")
         return
-    if spec.model.architecture is not None:
-        yield from _network(framework, "model.architecture", spec.model.architecture, loaded, spec.seed)
-    if spec.distill is not None:
-        yield from _network(framework, "distill.student", spec.distill.student, loaded, spec.seed)
+    yield from text_checks.data(spec, loaded)
+    calls = {"model.architecture": spec.model.architecture}
+    calls |= {"distill.student": spec.distill.student} if spec.distill is not None else {}
+    for field, call in calls.items():
+        if call is not None:
+            build = partial(trainer_for(spec.model.framework).build, call, spec.seed)
+            yield from _network(spec, framework, (field, call.function), build, loaded)
+    if spec.model.file is not None:
+        make = partial(from_file, spec, framework)
+        yield from _network(spec, framework, ("model.file", spec.model.file), make, loaded)
 
 
-def _network(framework: Framework, field: str, call: Call, loaded: Data, seed: int) -> Iterator[SlipstreamError]:
-    """What is wrong with a network: it cannot be built, does not take the data, or knows too few classes."""
+def _network(
+    spec: Spec, framework: Framework, where: tuple[str, str], make: Callable[[], Any], loaded: Data
+) -> Iterator[SlipstreamError]:
+    """What is wrong with a network: it cannot be made, does not take the data, or answers something else.
+
+    `where` is the field that names it, and its name there.
+    """
+    field, what = where
     try:
-        outputs = framework.logits(framework.build(call, seed), loaded.train.inputs[:2])
+        network = make()
+        outputs = framework.logits(network, loaded.train.inputs[:2])
     except ModelError as error:
         yield ModelError(f"{field}: {error}")
         return
     except Exception as error:
         shape, dtype = loaded.train.inputs.shape[1:], loaded.train.inputs.dtype
         yield ModelError(
-            f"{field}: {call.function} does not take a batch of the data ({shape} {dtype}): "
-            f"{type(error).__name__}: {error}"
+            f"{field}: {what} does not take a batch of the data ({shape} {dtype}): {type(error).__name__}: {error}"
         )
         return
-    if outputs.ndim != 2:
-        yield ModelError(f"{field}: {call.function} must answer (N, classes), not {outputs.shape}")
+    yield from _answers(spec, f"{field}: {what}", outputs, loaded)
+    yield from text_checks.network(framework, f"{field}: {what}", network, loaded)
+
+
+def _answers(spec: Spec, what: str, outputs: npt.NDArray[Any], loaded: Data) -> Iterator[SlipstreamError]:
+    """What is wrong with a network's answers (2, …): they are none to the data's labels, as the metric sees them, or
+    there is no loss that takes both."""
+    metric = metric_for(spec.objective.metric)
+    try:
+        for labels in (loaded.train.labels, loaded.test.labels):
+            for start in range(0, len(labels), BATCH):  # the same answer beside each label
+                beside = labels[start : start + BATCH]
+                shown = np.broadcast_to(outputs[:1], (len(beside), *outputs.shape[1:]))
+                metric.check(shown, beside, what, ModelError)
+        metric.evaluate(outputs, loaded.train.labels[: len(outputs)])
+    except SlipstreamError as error:
+        yield error
         return
-    highest = int(max(loaded.train.labels.max(), loaded.test.labels.max()))
-    if highest >= outputs.shape[1]:
-        yield ModelError(
-            f"{field}: {call.function} answers with {outputs.shape[1]} classes, but the labels go up to {highest}"
+    classes = metric.classes(outputs.shape)
+    if loaded.classes and classes is not None and len(loaded.classes) != classes:
+        yield ModelError(f"{what} answers with {classes} classes, but the data names {len(loaded.classes)}")
+    labels = loaded.train.labels[: len(outputs)]
+    tuned = [recipe for recipe, techniques in spec.recipes.items() if TUNING & set(techniques)]
+    if tuned and spec.model.loss is None and not _are_classes(outputs, labels):
+        yield SpecError(
+            f"recipes.{tuned[0]}: trains on the labels, but cross entropy does not take outputs {outputs.shape} with "
+            f"labels {labels.shape} {labels.dtype}; name a loss under model.loss, as module:function"
         )
-    if loaded.classes and len(loaded.classes) != outputs.shape[1]:
-        yield ModelError(
-            f"{field}: {call.function} answers with {outputs.shape[1]} classes, but the data names "
-            f"{len(loaded.classes)}"
-        )
+
+
+def _are_classes(outputs: npt.NDArray[Any], labels: npt.NDArray[Any]) -> bool:
+    """Whether labels are classes of outputs (N, classes), or maps of them for outputs (N, classes, …)."""
+    fits = outputs.ndim >= 2 and labels.shape == (len(outputs), *outputs.shape[2:])
+    return fits and bool(np.issubdtype(labels.dtype, np.integer))
 
 
 def _joined(problems: list[SlipstreamError]) -> SlipstreamError:

@@ -1,7 +1,9 @@
-"""prune: structured channel pruning in rounds, each followed by fine-tuning on labels and the old answers.
+"""prune: of whole channels in rounds, or of single weights while the network trains; with labels and the old answers.
 
 Each round has its own checkpoint, and cutting is deterministic: a killed step cuts again, loads, and goes on in
-its round and epoch. Details: `rounds`, one entry for each with sparsity, top1, MACs and parameters after it.
+its round and epoch. Details: `rounds`, one entry for each with sparsity, quality, MACs and parameters after it. Pruning
+of single weights is one training. Its metrics are `sparsity`, measured on the network as it is handed on,
+`nonzero_parameters`, `parameters` and the quality.
 """
 
 import logging
@@ -12,7 +14,7 @@ from slipstream import candidates
 from slipstream.contract import Artifact, StepInput, StepOutput
 from slipstream.data import user_code_digest
 from slipstream.errors import ModelError
-from slipstream.frameworks.base import Framework, Pruner, Schedule, SoftTargets, framework_for, toolchain
+from slipstream.frameworks.base import Pruner, Schedule, SoftTargets, Trainer, toolchain, trainer_for
 from slipstream.spec import Prune, Spec
 from slipstream.steps.base import Context, workers
 
@@ -25,6 +27,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
     return {
         "prune": spec.prune.model_dump(mode="json"),
         "architectures": [user_code_digest(spec.model.architecture), user_code_digest(student)],
+        "loss": user_code_digest(spec.model.loss),
         "seed": spec.seed,
         "versions": toolchain(spec.model.framework),
     } | workers(spec)
@@ -47,6 +50,8 @@ def run(context: Context) -> StepOutput:
     source = context.upstream("distill", "retrain")
     assert source.artifact is not None
     context.run.params(spec.prune.model_dump(mode="json"))
+    if spec.prune.method != "channels":
+        return _single_weights(context, source)
     made = context.together(train)
     pruner, before, rounds = made.pruner, made.before, made.rounds
     _require_smaller(before, rounds[-1], spec.prune)
@@ -57,6 +62,20 @@ def run(context: Context) -> StepOutput:
     return context.output(artifact=artifact, metrics=metrics, details={"rounds": rounds})
 
 
+def _single_weights(context: Context, source: StepOutput) -> StepOutput:
+    """Train with ever more weights held at zero."""
+    spec, prune = context.spec, context.spec.prune
+    assert source.artifact is not None
+    soft = _soft_targets(context, trainer_for(spec.model.framework), source.artifact)
+    schedule = Schedule(prune.epochs, prune.learning_rate, optimizer=prune.optimizer)
+    made, metrics = candidates.train_constrained(context, context.fetch(source), prune, schedule, soft)
+    folder = candidates.fresh_folder(context)
+    made.save(folder, context.data.test)
+    artifact = candidates.log(context, folder, "pruned", parents=[source.artifact.model_id])
+    context.run.metrics(metrics)
+    return context.output(artifact=artifact, metrics=metrics)
+
+
 def train(context: Context) -> Pruned:
     """All rounds; every process of the group calls it.
 
@@ -64,7 +83,7 @@ def train(context: Context) -> Pruned:
     equal magnitude differently, the widths are still the same, and fine-tuning starts from the weights of process 0.
     """
     spec = context.spec
-    framework = framework_for(spec.model.framework)
+    framework = trainer_for(spec.model.framework)
     source = context.upstream("distill", "retrain")
     assert source.artifact is not None
     pruner = framework.pruner(context.fetch(source))
@@ -84,7 +103,7 @@ def sparsity_schedule(prune: Prune) -> list[float]:
     return [last + (first - last) * (1 - t / steps) ** 3 if steps else last for t in range(prune.rounds)]
 
 
-def _soft_targets(context: Context, framework: Framework, source: Artifact) -> SoftTargets | None:
+def _soft_targets(context: Context, framework: Trainer, source: Artifact) -> SoftTargets | None:
     """The answers of the network before pruning.
 
     With two rounds of one epoch to a sparsity of 0.5 the example's ResNet-14 ends at 91.3 % with them, and at
@@ -98,23 +117,29 @@ def _soft_targets(context: Context, framework: Framework, source: Artifact) -> S
 
 
 def _round(
-    context: Context, framework: Framework, pruner: Pruner, soft: SoftTargets | None, number: int
+    context: Context, framework: Trainer, pruner: Pruner, soft: SoftTargets | None, number: int
 ) -> dict[str, float]:
-    """One round; `sparsity`, `macs`, `parameters` and `test_top1` after it."""
-    prune, test = context.spec.prune, context.data.test
+    """One round; `sparsity`, `macs`, `parameters` and the quality after it."""
+    prune = context.spec.prune
     pruner.prune(sparsity_schedule(prune)[number], prune.round_to)
     schedule = Schedule(
         prune.epochs,
         prune.learning_rate,
         epochs_before=number * prune.epochs,
         epochs_in_step=prune.rounds * prune.epochs,
+        optimizer=prune.optimizer,
     )
     framework.fit(pruner.network, context.job, schedule, f"round-{number + 1}", soft)
-    figures = pruner.figures() | candidates.quality(framework.logits(pruner.network, test.inputs), test)
+    figures = pruner.figures() | _quality(context, framework, pruner)
     if context.group.leads:
         log.info("round %d of %d: %s", number + 1, prune.rounds, "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
     context.run.metrics({f"round_{k}": v for k, v in figures.items()}, step=number + 1)
     return figures
+
+
+def _quality(context: Context, framework: Trainer, pruner: Pruner) -> dict[str, float]:
+    test = context.data.test
+    return candidates.quality(context.spec, framework.logits(pruner.network, test.inputs), test)
 
 
 def _require_smaller(before: dict[str, float], after: dict[str, float], prune: Prune) -> None:

@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mlflow.entities import Metric, Param, RunTag
 
 from slipstream.contract import StepInput, StepOutput
+from slipstream.data import Data
 from slipstream.errors import SlipstreamError
 from slipstream.report import page, plots
 from slipstream.report.collect import collect
@@ -22,6 +24,7 @@ from slipstream.report.document import PAGE, REPORT, REQUEST, Report, Sample
 from slipstream.serving import client
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
+from slipstream.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +49,24 @@ def run(context: Context) -> StepOutput:
     return context.output(metrics=metrics, details=details)
 
 
+def request_body(data: Data) -> bytes:
+    """The body that asks for the first held-out sample: as a text where the release takes texts."""
+    if data.tokenizer is None:
+        return client.body(data.test.inputs[:1])
+    return client.text_body([Tokenizer(data.tokenizer).decode(data.test.inputs[0])])
+
+
 def held_out_sample(context: Context) -> tuple[Sample | None, bytes | None]:
     """The first held-out sample and the body that asks for it; nothing when the data cannot be loaded here."""
     try:
         data = context.data
-        label = int(data.test.labels[0])
-        body = client.body(data.test.inputs[:1])
+        label = data.test.labels[0]
+        body = request_body(data)
     except (SlipstreamError, OSError, ImportError) as error:
         log.warning("the report gives no example request: %s", error)
         return None, None
+    if label.ndim or not np.issubdtype(label.dtype, np.integer):
+        return Sample(label="", classes=()), body
     named = data.classes[label] if label < len(data.classes) else str(label)
     return Sample(label=named, classes=data.classes), body
 

@@ -1,6 +1,7 @@
-"""retrain: the baseline, either trained anew and registered, or a version of the registry.
+"""retrain: the baseline: trained anew and registered, a file that is registered, or a version of the registry.
 
-Details: `version` (of the registered model), `origin` (`trained` or `registry`).
+A file is registered once: from then on its version in the registry is what a run starts from.
+Details: `version` (of the registered model), `origin` (`trained`, `file` or `registry`).
 """
 
 import logging
@@ -13,12 +14,14 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from slipstream import candidates
+from slipstream import candidates, storage
 from slipstream.contract import Artifact, StepInput, StepOutput
 from slipstream.data import user_code_digest
+from slipstream.digests import file as file_digest
 from slipstream.digests import folder as folder_digest
-from slipstream.errors import ModelError
-from slipstream.frameworks.base import MANIFEST, Framework, framework_for, read_manifest, toolchain
+from slipstream.errors import DataError, ModelError
+from slipstream.frameworks.base import MANIFEST, Framework, framework_for, read_manifest, toolchain, trainer_for
+from slipstream.home import Home
 from slipstream.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Registry, translated
 from slipstream.spec import Model, Spec
 from slipstream.steps.base import Context, workers
@@ -26,6 +29,8 @@ from slipstream.steps.base import Context, workers
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint"
+FILE_SHA256 = "slipstream.file_sha256"
+"""Tag of a version that was registered from a file: the digest of that file, or folder."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -38,44 +43,88 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
         "model": spec.model.name,
         "version": version,
         "versions": toolchain(spec.model.framework),
-    } | (workers(spec) if version is None else {})
+    } | (_anew(spec) if version is None else {})
+
+
+def _anew(spec: Spec) -> dict[str, Any]:
+    """For the settings of a run that makes a version: the file's content, or how many processes train."""
+    return {"file": _digest(given_file(spec.model))} if spec.model.file is not None else workers(spec)
 
 
 def run(context: Context) -> StepOutput:
     """Train or load, log the candidate, and say which version of the registered model it is."""
     spec = context.spec
     framework = framework_for(spec.model.framework)
-    version = version_to_load(spec, context.inputs, context.tracking.client)
-    network = _train(context) if version is None else _load(context, framework, version)
+    client, run_key = context.tracking.client, context.inputs.run_key
+    version, file_sha256, origin = version_to_load(spec, context.inputs, client), None, "registry"
+    if version is None and spec.model.file is not None:
+        origin, file_sha256 = "file", _digest(given_file(spec.model))
+        version = _registered(client, spec.model.name, FILE_SHA256, file_sha256)
+    if version is not None:
+        network = _load(context, framework, version)
+    elif file_sha256 is not None:
+        context.run.params({"file": spec.model.file, "file_sha256": file_sha256})
+        network = from_file(spec, framework)
+    else:
+        origin, network = "trained", _train(context)
     folder = candidates.fresh_folder(context)
     manifest = framework.save(network, spec.model.architecture, context.data.test, folder)
     artifact = candidates.log(context, folder, "baseline")
-    metrics = candidates.quality(framework.logits(network, context.data.test.inputs), context.data.test)
+    metrics = candidates.quality(spec, framework.logits(network, context.data.test.inputs), context.data.test)
     metrics["parameters"] = float(manifest.parameters)
     if version is None:
-        client, run_key = context.tracking.client, context.inputs.run_key
-        version, origin = register_checkpoint(client, spec.model, artifact, run_key), "trained"
-    else:
-        origin = "registry"
+        version = register_checkpoint(client, spec.model, artifact, run_key, file_sha256)
+    elif origin == "file":
+        Registry(spec.model.name, client).set_alias(spec.model.alias, version)
     return context.output(artifact=artifact, metrics=metrics, details={"version": version, "origin": origin})
 
 
 def version_to_load(spec: Spec, inputs: StepInput, client: MlflowClient) -> str | None:
     """The registered version to start from: the one that the run was started for, else the one behind the alias.
 
-    None when the model is to be trained. Raises ModelError when there is neither a version nor a train function.
+    None when the model is to be trained, or to be taken from a file. Raises ModelError when there is no such version.
     """
     if given := inputs.params.get("source_version"):
         return str(given)
-    if spec.model.train is not None:
+    if spec.model.train is not None or spec.model.file is not None:
         return None
     version = Registry(spec.model.name, client).alias(spec.model.alias)
     if version is None:
         raise ModelError(
             f"{spec.model.registry}: there is no such alias or model in the registry; register a version and set "
-            "the alias, or name a train function under model.train"
+            "the alias, or name a train function under model.train, or a trained model's file under model.file"
         )
     return version
+
+
+def given_file(model: Model) -> Path:
+    """The file or folder that `model.file` names, on this machine; a relative path begins at the user's code.
+
+    Raises ModelError when there is none.
+    """
+    assert model.file is not None
+    uri = model.file if storage.is_remote(model.file) else str(Home.from_environment().code / model.file)
+    local = Path(uri)
+    try:
+        if not storage.is_remote(uri):
+            return local if local.is_dir() else storage.fetch(uri)
+        return storage.fetch_folder(uri) if uri.endswith("/") else storage.fetch(uri)
+    except DataError as error:
+        raise ModelError(f"model.file: {error}") from error
+
+
+def from_file(spec: Spec, framework: Framework) -> Any:
+    """The network in the file or folder that `model.file` names. Raises ModelError."""
+    path = given_file(spec.model)
+    try:
+        found = framework.find_model(path)
+    except ModelError as error:
+        raise ModelError(f"{spec.model.file}: {error}") from error
+    return framework.load_weights(found, spec.model.architecture)
+
+
+def _digest(path: Path) -> str:
+    return folder_digest(path) if path.is_dir() else file_digest(path)
 
 
 def require_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
@@ -95,7 +144,7 @@ def train(context: Context) -> Any:
     """The network that the user's train function makes; every process of the group calls it."""
     function = context.spec.model.train
     assert function is not None
-    return framework_for(context.spec.model.framework).train(function, context.job)
+    return trainer_for(context.spec.model.framework).train(function, context.job)
 
 
 def _train(context: Context) -> Any:
@@ -137,18 +186,23 @@ def _weights(framework: Framework, folder: Path, found: ModelVersion) -> Path:
         raise ModelError(f"{where}: {error}") from error
 
 
-def register_checkpoint(client: MlflowClient, model: Model, artifact: Artifact, run_key: str) -> str:
+def register_checkpoint(
+    client: MlflowClient, model: Model, artifact: Artifact, run_key: str, file_sha256: str | None = None
+) -> str:
     """The version for these weights, made when there is none, and the spec's alias moved to it.
+
+    `file_sha256` is the digest of the file that they came from.
 
     Tags are given at creation: a webhook that saw a version without `slipstream.pipeline_run` would take it for a
     person's and start another run. Each write may be repeated after a crash.
     """
     registry = Registry(model.name, client)
     with translated(f"registering {model.name}"):
-        version = _registered(client, model.name, artifact.sha256)
+        version = _registered(client, model.name, SHA256, artifact.sha256)
         if version is None:
             registry.ensure_model()
             tags = {KIND: CHECKPOINT, SHA256: artifact.sha256, PIPELINE_RUN: run_key}
+            tags |= {FILE_SHA256: file_sha256} if file_sha256 is not None else {}
             source = f"models:/{artifact.model_id}"
             made = client.create_model_version(model.name, source, tags=tags, model_id=artifact.model_id)
             version = str(made.version)
@@ -156,6 +210,7 @@ def register_checkpoint(client: MlflowClient, model: Model, artifact: Artifact, 
     return version
 
 
-def _registered(client: MlflowClient, name: str, sha256: str) -> str | None:
-    found = client.search_model_versions(f"name = '{name}' and tags.`{SHA256}` = '{sha256}'")
+def _registered(client: MlflowClient, name: str, tag: str, sha256: str) -> str | None:
+    """The checkpoint with this digest under `tag`."""
+    found = client.search_model_versions(f"name = '{name}' and tags.`{tag}` = '{sha256}'")
     return next((str(v.version) for v in found if v.tags.get(KIND) == CHECKPOINT), None)

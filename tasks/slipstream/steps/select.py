@@ -1,11 +1,12 @@
 """select: the verdict of stage 1. Every expected cell is a row; the best passing engine becomes the challenger.
 
 Details: `rows` (evidence.Row), `winner` (cell key), `version` (registry), `best_per_target`, `champion` (version that
-the challenger will be compared with, or None), `already_champion`, `missing` (cells that left no evidence).
+the challenger will be compared with, or None), `already_champion`, `missing` (cells that left no evidence),
+`comparison_only` (cells of engines that are never released → why).
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,11 +37,12 @@ def run(context: Context) -> StepOutput:
     """Judge the table, register the winner. Raises GateFailed when no engine passed."""
     spec, inputs = context.spec, context.inputs
     rows = table(spec, inputs)
-    winner = best(rows, spec.objective.prefer)
+    unreleased = comparison_only(spec, rows)
+    winner = best([r for r in rows if r.cell not in unreleased], spec.objective.prefer)
     rows = [r.model_copy(update={"release": winner is not None and r.cell == winner.cell}) for r in rows]
     _write_rows(context, rows)
     if winner is None:
-        raise GateFailed(_refusal(rows))
+        raise GateFailed(_refusal(rows, unreleased))
     registry = Registry(spec.model.name, context.tracking.client)
     champion = registry.champion()
     version, already = _register(registry, inputs, winner, champion)
@@ -52,11 +54,12 @@ def run(context: Context) -> StepOutput:
         "champion": champion,
         "already_champion": already,
         "missing": [r.cell for r in rows if r.status == "missing"],
+        "comparison_only": unreleased,
     }
     verdict = Verdict(
         gate="select",
         answer="pass",
-        reason=f"{winner.cell} is the best of {_passed(rows)} passing engines by {spec.objective.prefer}",
+        reason=f"{winner.cell} is the best of {_passed(rows, unreleased)} passing engines by {spec.objective.prefer}",
         n=len(rows),
     )
     return context.output(verdicts=(verdict,), details=details)
@@ -72,6 +75,16 @@ def table(spec: Spec, inputs: StepInput) -> list[Row]:
     """A row for each expected cell, in the spec's order."""
     found = {o.cell.key: o for o in inputs.upstream if o.step == "validate" and o.cell is not None}
     return [row_of(cell, found.get(cell)) for cell in expected_cells(spec, inputs)]
+
+
+def comparison_only(spec: Spec, rows: Sequence[Row]) -> dict[str, str]:
+    """Cells whose engine is measured and never released, with the reason."""
+    targets = {r.cell: str(flow.cell_of(r.cell).target) for r in rows}
+    return {
+        cell: f"engine {spec.targets[target].engine} is measured for comparison; no model server runs it"
+        for cell, target in targets.items()
+        if not spec.releasable(target)
+    }
 
 
 def best(rows: Sequence[Row], prefer: str) -> Row | None:
@@ -108,14 +121,16 @@ def _write_rows(context: Context, rows: Sequence[Row]) -> None:
         context.run.artifact(path)
 
 
-def _passed(rows: Sequence[Row]) -> int:
-    return sum(r.status == "passed" for r in rows)
+def _passed(rows: Sequence[Row], unreleased: Mapping[str, str]) -> int:
+    return sum(r.status == "passed" and r.cell not in unreleased for r in rows)
 
 
-def _refusal(rows: Sequence[Row]) -> str:
-    lines = [
-        f"{r.cell}: {r.status}: " + "; ".join(f"{v.gate}: {v.reason}" for v in r.verdicts if not v.passed)
-        for r in rows
-        if r.status != "reference"
-    ]
+def _refusal(rows: Sequence[Row], unreleased: Mapping[str, str]) -> str:
+    lines = [f"{r.cell}: {r.status}: {_why(r, unreleased)}" for r in rows if r.status != "reference"]
     return "accuracy validation: no engine passed, nothing is promoted:\n  " + "\n  ".join(lines)
+
+
+def _why(row: Row, unreleased: Mapping[str, str]) -> str:
+    """Why an engine is not released."""
+    failed = [f"{v.gate}: {v.reason}" for v in row.verdicts if not v.passed]
+    return "; ".join(failed) or unreleased[row.cell]

@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from slipstream import digests, hardware
+from slipstream import digests, gpu, hardware
 from slipstream.contract import Cell, StepInput, StepOutput, Verdict, digest
 from slipstream.data import Data, Split
-from slipstream.engines.base import Runner, engine_for, load_engine
+from slipstream.engines.base import Runner, engine_for, gpu_of, load_engine, why_not_loadable
 from slipstream.errors import DataError, ModelError
 from slipstream.evidence import EngineEvidence, Interval, Latency
 from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import load_eager, toolchain
-from slipstream.measure import accuracy, gates, latency, stats
-from slipstream.measure.accuracy import Runs
+from slipstream.measure import gates, latency, profiles
 from slipstream.measure.latency import Comparison, Plan
 from slipstream.measure.loadgen import Issue
+from slipstream.measure.metrics import base as metrics
+from slipstream.measure.metrics.base import Metric, Records, Runs, metric_for
 from slipstream.measure.stats import Bounds
-from slipstream.spec import BASELINE, Objective, Spec
+from slipstream.spec import BASELINE, Objective, Spec, Target
 from slipstream.steps.base import Context
 from slipstream.tracking import StepRun
 
@@ -46,8 +46,10 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
     assert inputs.cell is not None and inputs.cell.target is not None
     target = spec.targets[inputs.cell.target]
     distributions = {*FRAMEWORKS[spec.model.framework].distributions, *engine_for(target.engine).distributions}
+    distributions |= set(metric_for(spec.objective.metric).distributions)
     return {
         "objective": spec.objective.model_dump(mode="json", exclude={"prefer"}),
+        "metric": metrics.identity(spec.objective.metric),
         "target": target.model_dump(mode="json"),
         "seed": spec.seed,
         "hardware": hardware.describe(),
@@ -57,31 +59,60 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 def run(context: Context) -> StepOutput:
     """Score the engine and the baseline, time them side by side, and judge."""
-    data = context.data
-    with _alone(context.home.root / "measure.lock"):
-        progress = _Progress(context.run, 2 * accuracy.batches(len(data.test)) + _plan(context).rounds)
+    data, target = context.data, _target(context)
+    if (reason := why_not_loadable(target)) is not None:
+        return _unmeasured(context, reason)
+    with _alone(context.home.root / "measure.lock"), gpu.watch(gpu_of(target)) as usage:
+        _profile(context, data.test)
+        progress = _Progress(context.run, 2 * metrics.batches(len(data.test)) + _plan(context).rounds)
         engine, memory_mib = _load_measured(context.fetch(_built(context, context.cell)), data.test)
         scores = _scores(context, engine, progress)
         timing, server = _timing(context, engine, progress)
-    judgement = _Judgement(context.spec, context.cell, scores, timing)
+    judgement = _Judgement(context.spec, context.cell, scores, timing, scores.drop(context.spec))
     size_bytes = digests.folder_size(context.fetch(_built(context, context.cell)))
     evidence = judgement.evidence(data, server=server, size_bytes=size_bytes, memory_mib=memory_mib)
     verdicts, notes = gates.settle(judgement.verdicts(), noisy=evidence.noise.noisy, ratio="speedup")
     for note in notes:
         log.warning("%s", note)
     return context.output(
-        metrics=_metrics(evidence),
+        metrics=_metrics(evidence) | usage.metrics(),
         verdicts=verdicts,
         details={"evidence": evidence.model_dump(mode="json"), "notes": notes},
     )
 
 
+def _unmeasured(context: Context, reason: str) -> StepOutput:
+    """The output for an engine that was built for hardware that is not here: no evidence, and so never a pass."""
+    log.warning("%s: not measured: %s", context.cell.key, reason)
+    verdict = Verdict(gate="present", answer="inconclusive", reason=f"not measured: {reason}")
+    return context.output(verdicts=(verdict,), details={"not_loadable": reason})
+
+
+def _profile(context: Context, test: Split) -> None:
+    """Record a profile, where the target asks for one: before anything is measured, since it may not work out."""
+    tool = profiles.wanted(_target(context))
+    if tool is not None:
+        engine = context.fetch(_built(context, context.cell))
+        context.run.artifact(profiles.record(tool, engine, test.inputs, context.workdir / "profile"), "profiles")
+
+
+def _target(context: Context) -> Target:
+    assert context.cell.target is not None, "validate needs a cell with a target"
+    return context.spec.targets[context.cell.target]
+
+
 @dataclass(frozen=True)
 class _Scores:
-    """(N,) scores of baseline and engine on the same samples."""
+    """(N,) records of baseline's and engine's answers to the same samples."""
 
-    baseline: npt.NDArray[np.float64]
-    engine: npt.NDArray[np.float64]
+    metric: Metric
+    baseline: Records
+    engine: Records
+
+    def drop(self, spec: Spec) -> Bounds:
+        """Drop of the metric, as a fraction."""
+        rng = np.random.default_rng(spec.seed)
+        return metrics.drop(self.metric, self.baseline, self.engine, spec.objective.confidence, rng)
 
 
 @dataclass
@@ -109,25 +140,28 @@ class _Progress:
 
 def _scores(context: Context, engine: Runner, progress: _Progress) -> _Scores:
     """Scores of the baseline, by its own framework in FP32, and of the engine."""
-    test, metric = context.data.test, context.spec.objective.metric
-    baseline = _baseline_scores(context, progress)
+    test, metric = context.data.test, metric_for(context.spec.objective.metric)
+    baseline = _baseline_scores(context, metric, progress)
     what = f"engine {context.cell.key}"
-    return _Scores(baseline, accuracy.scores(engine, test, metric, what=what, progress=progress.batch))
+    return _Scores(metric, baseline, metrics.record(engine, test, metric, what=what, progress=progress.batch))
 
 
-def _baseline_scores(context: Context, progress: _Progress) -> npt.NDArray[np.float64]:
+def _baseline_scores(context: Context, metric: Metric, progress: _Progress) -> Records:
     """The same for every cell of a run, and so computed by the first one only."""
-    test, metric, output = context.data.test, context.spec.objective.metric, _baseline(context)
+    test, name, output = context.data.test, context.spec.objective.metric, _baseline(context)
     assert output.artifact is not None
-    versions = toolchain(context.spec.model.framework)
-    key = digest([output.artifact.sha256, test.digest, metric, versions, digests.source("measure/accuracy.py")])
+    versions = toolchain(context.spec.model.framework) | digests.versions(*metric.distributions)
+    code = [digests.source("measure/metrics"), metrics.identity(name)]
+    key = digest([output.artifact.sha256, test.digest, name, versions, code])
     path = context.home.cache / "scores" / f"{key}.npy"
     if path.is_file():
-        progress.skip(accuracy.batches(len(test)))
-        cached: npt.NDArray[np.float64] = np.load(path, allow_pickle=False)
+        progress.skip(metrics.batches(len(test)))
+        cached: Records = np.load(path, allow_pickle=False)
         return cached
-    eager = load_eager(context.fetch(output))
-    scores = accuracy.scores(eager, test, metric, what="the baseline", progress=progress.batch, error=ModelError)
+    assert context.cell.target is not None
+    # The same threads as for the timing below: TensorFlow cannot change them later.
+    eager = load_eager(context.fetch(output), threads=context.spec.targets[context.cell.target].threads)
+    scores = metrics.record(eager, test, metric, what="the baseline", progress=progress.batch, error=ModelError)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{key}.{os.getpid()}.npy")
     np.save(aside, scores)
@@ -168,6 +202,8 @@ class _Judgement:
     cell: Cell
     scores: _Scores
     timing: Comparison
+    drop: Bounds
+    """Drop of the metric against the baseline, as a fraction."""
 
     @property
     def objective(self) -> Objective:
@@ -179,14 +215,10 @@ class _Judgement:
         assert self.cell.target is not None
         return not self.timing.crowded(self.spec.targets[self.cell.target].threads)
 
-    def drop(self) -> Bounds:
-        rng = np.random.default_rng(self.spec.seed)
-        return stats.paired_drop(self.scores.baseline, self.scores.engine, self.objective.confidence, rng)
-
     def verdicts(self) -> tuple[Verdict, ...]:
         """accuracy; latency where the objective has a limit; speedup unless this is the baseline itself."""
         objective, noise = self.objective, self.timing.noise
-        found = [gates.accuracy_of(self.drop(), objective.max_drop, objective.confidence)]
+        found = [gates.accuracy_of(self.drop, objective.max_drop, objective.confidence)]
         if objective.latency_p99_ms is not None:
             pooled = self.timing.pooled_ms(ENGINE)
             found.append(gates.latency(pooled, objective.latency_p99_ms, objective.confidence, noise.noisy))
@@ -206,13 +238,14 @@ class _Judgement:
         return verdict.model_copy(update={"reason": f"{verdict.reason}; {note}"})
 
     def evidence(self, data: Data, *, server: Latency, size_bytes: int, memory_mib: float | None) -> EngineEvidence:
-        worst = accuracy.worst_class(self.scores.baseline, self.scores.engine, data.test.labels, data.classes)
+        metric, baseline, engine = self.scores.metric, self.scores.baseline, self.scores.engine
+        worst = metrics.worst_class(metric, baseline, engine, data.test.labels, data.classes)
         return EngineEvidence(
-            metric=self.objective.metric,
+            metric=metric.name,
             samples=len(data.test),
-            baseline_quality=100.0 * float(self.scores.baseline.mean()),
-            engine_quality=100.0 * float(self.scores.engine.mean()),
-            drop_pp=_required(self.drop().scaled(100.0)),
+            baseline_quality=100.0 * metrics.value(metric, baseline),
+            engine_quality=100.0 * metrics.value(metric, engine),
+            drop_pp=_required(self.drop.scaled(100.0)),
             worst_class=worst[0],
             worst_class_drop_pp=worst[1],
             latency=self._latency(ENGINE),

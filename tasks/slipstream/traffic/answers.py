@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from slipstream.data import Split
-from slipstream.measure.accuracy import TOP
+from slipstream.measure.metrics.base import Metric, Records, finite
+from slipstream.serving.answers import read_output
 from slipstream.traffic.base import Release, TrafficController
 from slipstream.traffic.load import REQUEST_TIMEOUT_S, Record
 
@@ -24,7 +25,7 @@ class Answered:
     latency_ms: float
     """Inside the server, from request to answer; as the sender saw it where the server does not say."""
     output: npt.NDArray[np.float32]
-    """Flat outputs of the sample."""
+    """(…) outputs of the sample, the request's only one."""
 
 
 @dataclass(frozen=True)
@@ -130,18 +131,31 @@ def pair(
     return pairs, len(answered) - len(pairs)
 
 
-def different(pairs: Iterable[Pair]) -> int:
-    """Pairs whose largest outputs (argmax) are at different places. A NaN answer differs from every other."""
-    return sum(_differ(p.champion.output, p.challenger.output) for p in pairs)
+def different(pairs: Iterable[Pair], metric: Metric) -> int:
+    """Pairs whose answers differ, as the metric sees it. A NaN answer differs from every other."""
+    return sum(metric.differ(p.champion.output, p.challenger.output) for p in pairs)
 
 
-def scores(pairs: Iterable[Pair], split: Split, metric: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """(N,) scores, 0 or 1, of champion and challenger against the labels, by the spec's metric."""
-    pairs, top = list(pairs), TOP[metric]
-    labels = [int(split.labels[p.sample]) for p in pairs]
-    champion = [_hit(p.champion.output, y, top) for p, y in zip(pairs, labels, strict=True)]
-    challenger = [_hit(p.challenger.output, y, top) for p, y in zip(pairs, labels, strict=True)]
-    return np.array(champion, np.float64), np.array(challenger, np.float64)
+def records(pairs: Sequence[Pair], split: Split, metric: Metric) -> tuple[Records, Records]:
+    """(N,) records of champion's and challenger's answers; a NaN answer, or one of another shape, is wrong.
+
+    Raises EngineError when the answers are none to the split's labels.
+    """
+    if not pairs:
+        return np.empty(0), np.empty(0)
+    labels = split.labels[[p.sample for p in pairs]]
+    shape = pairs[0].champion.output.shape
+    found = []
+    for side in ("champion", "challenger"):
+        answers = np.stack([_of_shape(getattr(p, side).output, shape) for p in pairs])
+        whole = finite(answers)
+        metric.check(answers[whole], labels[whole], f"the {side}")
+        found.append(metric.evaluate(answers, labels))
+    return found[0], found[1]
+
+
+def _of_shape(output: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    return output if output.shape == shape else np.full(shape, np.nan, np.float32)
 
 
 def _answered(record: Record | None, other: Record | None) -> Answered | None:
@@ -149,22 +163,10 @@ def _answered(record: Record | None, other: Record | None) -> Answered | None:
     if record is None or record.output is None:
         return None
     if record.server_ms is None or other is None or other.server_ms is None:
-        return Answered(record.served_ms, record.output.ravel())
-    return Answered(record.server_ms, record.output.ravel())
-
-
-def _hit(output: npt.NDArray[np.float32], label: int, top: int) -> bool:
-    """Whether the label is among the highest outputs; a NaN answer is wrong, whatever its label."""
-    return bool(np.isfinite(output).all()) and label in np.argsort(-output, kind="stable")[:top]
-
-
-def _differ(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> bool:
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return True
-    return int(a.argmax()) != int(b.argmax())
+        return Answered(record.served_ms, record.output[0])
+    return Answered(record.server_ms, record.output[0])
 
 
 def _parse(line: bytes) -> tuple[str, Answered]:
     entry: dict[str, Any] = json.loads(line)
-    output = np.asarray(entry["output"], dtype=np.float32).ravel()
-    return str(entry["id"]), Answered(float(entry["latency_ms"]), output)
+    return str(entry["id"]), Answered(float(entry["latency_ms"]), read_output(entry["output"])[0])

@@ -19,6 +19,7 @@ import yaml
 
 from slipstream import digests
 from slipstream.contract import Document
+from slipstream.engines.base import server_environment
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.home import Home, write_atomically
 from slipstream.platform import addresses, supervisor
@@ -191,7 +192,7 @@ class EnvoyController:
     def _server(self, deployment: Deployment) -> supervisor.Program:
         release, folder = deployment.release, self._folder(deployment.release)
         command = (
-            *(str(self._home.python("serve")), *self._command),
+            *(str(self._home.python(server_environment(folder / "engine"))), *self._command),
             *("--model", release.model, "--release", release.key, "--engine", str(folder / "engine")),
             *("--port", str(deployment.port), "--answers", str(self.answers(release))),
         )

@@ -8,6 +8,8 @@ import numpy as np
 from slipstream.contract import Verdict
 from slipstream.data import Split
 from slipstream.measure import gates
+from slipstream.measure.metrics import base as metrics
+from slipstream.measure.metrics.base import Metric, Records, metric_for
 from slipstream.spec import Spec
 from slipstream.traffic import answers
 from slipstream.traffic.answers import Pair
@@ -37,11 +39,11 @@ class Evidence:
         limits, objective = self.spec.guardrails, self.spec.objective
         rng, sure = np.random.default_rng(self.spec.seed), objective.confidence
         champion_ms, challenger_ms = self._server_ms()
-        labelled = answers.scores(self.pairs, self.split, objective.metric)
+        drop = metrics.drop(self.metric, *self._records(), sure, rng)
         found = [
             self._errors(),
-            gates.disagreement(answers.different(self.pairs), len(self.pairs), limits.max_disagreement, sure),
-            gates.accuracy(*labelled, limits.max_accuracy_drop, sure, rng),
+            gates.disagreement(self._different(), len(self.pairs), limits.max_disagreement, sure),
+            gates.accuracy_of(drop, limits.max_accuracy_drop, sure),
             self._forgiving(gates.p99_ratio(champion_ms, challenger_ms, limits.max_p99_ratio, sure, rng)),
             gates.p99_cap(served_ms(self.canary), self.cap_ms, sure),
         ]
@@ -53,19 +55,31 @@ class Evidence:
     def figures(self) -> dict[str, Any]:
         """Numbers for the record."""
         champion_ms, challenger_ms = self._server_ms()
-        right = answers.scores(self.pairs, self.split, self.spec.objective.metric)
+        quality = [100 * metrics.value(self.metric, records) for records in self._records()]
         return {
             "pairs": len(self.pairs),
-            "different": answers.different(self.pairs),
+            "different": self._different(),
             "unanswered": self.unanswered,
             "canary_requests": len(self.canary),
             "canary_answered_by_challenger": len(self._theirs()),
-            "champion_quality": _percent(right[0]),
-            "challenger_quality": _percent(right[1]),
+            "champion_quality": quality[0] if np.isfinite(quality[0]) else None,
+            "challenger_quality": quality[1] if np.isfinite(quality[1]) else None,
             "champion_server_p50_ms": _median(champion_ms),
             "challenger_server_p50_ms": _median(challenger_ms),
             "noisy": self.noisy,
         }
+
+    @property
+    def metric(self) -> Metric:
+        """The spec's."""
+        return metric_for(self.spec.objective.metric)
+
+    def _records(self) -> tuple[Records, Records]:
+        """Those of champion's and challenger's answers."""
+        return answers.records(self.pairs, self.split, self.metric)
+
+    def _different(self) -> int:
+        return answers.different(self.pairs, self.metric)
 
     def _server_ms(self) -> tuple[list[float], list[float]]:
         """Latencies inside the servers, on the same requests at the same time."""
@@ -86,10 +100,6 @@ class Evidence:
             return verdict
         reason = f"{verdict.reason}; but this machine was too busy to hold that against the challenger"
         return verdict.model_copy(update={"answer": "inconclusive", "reason": reason})
-
-
-def _percent(scores: Any) -> float | None:
-    return 100 * float(np.mean(scores)) if len(scores) else None
 
 
 def _median(values: list[float]) -> float | None:

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slipstream import digests, settings, storage
-from slipstream.engines.base import read_manifest
+from slipstream.engines.base import read_manifest, server_environment
 from slipstream.errors import InputError, RegistryError, SlipstreamError, Unavailable
 from slipstream.home import Home
 from slipstream.settings import Settings
@@ -222,7 +222,7 @@ class KServeController:
         uri = storage.join(self._releases, self._name(release.model), f"{release.name}-{sha256[:16]}")
         if self._settings.kubernetes.serving.runtime == "slipstream":
             storage.upload(engine, uri)
-            return objects.predictor(release, uri, sha256, self._settings)
+            return objects.predictor(release, uri, sha256, self._settings, server_environment(engine))
         manifest = read_manifest(engine)
         with tempfile.TemporaryDirectory() as folder:
             for file, path in objects.stock_layout(release.model, manifest).items():

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from slipstream.contract import Document
+from slipstream.engines import SERVE
 from slipstream.engines.base import EngineManifest
 from slipstream.errors import InputError
 from slipstream.settings import Settings
@@ -261,13 +262,13 @@ def release_of(predictor: Json) -> str | None:
     return None if found is None else str(found)
 
 
-def predictor(release: Release, uri: str, sha256: str, settings: Settings) -> Json:
-    """A predictor that serves the engine folder at `uri` with slipstream's own server."""
+def predictor(release: Release, uri: str, sha256: str, settings: Settings, environment: str = SERVE) -> Json:
+    """A predictor that serves the engine folder at `uri` with slipstream's own server, in an environment's image."""
     command = ["-m", "slipstream.serving.server"]
     options = {"model": release.model, "release": release.name, "engine": MOUNT, "port": PORT, "host": "0.0.0.0"}  # noqa: S104 (the pod's own address)
     container: Json = {
         "name": CONTAINER,
-        "image": settings.image_of_servers(),
+        "image": settings.image_of_servers(environment),
         "imagePullPolicy": settings.kubernetes.pull_policy,
         "command": [PYTHON, *command],
         "args": [part for key, value in options.items() for part in (f"--{key}", str(value))],

@@ -1,0 +1,95 @@
+"""How far two forms of a model may be apart on the same samples.
+
+Answers may have any shape (N, …). The measures are the largest difference, for what should be equal but for the order
+of sums, and the relative error |x - y|₂ / |x|₂ over all samples, for what is rounded. The latter is the signal to
+quantization noise ratio (SQNR) in another unit: 20 dB are 0.1.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.floating]
+
+FLOOR = 1e-6
+"""Smallest largest answer that counts as one: below, everything is rounding."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What is allowed between two forms of a model."""
+
+    form: str
+    """Precision, for messages."""
+    largest: float = float("inf")
+    """Largest difference, as a share of the largest answer."""
+    relative: float = float("inf")
+    """Relative error."""
+    labels: float = 0.5
+    """Least share of samples with the same label, where answers are class scores (N, classes)."""
+
+
+EXACT = Bound("FP32", largest=1e-3)
+"""Nothing is rounded: kernels only sum in another order."""
+QUANTIZED = Bound("quantized", relative=0.5)
+"""6 dB: worse is noise. How much of the rest is too much is for the accuracy gate."""
+ROUNDED = {"f16": Bound("FP16", relative=0.05), "bf16": Bound("BF16", relative=0.2)}
+"""A hundred and fifty times the rounding of one operation (2⁻¹¹ and 2⁻⁸), since errors add up along a network."""
+
+
+def bound_for(precision: str, *, quantized: bool) -> Bound:
+    """The bound for what computes in `precision` (f32, f16, bf16), from quantized weights or not."""
+    if quantized:
+        return QUANTIZED
+    return ROUNDED.get(precision, EXACT)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far apart two forms of a model are."""
+
+    max_abs_diff: float
+    """Largest difference, in the unit of the answers."""
+    largest: float
+    """Largest expected answer."""
+    relative_error: float
+    labels: float | None
+    """Share of samples with the same label; None where the answers are not class scores."""
+
+    def metrics(self) -> dict[str, float]:
+        """`max_abs_diff`, `relative_error`, and `agreement` (of labels) where there are labels."""
+        found = {"max_abs_diff": self.max_abs_diff, "relative_error": self.relative_error}
+        return found if self.labels is None else found | {"agreement": self.labels}
+
+
+def measure(expected: Array, got: Array) -> Agreement:
+    """Compare finite answers of the same shape (N, …), N ≥ 1."""
+    exact, difference = expected.astype(np.float64), np.abs(got.astype(np.float64) - expected)
+    scores = expected.ndim == 2 and expected.shape[1] > 1
+    return Agreement(
+        max_abs_diff=float(difference.max(initial=0.0)),
+        largest=float(np.abs(exact).max(initial=0.0)),
+        relative_error=float(np.linalg.norm(difference) / max(float(np.linalg.norm(exact)), FLOOR)),
+        labels=float((got.argmax(1) == expected.argmax(1)).mean()) if scores else None,
+    )
+
+
+def objection(expected: Array, got: Array, bound: Bound) -> str | None:
+    """Why two forms of a model do not agree, in words that follow its name; None when they do."""
+    if got.shape != expected.shape:
+        return f"answers {got.shape} instead of {expected.shape}"
+    if not np.isfinite(got).all():
+        return "answers NaN or infinity"
+    found = measure(expected, got)
+    limit = bound.largest * max(found.largest, FLOOR)
+    if found.max_abs_diff > limit:
+        return f"differs by up to {found.max_abs_diff:.3g}, where {bound.form} explains {limit:.3g}"
+    if found.relative_error > bound.relative:
+        return (
+            f"is broken, not imprecise: its error is {found.relative_error:.3g} of the answers, where "
+            f"{bound.form} explains {bound.relative:g}"
+        )
+    if found.labels is not None and found.labels < bound.labels:
+        return f"is broken, not imprecise: it gives the same label for only {found.labels:.0%} of the samples"
+    return None

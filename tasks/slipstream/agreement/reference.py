@@ -1,0 +1,62 @@
+"""The reference: an ONNX file run as it is written, by ONNX Runtime without any optimisation of the graph."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.errors import ModelError
+from slipstream.frameworks.base import INPUT, OUTPUT
+
+
+def reference(path: Path, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """(N, …) outputs. Raises ModelError when it cannot be run, or answers NaN or infinity."""
+    answers = np.asarray(_run(path.read_bytes(), path, [OUTPUT], samples)[0], np.float32)
+    if not np.isfinite(answers).all():
+        raise ModelError(f"{path}: answers NaN or infinity on {len(samples)} real samples; it is broken already")
+    return answers
+
+
+def tensors(path: Path, samples: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.floating]]:
+    """Every floating-point tensor with a row for each of the samples (N, …), by name, in the graph's order.
+
+    The order is topological, as ONNX demands. Raises ModelError.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    names = list(_depending(model.graph, INPUT))
+    given = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
+    arrays = dict(zip(names, _run(model.SerializeToString(), path, names, samples), strict=True))
+    return {
+        name: array
+        for name, array in arrays.items()
+        if np.issubdtype(array.dtype, np.floating) and array.ndim and len(array) == len(samples)
+    }
+
+
+def _depending(graph: Any, source: str) -> dict[str, None]:
+    """Names of the tensors that depend on `source`, in order; constants, and what is folded from them, do not."""
+    found = {source: None}
+    for node in graph.node:
+        if any(name in found for name in node.input):
+            found |= dict.fromkeys(name for name in node.output if name)
+    del found[source]
+    return found
+
+
+def _run(model: bytes, path: Path, outputs: Sequence[str], samples: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        found: list[npt.NDArray[Any]] = session.run(outputs, {INPUT: samples})
+        return found
+    except Exception as error:  # ONNX Runtime's errors share no root but Exception
+        raise ModelError(f"{path}: ONNX Runtime cannot run it: {error}") from error

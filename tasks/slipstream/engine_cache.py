@@ -1,0 +1,52 @@
+"""What makes an engine's next build or load faster (TensorRT's timing cache, say), shared through MLflow.
+
+The file lies in the cache of SLIPSTREAM_HOME, under a name that tells the GPU, its driver and the engine's version. A
+build brings it from the latest run that had it, where it is not here already, and leaves it as an artefact of its own
+run where it has grown. So machines with the same GPU share it, by whatever store MLflow keeps its artefacts in.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+from mlflow.exceptions import MlflowException
+
+from slipstream import digests
+from slipstream.home import write_atomically
+from slipstream.tracking import StepRun, Tracking
+
+log = logging.getLogger(__name__)
+
+TAG = "slipstream.engine_cache"
+FOLDER = "engine-cache"
+
+
+@contextmanager
+def shared(tracking: Tracking, run: StepRun, path: Path | None) -> Iterator[None]:
+    """Around a build: bring the cache file before, share it afterwards. Nothing is done for None."""
+    if path is None:
+        yield
+        return
+    bring(tracking, path)
+    before = digests.file(path) if path.exists() else None
+    yield
+    if path.exists() and digests.file(path) != before:
+        run.artifact(path, FOLDER)
+        run.tags({TAG: path.name})  # last: whoever finds the tag finds the file
+
+
+def bring(tracking: Tracking, path: Path) -> None:
+    """Fetch the file that the latest build of this model left under this name, unless one is here."""
+    if path.exists():
+        return
+    for run in tracking.search_all({TAG: path.name}):
+        try:
+            found = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/{FOLDER}/{path.name}")
+        except (MlflowException, OSError) as error:
+            log.warning("%s of MLflow run %s cannot be fetched: %s", path.name, run.info.run_id, error)
+            continue
+        write_atomically(path, Path(found).read_bytes())
+        log.info("%s comes from MLflow run %s", path.name, run.info.run_id)
+        return

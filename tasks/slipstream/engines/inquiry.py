@@ -1,0 +1,79 @@
+"""Asks an engine about a target: can it be built, and can it be loaded? In the engine's own environment, if it has one.
+
+A step of the framework's environment cannot load every engine's libraries. Where environments lie side by side (one
+machine), the question is put to a process of the engine's: `python -m slipstream.engines.inquiry TARGET` (as JSON).
+"""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+from slipstream.contract import Document
+from slipstream.engines import ENGINES
+from slipstream.engines.base import engine_for, why_not_loadable
+from slipstream.errors import EngineError
+from slipstream.home import Home
+from slipstream.measure import profiles
+from slipstream.spec import Target
+
+log = logging.getLogger(__name__)
+
+WITHIN_S = 120
+
+
+class Finding(Document):
+    """What an engine says of a target."""
+
+    problem: str | None = None
+    """Why it cannot be built."""
+    not_loadable: str | None = None
+    """Why it cannot be loaded where it was asked; None when it can."""
+    asked: bool = True
+    """Whether the engine could be asked; otherwise only its build will tell."""
+
+
+def inquire(home: Home, target: Target) -> Finding:
+    """What the target's engine says of it."""
+    environment = ENGINES[target.engine].environment
+    if environment is not None and home.envs.is_dir():  # environments side by side; an image has none beside it
+        python = home.python(environment)
+        if not python.exists():
+            how = f"`scripts/setup {environment}` makes it (docs/engines.md)"
+            return Finding(problem=f"{target.engine}: its environment {python.parent.parent} is not there; {how}")
+        if Path(sys.prefix) != python.parent.parent:
+            return _elsewhere(python, target)
+    finding = ask(target)
+    if finding.problem is not None and environment is not None and not _libraries_here(target.engine):
+        return Finding(asked=False)
+    return finding
+
+
+def ask(target: Target) -> Finding:
+    """What the target's engine says of it, in this process."""
+    try:
+        engine_for(target.engine).check(target)
+        profiles.require_tool(target)
+        return Finding(not_loadable=why_not_loadable(target))
+    except EngineError as error:
+        return Finding(problem=str(error))
+
+
+def _libraries_here(engine: str) -> bool:
+    try:
+        engine_for(engine)
+    except EngineError:
+        return False
+    return True
+
+
+def _elsewhere(python: Path, target: Target) -> Finding:
+    command = [str(python), "-m", "slipstream.engines.inquiry", target.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
+    if done.returncode != 0:
+        return Finding(problem=f"{target.engine}: {python} cannot be asked: {done.stderr.strip()[-500:]}")
+    return Finding.model_validate_json(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(ask(Target.model_validate_json(sys.argv[1])).model_dump_json())

@@ -1,0 +1,145 @@
+"""What a TensorRT engine is made of: which layers of the ONNX were fused into which kernel, in which precision.
+
+TensorRT's engine inspector tells, but needs a loaded engine, and so a GPU. Without one, the same table stands in what
+the builder of TensorRT for RTX says; both are read here into rows of one kind.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from slipstream.contract import Document
+from slipstream.engines.base import LAYERS
+from slipstream.engines.tensorrt_api import MESSAGES, Said, trt
+
+LINE = re.compile(
+    r"Name: (?P<Name>.*?), LayerType: (?P<LayerType>.*?), Inputs: (?P<Inputs>\[.*?\]), "
+    r"(?:Constants: (?P<Constants>\[.*\]), )?Outputs: (?P<Outputs>\[.*\]), "
+    r"TacticName: (?P<TacticName>.*?), StreamId: \d+, Metadata: (?P<Metadata>.*)"
+)
+"""One layer in the builder's own words (TensorRT for RTX 1.7.1)."""
+DATATYPE = re.compile(r"Datatype: (\w+)")
+ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+PRECISIONS = {
+    **{"Float": "FP32", "Half": "FP16", "BFloat16": "BF16", "Int8": "INT8", "Int4": "INT4", "FP8": "FP8"},
+    **{"Int32": "INT32", "Int64": "INT64", "Bool": "BOOL", "UInt8": "UINT8"},
+}
+"""TensorRT's word → the usual one."""
+WORD = re.compile(r"\b(FP32|FP16|BF16|INT8|INT4|FP8|INT32|INT64|BOOL|UINT8)\b", re.IGNORECASE)
+"""Precision in the inspector's `Format/Datatype` of TensorRT 10: `Row major linear FP16 format`."""
+
+
+class Layer(Document):
+    """One kernel of an engine."""
+
+    name: str
+    type: str
+    """TensorRT's word for what it is."""
+    onnx: tuple[str, ...]
+    """Nodes of the candidate's ONNX that were fused into it."""
+    inputs: tuple[str, ...]
+    """Precision of each input."""
+    weights: tuple[str, ...]
+    """Precision of each constant."""
+    outputs: tuple[str, ...]
+    """Precision of each output."""
+    tactic: str
+    """Kernel, where TensorRT names it."""
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, as far as its tensors tell: the narrowest of its inputs and weights."""
+        order = ("INT4", "FP8", "INT8", "FP16", "BF16", "FP32")
+        found = {*self.inputs, *self.weights} or set(self.outputs)
+        return next((p for p in order if p in found), "")
+
+
+def from_builder(said: Said) -> list[Layer]:
+    """The layers in what the builder said; none where it does not say them (TensorRT 10 and 11)."""
+    tables = [text for _, text in said.lines if text.startswith("Layers:")]
+    if not tables:
+        return []
+    return [_from_line(found.groupdict("")) for line in tables[-1].splitlines() if (found := LINE.match(line))]
+
+
+def from_inspector(engine: Any) -> list[Layer]:
+    """The layers of a loaded engine."""
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return from_json(text)
+
+
+def from_json(text: str) -> list[Layer]:
+    """The layers in the inspector's JSON, with `Datatype` (11, RTX) or `Format/Datatype` (10) of each tensor."""
+    # An engine built without details has names alone.
+    return [_from_json(layer) for layer in json.loads(text)["Layers"] if isinstance(layer, dict)]
+
+
+def write(folder: Path, plan: bytes, said: Said, *, loadable: bool) -> list[Layer]:
+    """Write `layers.json` of an engine that was just built, from the inspector where the engine can be loaded."""
+    layers = from_builder(said)
+    if loadable:
+        engine = trt.Runtime(MESSAGES).deserialize_cuda_engine(plan)
+        layers = from_inspector(engine) if engine is not None else layers
+    (folder / LAYERS).write_text(json.dumps(table(layers), indent=1))
+    return layers
+
+
+def table(layers: Iterable[Layer]) -> dict[str, list[Any]]:
+    """Columns and rows for people, in the form of MLflow's tables."""
+    rows = [
+        [layer.name, layer.type, layer.precision, ", ".join(layer.onnx), _joined(layer.inputs), _joined(layer.weights),
+         _joined(layer.outputs), layer.tactic]
+        for layer in layers
+    ]  # fmt: skip
+    return {"columns": ["layer", "type", "precision", "onnx", "inputs", "weights", "outputs", "tactic"], "data": rows}
+
+
+def figures(layers: Iterable[Layer]) -> dict[str, float]:
+    """`layers`, and how many of them compute in each precision: `layers_int8` and the like."""
+    counted = [layer.precision.lower() for layer in layers]
+    found = {f"layers_{p}": float(counted.count(p)) for p in sorted(set(counted)) if p}
+    return {"layers": float(len(counted)), **found}
+
+
+def _joined(precisions: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(precisions))
+
+
+def _from_line(fields: dict[str, str]) -> Layer:
+    def precisions(part: str) -> tuple[str, ...]:
+        return tuple(PRECISIONS.get(word, word) for word in DATATYPE.findall(fields[part]))
+
+    return Layer(
+        name=fields["Name"],
+        type=fields["LayerType"],
+        onnx=tuple(ONNX_LAYER.findall(fields["Metadata"])),
+        inputs=precisions("Inputs"),
+        weights=precisions("Constants"),
+        outputs=precisions("Outputs"),
+        tactic=fields["TacticName"],
+    )
+
+
+def _from_json(layer: dict[str, Any]) -> Layer:
+    def precisions(part: str) -> tuple[str, ...]:
+        return tuple(_precision(tensor) for tensor in layer.get(part, ()) if isinstance(tensor, dict))
+
+    return Layer(
+        name=str(layer.get("Name", "")),
+        type=str(layer.get("LayerType", "")),
+        onnx=tuple(ONNX_LAYER.findall(str(layer.get("Metadata", "")))),
+        inputs=precisions("Inputs"),
+        weights=precisions("Constants"),
+        outputs=precisions("Outputs"),
+        tactic=str(layer.get("TacticName", "")),
+    )
+
+
+def _precision(tensor: dict[str, Any]) -> str:
+    word = tensor.get("Datatype") or tensor.get("DataType")
+    if word is not None:
+        return PRECISIONS.get(word, str(word))
+    found = WORD.search(str(tensor.get("Format/Datatype", "")))
+    return found[1].upper() if found else ""

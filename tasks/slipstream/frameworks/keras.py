@@ -1,0 +1,162 @@
+"""Keras: networks from files or the user's functions, weights as .keras, ONNX and SavedModel for the engines.
+
+Images are (N, height, width, channels): the data function gives them so.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.data import Split, user_function
+from slipstream.errors import ModelError, SpecError
+from slipstream.frameworks import keras_files, keras_training
+from slipstream.frameworks.base import (
+    INPUT,
+    MANIFEST,
+    CandidateManifest,
+    Constrained,
+    Group,
+    Job,
+    Pruner,
+    Schedule,
+    SoftTargets,
+    read_manifest,
+)
+from slipstream.frameworks.keras_runtime import keras, tf
+from slipstream.frameworks.launched import Place
+from slipstream.spec import Call, Cluster, Prune, Quantize
+
+T = TypeVar("T")
+
+
+class KerasEager:
+    """A candidate run by TensorFlow in FP32, as a graph, which is how Keras's own `predict` runs it."""
+
+    def __init__(self, network: Any, manifest: CandidateManifest) -> None:
+        shape = (None, *(None if size == -1 else size for size in manifest.input_shape))
+        signature = [tf.TensorSpec(shape, manifest.input_dtype, name=INPUT)]
+        self._run = tf.function(lambda batch: network(batch, training=False), input_signature=signature)
+
+    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(N, …) inputs to (N, …) float32 outputs."""
+        return np.asarray(self._run(tf.constant(batch)), np.float32)
+
+
+class KerasFramework:
+    """See frameworks.base.Trainer and Constraining."""
+
+    def load_eager(self, candidate: Path, threads: int | None = None) -> KerasEager:
+        """The candidate in FP32. `threads` is set for the whole process, which must not have used TensorFlow before.
+
+        Raises ModelError when it has, with another number.
+        """
+        if threads is not None:
+            _set_threads(threads)
+        return KerasEager(self.load(candidate), read_manifest(candidate))
+
+    def build(self, architecture: Call | None, seed: int) -> Any:
+        """The untrained network. Raises ModelError when the function does not return a Keras model, or is missing."""
+        if architecture is None:
+            raise ModelError("architecture is missing: name the function that builds the network, as module:function")
+        keras_training.seed_everything(seed)
+        return _require_model(user_function(architecture)(**architecture.params), architecture)
+
+    def load(self, candidate: Path) -> Any:
+        """The trained network of a candidate folder. Raises ModelError when its file cannot be read."""
+        manifest = read_manifest(candidate)
+        if manifest.quantized:
+            raise ModelError(f"{candidate}: is quantized; Keras needs the candidate before quantization")
+        path = candidate / keras_files.KERAS
+        described = path.exists()
+        return keras_files.load(path if described else candidate / keras_files.SAVED_MODEL, manifest.architecture)
+
+    def find_model(self, path: Path) -> Path:
+        """The one trained model in a folder, or the file. Raises ModelError."""
+        return path if path.is_file() else keras_files.find(path)
+
+    def load_weights(self, weights: Path, architecture: Call | None) -> Any:
+        """The network of a .keras or .h5 file, or of a SavedModel's folder. Raises ModelError."""
+        return keras_files.load(weights, architecture)
+
+    def save(self, network: Any, architecture: Call | None, samples: Split, folder: Path) -> CandidateManifest:
+        """Write a candidate folder. Raises ModelError for NaN weights, or when ONNX Runtime and Keras disagree."""
+        folder.mkdir(parents=True)
+        inputs = samples.inputs[:8]
+        answers = keras_training.outputs(network, inputs)
+        keras_files.write(network, inputs, folder)
+        manifest = CandidateManifest(
+            framework="keras",
+            architecture=architecture,
+            input_shape=inputs.shape[1:],
+            input_dtype=str(inputs.dtype),
+            output_shape=answers.shape[1:],
+            parameters=int(sum(np.prod(v.shape) for v in network.variables)),
+        )
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
+        return manifest
+
+    def logits(self, network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """(N, …) inputs to (N, …) outputs; their logarithm where the network answers probabilities."""
+        return keras_training.logits(network, inputs)
+
+    def train(self, function: Call, job: Job) -> Any:
+        """The network that the user's train function returns. Raises ModelError when it returns something else."""
+        keras_training.seed_everything(job.seed)
+        return _require_model(user_function(function)(keras_training.Training(job), **function.params), function)
+
+    def fit(self, network: Any, job: Job, schedule: Schedule, name: str, soft: SoftTargets | None = None) -> None:
+        """Train in place, resuming from the checkpoint `name`."""
+        keras_training.seed_everything(job.seed)
+        keras_training.fit(network, job, schedule, name, soft=soft)
+
+    def constrain(
+        self, candidate: Path, section: Prune | Cluster | Quantize, job: Job, schedule: Schedule
+    ) -> Constrained:
+        """The candidate's network, to be trained with sparse, clustered or quantized weights."""
+        from slipstream.frameworks import keras_compression  # takes seconds, which retrain and validate do not need
+
+        network = self.load(candidate)
+        keras_training.require_keras(network)
+        return keras_compression.constrain(network, read_manifest(candidate), section, job, schedule)
+
+    def pruner(self, candidate: Path) -> Pruner:
+        """Keras has none: prune.method is `magnitude` or `2:4`, which `constrain` does."""
+        raise SpecError("prune.method: channels cannot be removed from Keras networks; choose magnitude or 2:4")
+
+    def join(self, place: Place) -> Group:
+        """Keras trains in one process."""
+        raise SpecError("training.workers: Keras networks are trained by one process; leave it 1")
+
+    def launch(self, workers: int, function: Callable[..., T], *arguments: Any) -> T:
+        """Keras trains in one process."""
+        raise SpecError("training.workers: Keras networks are trained by one process; leave it 1")
+
+
+def _set_threads(threads: int) -> None:
+    """Threads of one operation; operations run one after the other, as one inference mostly has them."""
+    wanted = {"intra_op": threads, "inter_op": 1}
+    now = {k: getattr(tf.config.threading, f"get_{k}_parallelism_threads")() for k in wanted}
+    if now == wanted:
+        return
+    try:
+        for name, number in wanted.items():
+            getattr(tf.config.threading, f"set_{name}_parallelism_threads")(number)
+    except RuntimeError as error:
+        raise ModelError(
+            f"TensorFlow already runs with {now['intra_op'] or 'all'} threads in this process, and cannot be given "
+            f"{threads}"
+        ) from error
+
+
+def _require_model(network: Any, call: Call) -> Any:
+    if isinstance(network, keras.Model):
+        return network
+    kind = type(network)
+    hint = "; that is Keras 3: build it with the layers of tf.keras" if kind.__module__.startswith("keras.") else ""
+    raise ModelError(f"{call.function} returned {kind.__name__}, not a Keras 2 model (tf.keras.Model){hint}")
+
+
+FRAMEWORK = KerasFramework()

@@ -1,0 +1,244 @@
+"""Trained Keras models as files: found, read without unpickling anything, and written.
+
+A candidate folder holds `candidate.json`, `model.keras` (what Keras trains on), `saved_model/` (only the inference, for
+LiteRT and OpenVINO) and `model.onnx`.
+"""
+
+import json
+import logging
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+from tf_keras.src.saving.serialization_lib import SafeModeScope
+
+from slipstream.agreement.bounds import EXACT, objection
+from slipstream.agreement.reference import reference
+from slipstream.data import user_function
+from slipstream.errors import ModelError
+from slipstream.frameworks.base import INPUT, ONNX, OUTPUT
+from slipstream.frameworks.keras_runtime import keras, tf
+from slipstream.frameworks.keras_training import outputs
+from slipstream.spec import Call
+
+log = logging.getLogger(__name__)
+
+KERAS, SAVED_MODEL, GRAPH = "model.keras", "saved_model", "saved_model.pb"
+OPSET = 17
+"""The newest with which tf2onnx 1.17 writes GlobalAveragePool, which engines compute in INT8; with 18 it becomes a
+ReduceMean between transposes."""
+
+
+class Served:
+    """A SavedModel that Keras did not describe: it answers, and that is all."""
+
+    def __init__(self, folder: Path) -> None:
+        self._loaded = tf.saved_model.load(str(folder))  # keeps the variables alive
+        signatures = self._loaded.signatures
+        if "serving_default" not in signatures:
+            raise ModelError(f"{folder}: has no signature serving_default; export the model with one")
+        self._function = signatures["serving_default"]
+        self.variables = list(self._function.variables)
+        taken, given = self._function.structured_input_signature[1], self._function.structured_outputs
+        if len(taken) != 1 or len(given) != 1:
+            raise ModelError(
+                f"{folder}: takes {len(taken)} tensors and answers {len(given)}, but must do with one each"
+            )
+        (self._name,) = taken
+
+    def __call__(self, batch: Any, training: bool = False) -> Any:
+        """(N, …) inputs to (N, …) outputs."""
+        (answer,) = self._function(**{self._name: batch}).values()
+        return answer
+
+
+def find(folder: Path) -> Path:
+    """The one trained model in a folder: a .keras file, else .h5, else a SavedModel's folder. Raises ModelError."""
+    kinds = (
+        sorted(folder.rglob("*.keras")),
+        sorted([*folder.rglob("*.h5"), *folder.rglob("*.hdf5")]),
+        [graph.parent for graph in sorted(folder.rglob(GRAPH))],
+    )
+    found = next((paths for paths in kinds if paths), [])
+    if len(found) == 1:
+        return found[0]
+    raise ModelError(
+        f"holds {len(found)} Keras models instead of one (a .keras or .h5 file, or a SavedModel); pickled models are "
+        "never loaded, so log it with mlflow.tensorflow.log_model or as one of those"
+    )
+
+
+def load(path: Path, architecture: Call | None) -> Any:
+    """The network of what `find` found. Code in it is never run: Lambda layers are refused.
+
+    Files without an architecture of their own (weights alone, or written by Keras 3) need `architecture`. Raises
+    ModelError.
+    """
+    if architecture is not None:
+        user_function(architecture)  # its module registers the layers that it defines
+    try:
+        with SafeModeScope(safe_mode=True):  # .h5 and SavedModel would run the bytecode of Lambda layers
+            return _load(path, architecture)
+    except ModelError:
+        raise
+    except Exception as error:  # Keras, h5py and TensorFlow share no root but Exception
+        raise ModelError(f"{path}: cannot be read as a Keras model: {type(error).__name__}: {error}") from error
+
+
+def _load(path: Path, architecture: Call | None) -> Any:
+    if path.is_dir():
+        described = (path / "keras_metadata.pb").exists()
+        return keras.models.load_model(path, compile=False) if described else Served(path)
+    if _written_by(path).startswith("3"):
+        return _from_keras_3(path, _built(path, architecture, "was written by Keras 3"))
+    if path.suffix == ".keras":
+        return keras.models.load_model(path, compile=False, safe_mode=True)
+    with h5py.File(path) as file:
+        whole = "model_config" in file.attrs
+    if whole:
+        return keras.models.load_model(path, compile=False)
+    network = _built(path, architecture, "holds weights alone")
+    network.load_weights(path)
+    return network
+
+
+def _written_by(path: Path) -> str:
+    """Version of Keras that wrote a file; empty where it does not say."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            return str(json.loads(file.read("metadata.json")).get("keras_version", ""))
+    with h5py.File(path) as file:
+        return str(file.attrs.get("keras_version", ""))
+
+
+def _built(path: Path, architecture: Call | None, why: str) -> Any:
+    if architecture is None:
+        raise ModelError(
+            f"{path.name}: {why}, so the network must be built first: name the function that builds it, with layers "
+            "of tf.keras, under model.architecture"
+        )
+    return user_function(architecture)(**architecture.params)
+
+
+def _from_keras_3(path: Path, network: Any) -> Any:
+    """The network with the weights of a model that Keras 3 wrote; Keras 2 reads neither its layers nor their names.
+
+    Both list weights layer by layer. That they were meant for one another is told by equal answers to random inputs.
+    """
+    import keras as keras_3
+
+    theirs = keras_3.saving.load_model(path, compile=False, safe_mode=True)
+    given = theirs.get_weights()
+    shapes = [[tuple(w.shape) for w in weights] for weights in (given, network.get_weights())]
+    if shapes[0] != shapes[1]:
+        raise ModelError(f"{path.name}: its weights do not fit model.architecture: {shapes[0]} in it, not {shapes[1]}")
+    network.set_weights(given)
+    shape = [2, *(size or 8 for size in network.input_shape[1:])]
+    sample = np.random.default_rng(0).normal(size=shape).astype(network.inputs[0].dtype.as_numpy_dtype)
+    problem = objection(np.asarray(theirs(sample, training=False)), outputs(network, sample), EXACT)
+    if problem is not None:
+        raise ModelError(f"{path.name}: model.architecture is another network: with the same weights it {problem}")
+    return network
+
+
+def write(network: Any, samples: npt.NDArray[Any], folder: Path) -> None:
+    """Write `model.keras` where Keras described the network, `saved_model/` and `model.onnx` into a folder.
+
+    Raises ModelError for NaN weights, and when ONNX Runtime answers the samples (N, …) in another way.
+    """
+    require_finite(network)
+    if isinstance(network, keras.Model):
+        write_keras(network, folder / KERAS)
+    serve = write_saved_model(network, samples, folder / SAVED_MODEL)
+    write_onnx(serve, folder / ONNX)
+    for size in {len(samples), 1}:  # what was frozen for one batch size shows only with another
+        problem = objection(outputs(network, samples[:size]), reference(folder / ONNX, samples[:size]), EXACT)
+        if problem is not None:
+            raise ModelError(f"{ONNX}: ONNX Runtime and Keras differ on {size} real samples: it {problem}")
+
+
+def write_keras(network: Any, path: Path) -> None:
+    """Write a .keras file whose bytes tell its content: Keras puts the time of day into them."""
+    aside = path.with_name(f"aside-{path.name}")
+    network.save(aside, save_format="keras")
+    with zipfile.ZipFile(aside) as made, zipfile.ZipFile(path, "w") as file:
+        for name in made.namelist():
+            content = made.read(name)
+            if name == "metadata.json":
+                content = json.dumps({**json.loads(content), "date_saved": "1980-01-01@00:00:00"}).encode()
+            file.writestr(zipfile.ZipInfo(name), content)
+    aside.unlink()
+
+
+def write_saved_model(network: Any, samples: npt.NDArray[Any], folder: Path) -> Any:
+    """Write the inference alone, from tensor `input` to tensor `output`, with a dynamic batch; its tf.function."""
+
+    @tf.function(  # type: ignore[untyped-decorator] # TensorFlow has no types
+        input_signature=[tf.TensorSpec((None, *samples.shape[1:]), samples.dtype, name=INPUT)], autograph=False
+    )
+    def serve(batch: Any) -> Any:
+        return {OUTPUT: network(batch, training=False)}
+
+    module = tf.Module()
+    module.held, module.serve = list(network.variables), serve
+    if isinstance(network, Served):
+        module.loaded = network._loaded
+    tf.saved_model.save(module, str(folder), signatures={"serving_default": serve})
+    return serve
+
+
+def write_onnx(serve: Any, path: Path) -> None:
+    """Write FP32 ONNX by tf2onnx, with a dynamic batch. Raises ModelError for what ONNX does not have."""
+    import onnx
+    import tf2onnx
+
+    logging.getLogger("tf2onnx").setLevel(logging.ERROR)
+    try:
+        model, _ = tf2onnx.convert.from_function(serve, input_signature=serve.input_signature, opset=OPSET)
+    except Exception as error:  # tf2onnx's and TensorFlow's errors share no root but Exception
+        raise ModelError(f"{path.name}: tf2onnx cannot convert the network: {error}") from error
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"  # tf2onnx calls each unknown size unk__N
+    onnx.save(model, path)
+
+
+def require_finite(network: Any) -> None:
+    """Raise ModelError that names the weights that hold NaN or infinity."""
+    bad = [v.name for v in network.variables if v.dtype.is_floating and not np.isfinite(v.numpy()).all()]
+    if bad:
+        raise ModelError(f"the trained network: NaN or infinity in {', '.join(bad[:5])}; the training diverged")
+
+
+def kernels(network: Any) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Layer name and weight of each convolution and dense layer: what is pruned and clustered.
+
+    Depthwise convolutions have few weights and are left whole, as tensorflow-model-optimization does.
+    """
+    for layer in getattr(network, "layers", []):
+        inner = layer
+        while hasattr(inner, "layer"):  # what quantization-aware training wraps it in
+            inner = inner.layer
+        if isinstance(inner, keras.Model):
+            yield from kernels(inner)
+        elif compressible(inner):
+            (kernel,) = [v for v in layer.variables if v.name.rpartition("/")[2].startswith("kernel:")]
+            yield inner.name, kernel.numpy()
+
+
+def compressible(layer: Any) -> bool:
+    """Whether a layer's weight is one that pruning and clustering work on."""
+    kinds = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D, keras.layers.Dense)
+    spared = (
+        keras.layers.DepthwiseConv1D,
+        keras.layers.DepthwiseConv2D,
+        keras.layers.SeparableConv1D,
+        keras.layers.SeparableConv2D,
+        keras.layers.Conv1DTranspose,
+        keras.layers.Conv2DTranspose,
+        keras.layers.Conv3DTranspose,
+    )
+    return isinstance(layer, kinds) and not isinstance(layer, spared)

@@ -1,0 +1,314 @@
+"""Training with Keras: one loop that resumes after a kill, for train functions, distillation and fine-tuning."""
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.data import Data
+from slipstream.errors import ModelError
+from slipstream.frameworks.base import Job, Schedule, SoftTargets
+from slipstream.frameworks.held_out import hold_out
+from slipstream.frameworks.keras_losses import Loss, ends_in_softmax, logarithm, loss_of
+from slipstream.frameworks.keras_runtime import keras, tf
+from slipstream.measure.metrics.base import metric_for, value
+from slipstream.spec import Optimizer
+
+log = logging.getLogger(__name__)
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+DECOUPLED_WEIGHT_DECAY = 0.01
+RISE, START, END = 0.3, 25.0, 25e4
+"""Share of the steps in which the rate rises, and the peak as a multiple of the first and of the last rate: what
+PyTorch's OneCycleLR does."""
+BATCH = 512
+TFMOT = "tensorflow_model_optimization"
+
+
+class Checkpoint:
+    """State of a training under way: arrays by name, in one file that is always whole (written aside, renamed)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self) -> dict[str, npt.NDArray[Any]] | None:
+        """The last state that was saved; None at the first attempt. Nothing is unpickled."""
+        if not self.path.exists():
+            return None
+        with np.load(self.path, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def save(self, state: Mapping[str, npt.ArrayLike]) -> None:
+        """Replace the state."""
+        aside = self.path.with_suffix(".aside")
+        with aside.open("wb") as file:
+            np.savez(file, **{name: np.asarray(value) for name, value in state.items()})  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self.path)
+
+
+class Training:
+    """What a train function is given: `def train(training, **params) -> tf.keras.Model`.
+
+    Most call `fit` once and return the network:
+
+        network = cnn()
+        training.fit(network, epochs=4, learning_rate=0.1)
+        return network
+
+    A function that calls Keras's own `network.fit` survives a kill by `BackupAndRestore(training.folder / "backup")`
+    among its callbacks. Random numbers are seeded before the function is called.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._fits = 0
+
+    @property
+    def data(self) -> Data:
+        """The data set. The test split is for the gates: do not train on it."""
+        return self._job.data
+
+    @property
+    def seed(self) -> int:
+        """The spec's seed."""
+        return self._job.seed
+
+    @property
+    def folder(self) -> Path:
+        """For checkpoints: the same again when a killed step is tried again, and gone when the step is done."""
+        return self._job.folder
+
+    def fit(
+        self,
+        network: Any,
+        *,
+        epochs: int,
+        learning_rate: float = 0.1,
+        batch_size: int = 128,
+        optimizer: Optimizer = "sgd",
+        loss: Loss | None = None,
+    ) -> None:
+        """Train in place with a one-cycle learning rate; resumes at the last whole epoch.
+
+        `optimizer` is `sgd` (Nesterov) or `adamw`, which wants smaller rates. `loss` is a function of outputs and
+        labels; None is `model.loss` of the spec, or cross entropy. May be called several times.
+        """
+        self._fits += 1
+        schedule = Schedule(epochs, learning_rate, batch_size, optimizer=optimizer)
+        fit(network, self._job, schedule, f"fit-{self._fits}", loss=loss)
+
+    def log(self, epoch: int, **figures: float) -> None:
+        """Record figures of an epoch in MLflow."""
+        self._job.progress.metrics(figures, step=epoch)
+
+    def checkpoint(self, name: str = "own") -> Checkpoint:
+        """A checkpoint for a loop of your own."""
+        return Checkpoint(self._job.folder / f"{name}.npz")
+
+
+class OneCycle(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc] # Keras has no types
+    """One cycle of the learning rate over all steps (Smith and Topin 2018), with cosines up and down."""
+
+    def __init__(self, peak: float, steps: int) -> None:
+        self.peak, self.steps = peak, steps
+
+    def __call__(self, step: Any) -> Any:
+        """Rate of a step, from 0."""
+        rise, done = RISE * self.steps - 1, tf.cast(step, tf.float32)
+        up = _cosine(self.peak / START, self.peak, done / max(rise, 1))
+        down = _cosine(self.peak, self.peak / END, (done - rise) / max(self.steps - 1 - rise, 1))
+        return tf.where(done < rise, up, down)
+
+    def get_config(self) -> dict[str, Any]:
+        """For Keras."""
+        return {"peak": self.peak, "steps": self.steps}
+
+
+def _cosine(first: float, last: float, share: Any) -> Any:
+    return last + (first - last) / 2 * (1 + tf.cos(math.pi * tf.clip_by_value(share, 0.0, 1.0)))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and TensorFlow's generators, and choose deterministic kernels."""
+    keras.utils.set_random_seed(seed % 2**32)
+    tf.config.experimental.enable_op_determinism()
+
+
+def steps_per_epoch(samples: int, schedule: Schedule, seed: int) -> int:
+    """Batches of an epoch over a training split: whole ones of what is not held out."""
+    training = len(hold_out(samples, seed)[0])
+    return training // min(schedule.batch_size, training)
+
+
+def fit(
+    network: Any,
+    job: Job,
+    schedule: Schedule,
+    name: str,
+    *,
+    loss: Loss | None = None,
+    soft: SoftTargets | None = None,
+) -> None:
+    """Train in place. Killed at any moment and called again, it ends with the same weights.
+
+    After each epoch come the metrics `train_loss`, the spec's metric such as `top1` (held-out part of the training
+    split, percent) and `lr`, then the checkpoint. Raises ModelError when the loss is no longer a number.
+    """
+    require_keras(network)
+    loop = _Loop(network, job, schedule, loss_of(network, job, loss, soft), soft)
+    metric = loop.metric.name
+    checkpoint = Checkpoint(job.folder / f"{name}.npz")
+    before = schedule.epochs_before
+    for epoch in range(loop.restore(checkpoint), schedule.epochs):
+        figures = {"train_loss": loop.epoch(epoch), metric: loop.validate(), "lr": loop.learning_rate()}
+        said = "epoch %d: train_loss %.4f, %s %.2f %%"
+        log.info(said, before + epoch + 1, figures["train_loss"], metric, figures[metric])
+        job.progress.metrics(figures, step=before + epoch)
+        checkpoint.save(loop.state(epoch + 1))
+
+
+class _Loop:
+    """Network, optimizer and data of one `fit`."""
+
+    def __init__(self, network: Any, job: Job, schedule: Schedule, loss: Loss, soft: SoftTargets | None) -> None:
+        self.network, self.job, self.schedule, self.loss = network, job, schedule, loss
+        split = job.data.train
+        self.metric = metric_for(job.metric)
+        self.arrays = [split.inputs, split.labels, *([soft.logits] if soft is not None else [])]
+        self.indices, self.held_out = hold_out(len(split), job.seed)
+        self.batch_size = min(schedule.batch_size, len(self.indices))
+        self.batches = len(self.indices) // self.batch_size
+        network(split.inputs[:1], training=False)  # clustering's wrappers hold all their variables only after a call
+        self.variables = list(network.variables)
+        self.optimizer = _optimizer(schedule, self.batches * schedule.epochs)
+        self.optimizer.build(network.trainable_variables)
+        self.step = tf.function(self._step, reduce_retracing=True)
+
+    def _step(self, inputs: Any, *targets: Any) -> Any:
+        """One step on a batch; its loss."""
+        with tf.GradientTape() as tape:
+            loss = self.loss(self.network(inputs, training=True), *targets)
+            total = tf.add_n([loss, *self.network.losses])  # with the layers' own regularizers
+        variables = self.network.trainable_variables
+        self.optimizer.apply_gradients(zip(tape.gradient(total, variables), variables, strict=True))
+        return loss
+
+    def epoch(self, epoch: int) -> float:
+        """One pass; the mean loss."""
+        self._seed(epoch)
+        pruning = _pruning(self.network)
+        # The order depends on seed and epoch alone, so that a resumed training sees the same one.
+        order = np.random.default_rng((self.job.seed, self.schedule.epochs_before + epoch))
+        shuffled, total = order.permutation(self.indices), 0.0
+        for number in range(self.batches):
+            chosen = shuffled[number * self.batch_size :][: self.batch_size]
+            loss = float(self.step(*(tf.constant(array[chosen]) for array in self.arrays)))
+            if not math.isfinite(loss):
+                raise ModelError(f"training: the loss is {loss} in epoch {epoch + 1}; lower the learning rate")
+            total += loss
+            self._report(epoch, number + 1, total / (number + 1))
+        pruning.on_epoch_end(epoch)  # zeros the weights that the last step moved
+        return total / self.batches
+
+    def _seed(self, epoch: int) -> None:
+        """Random numbers of layers such as dropout: from seed and epoch alone, so that a resumed training has them."""
+        for number, generator in enumerate(_generators(self.network)):
+            given = np.random.SeedSequence((self.job.seed, self.schedule.epochs_before + epoch, number))
+            generator.reset_from_seed(int(given.generate_state(1)[0]))
+
+    def _report(self, epoch: int, number: int, loss: float) -> None:
+        plan = self.schedule
+        done = (plan.epochs_before + epoch) * self.batches + number
+        total = (plan.epochs_in_step or plan.epochs) * self.batches
+        self.job.progress.progress(done, total, epoch=plan.epochs_before + epoch + 1, loss=loss)
+
+    def validate(self) -> float:
+        """The metric on the held-out part of the training split, in percent."""
+        split = self.job.data.train
+        answers, labels = logits(self.network, split.inputs[self.held_out]), split.labels[self.held_out]
+        self.metric.check(answers, labels, "the network", ModelError)
+        return 100 * value(self.metric, self.metric.evaluate(answers, labels))
+
+    def learning_rate(self) -> float:
+        """Rate after the last batch."""
+        return float(self.optimizer.learning_rate)
+
+    def state(self, epochs_done: int) -> dict[str, npt.ArrayLike]:
+        """All that decides how training goes on."""
+        kept = {"network": self.variables, "optimizer": list(self.optimizer.variables)}
+        arrays = {f"{part}-{i}": v.numpy() for part, variables in kept.items() for i, v in enumerate(variables)}
+        return {"epochs_done": np.int64(epochs_done), **arrays}
+
+    def restore(self, checkpoint: Checkpoint) -> int:
+        """Go on from a checkpoint; epochs that are already done."""
+        state = checkpoint.load()
+        if state is None:
+            return 0
+        for part, variables in (("network", self.variables), ("optimizer", list(self.optimizer.variables))):
+            for i, variable in enumerate(variables):
+                variable.assign(state[f"{part}-{i}"])
+        done = int(state["epochs_done"])
+        log.info("resuming %s after %d of %d epochs", checkpoint.path.stem, done, self.schedule.epochs)
+        return done
+
+
+def _optimizer(schedule: Schedule, steps: int) -> Any:
+    rate = OneCycle(schedule.learning_rate, steps)
+    if schedule.optimizer == "adamw":
+        return keras.optimizers.AdamW(rate, weight_decay=DECOUPLED_WEIGHT_DECAY)
+    # Keras multiplies the decay by the rate, as PyTorch's SGD does.
+    return keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
+
+
+def _pruning(network: Any) -> Any:
+    """What counts the steps of pruning's schedule; nothing happens for a network that is not being pruned."""
+    if TFMOT not in sys.modules:  # takes seconds to import, and has been where a network is wrapped for pruning
+        return keras.callbacks.Callback()
+    import tensorflow_model_optimization as tfmot
+
+    callback = tfmot.sparsity.keras.UpdatePruningStep()
+    callback.set_model(network)
+    callback.on_train_begin()
+    return callback
+
+
+def _generators(network: Any) -> list[Any]:
+    """The random generators of a network's layers, in order.
+
+    Keras keeps them out of the variables, and names no public way to them.
+    """
+    held = [getattr(layer, "_random_generator", None) for layer in network.submodules]
+    found = [getattr(h, "_generator", None) for h in held]
+    return [generator for generator in found if generator is not None]
+
+
+def logits(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """(N, …) inputs to (N, …) float32 outputs; the logarithm where the network answers probabilities.
+
+    Class scores can then be taken for logits: their order is the same, and softmax gives the probabilities.
+    """
+    found = outputs(network, inputs)
+    return np.asarray(logarithm(found)) if ends_in_softmax(network) else found
+
+
+def outputs(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """(N, …) inputs to (N, …) float32 outputs in inference mode."""
+    batches = (tf.constant(inputs[i : i + BATCH]) for i in range(0, len(inputs), BATCH))
+    return np.concatenate([np.asarray(network(batch, training=False), np.float32) for batch in batches])
+
+
+def require_keras(network: Any) -> None:
+    """Raise ModelError for a SavedModel that Keras did not describe, which only answers."""
+    if not isinstance(network, keras.Model):
+        raise ModelError(
+            "the model is a SavedModel without Keras's own description of its layers: it can be quantized and built, "
+            "but neither trained nor pruned; register the .keras or .h5 file"
+        )

@@ -1,0 +1,105 @@
+"""Whether an exported ONNX file answers as the PyTorch network does, and which module departs first when not.
+
+The exporter names a node after the modules that it came from, so that a module's output is the tensor of the last node
+in its scope. Batch norm is folded into the convolution before it; the ONNX then has one tensor for both.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from slipstream import tokens
+from slipstream.agreement.bounds import EXACT, objection
+from slipstream.agreement.reference import reference, tensors
+from slipstream.errors import ModelError
+from slipstream.frameworks import torch_training
+
+Outputs = list[tuple[str, Any, npt.NDArray[Any]]]
+"""Name, module and output of each module, in the order in which they finished: parts before the whole."""
+
+
+def require(network: Any, path: Path, inputs: npt.NDArray[Any]) -> None:
+    """Raise ModelError, naming the first module that departs, unless the ONNX file answers `inputs` (N, …) alike."""
+    # What was frozen at export for one batch size, or one length, shows only with another.
+    for samples in (inputs, inputs[:1], tokens.trim(inputs[:1])):
+        eager = torch_training.logits(network, samples)
+        problem = objection(eager, reference(path, samples), EXACT)
+        if problem is not None:
+            raise ModelError(
+                f"{path.name}: ONNX Runtime and PyTorch differ on {len(samples)} real samples: it {problem}; the "
+                "network does something that the export to ONNX does not carry, such as Python control flow on values; "
+                f"{first_departure(network, path, tokens.trim(samples))}"
+            )
+
+
+def first_departure(network: Any, path: Path, samples: npt.NDArray[Any]) -> str:
+    """A sentence that names the first module whose output no tensor of its scope in the ONNX equals."""
+    values = tensors(path, samples)
+    outputs = module_outputs(network, samples)
+    last = last_tensors(path)
+    scopes = dict(_scopes(network))
+    compared = 0
+    for index, (name, module, output) in enumerate(outputs):
+        value = values.get(last.get(scopes[name], ""))
+        if value is None:
+            continue
+        compared += 1
+        after = outputs[index + 1] if index + 1 < len(outputs) else None
+        folded = after is not None and isinstance(after[1], torch.nn.modules.batchnorm._BatchNorm)
+        problem = objection(output, value, EXACT)
+        if problem is not None and not (folded and after and objection(after[2], value, EXACT) is None):
+            kind = type(module).__name__
+            return f"the first to depart is {f'module {name!r} ({kind})' if name else f'{kind}.forward itself'}"
+    return f"none of the {compared} modules that have a tensor of their own in the ONNX departs"
+
+
+def module_outputs(network: Any, samples: npt.NDArray[Any]) -> Outputs:
+    """Outputs of the modules that are called once and answer one tensor, for samples (N, …)."""
+    found: Outputs = []
+
+    def record(name: str) -> Any:
+        def hook(module: Any, _: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                found.append((name, module, output.detach().float().numpy()))
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in network.named_modules()]
+    try:
+        torch_training.logits(network, samples)
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, _, _ in found]
+    return [entry for entry in found if names.count(entry[0]) == 1]
+
+
+def last_tensors(path: Path) -> dict[str, str]:
+    """Scope such as `/layer1/layer1.0/conv1` → first output of the last node in it; the network's own scope is ``."""
+    import onnx
+
+    found: dict[str, str] = {}
+    for node in onnx.load(path).graph.node:
+        scope = node.name.rpartition("/")[0]
+        while scope:
+            found[scope] = node.output[0]
+            scope = scope.rpartition("/")[0]
+        found[""] = node.output[0]
+    return found
+
+
+def _scopes(network: Any, name: str = "", scope: str = "", label: str = "") -> Iterator[tuple[str, str]]:
+    """Name of a module, as PyTorch has it → its scope in the ONNX, as the exporter has it.
+
+    A child of a sequence or a list is called after both (`layer1.0`); a list is no scope of its own.
+    """
+    yield name, scope
+    numbered = isinstance(network, torch.nn.Sequential | torch.nn.ModuleList)
+    base = scope.rpartition("/")[0] if isinstance(network, torch.nn.ModuleList | torch.nn.ModuleDict) else scope
+    for child_name, child in network.named_children():
+        called = f"{label}.{child_name}" if numbered and label else child_name
+        whole = f"{name}.{child_name}" if name else child_name
+        yield from _scopes(child, whole, f"{base}/{called}", called)

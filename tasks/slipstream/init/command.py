@@ -1,0 +1,142 @@
+"""The command `slipstream init`: what it looks at, in which order, and what it writes and says."""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import typer
+
+from slipstream import spec as specs
+from slipstream.digests import folder_size
+from slipstream.errors import InputError, ModelError
+from slipstream.frameworks import FRAMEWORKS
+from slipstream.frameworks.base import WEIGHTS
+from slipstream.home import Home, write_atomically
+from slipstream.init import registered
+from slipstream.init.compose import Plan, about, data_text, spec_text
+from slipstream.init.facts import Facts, Question, Reply
+from slipstream.init.machine import this_machine
+from slipstream.init.source import Source, about_pickled, name_of, source_of
+from slipstream.spec.fields import function
+
+ENVIRONMENT = {kind: FRAMEWORKS[kind].environment for kind in ("onnx", "keras")}
+
+
+def init(home: Home, model: str, out: Path, *, data: str | None, architecture: str | None, force: bool) -> None:
+    """Look at MODEL and at this machine, and write a spec and, unless `data` names one, a data function.
+
+    Raises InputError when a file is there already, ModelError when nothing can start from the model.
+    """
+    for name, value in (("--data", data), ("--architecture", architecture)):
+        _require_function(name, value)
+    beside = _data_file(out)
+    _require_absent([out, *([] if data else [beside])], force=force)
+    plan = _plan(home, source_of(model), out, data, architecture)
+    text = spec_text(plan)
+    specs.parse(text, str(out))  # what is written is valid, or nothing is
+    write_atomically(out, text)
+    if data is None:
+        write_atomically(beside, data_text(plan, out.stem))
+    _tell(home, plan, out, beside if data is None else None)
+
+
+def _data_file(out: Path) -> Path:
+    """Where the data function goes: beside the spec, by a name that Python imports."""
+    return out.with_name(re.sub(r"\W", "_", out.stem) + "_data.py")
+
+
+def _require_function(option: str, value: str | None) -> None:
+    try:
+        if value is not None:
+            function(value)
+    except ValueError as error:
+        raise InputError(f"{option}: {error}") from error
+
+
+def _require_absent(paths: list[Path], *, force: bool) -> None:
+    there = [str(path) for path in paths if path.exists()]
+    if there and not force:
+        raise InputError(f"{', '.join(there)}: there already; choose another --out, or overwrite it with --force")
+
+
+def _plan(home: Home, source: Source, out: Path, data: str | None, architecture: str | None) -> Plan:
+    """Everything that the two files are written from."""
+    registry, file, size = f"models:/{source.name}@source", None, None
+    notes: tuple[str, ...] = ()
+    if source.kind == "registered":
+        with tempfile.TemporaryDirectory() as folder:
+            found = registered.download(source.location, Path(folder), architecture)
+            facts = _look(home, found.question)
+        registry, size, notes, architecture = found.registry, found.size_bytes, found.notes, found.architecture
+    elif source.kind in ("function", "pickled"):
+        architecture = source.location if source.kind == "function" else architecture
+        if architecture is None:
+            raise ModelError(about_pickled(Path(source.location)))
+        facts = _look(home, Question(kind="function", location=architecture, data=data))
+        notes = (
+            f"weights: log {WEIGHTS} as a version of {source.name} and set its alias source; nothing is unpickled",
+        )
+    else:
+        path = Path(source.location).resolve()
+        facts = _look(home, Question(kind=source.kind, location=str(path)))
+        file, size = _from_code(home, path), folder_size(path) if path.is_dir() else path.stat().st_size
+    return Plan(
+        name=name_of(out.stem),
+        model=source.location,
+        registry=registry,
+        facts=facts,
+        machine=this_machine(),
+        data=data or f"{_module(home, _data_file(out))}:data",
+        data_known=data is not None,
+        size_bytes=size,
+        file=file,
+        architecture=architecture,
+        notes=notes,
+    )
+
+
+def _look(home: Home, question: Question) -> Facts:
+    """What the model's framework says of it, in a process in its environment. Raises ModelError."""
+    environment = ENVIRONMENT.get(question.kind) or FRAMEWORKS[question.framework].environment
+    python = home.python(environment)
+    if not python.exists():
+        raise ModelError(f"to look at the model, the environment {environment} is needed; set it up with scripts/setup")
+    command = [str(python), "-m", "slipstream.init.inspect", question.model_dump_json()]
+    settings = os.environ | {"SLIPSTREAM_CODE": str(home.code), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=settings, check=False)
+    if done.returncode != 0 or not done.stdout.strip():
+        raise ModelError(f"{question.location}: looking at it failed (exit {done.returncode}); see above")
+    reply = Reply.model_validate_json(done.stdout.splitlines()[-1])
+    if reply.facts is None:
+        raise ModelError(str(reply.error))
+    return reply.facts
+
+
+def _from_code(home: Home, path: Path) -> str:
+    """A path as a spec says it: from the user's code where it lies in there, else whole."""
+    return str(path.relative_to(home.code) if path.is_relative_to(home.code) else path)
+
+
+def _module(home: Home, path: Path) -> str:
+    """The module that a file is, seen from the user's code; its bare name where it is not below it."""
+    path = path.resolve()
+    if not path.is_relative_to(home.code):
+        return path.stem
+    parts = path.relative_to(home.code).with_suffix("").parts
+    return ".".join(parts) if all(part.isidentifier() for part in parts) else path.stem
+
+
+def _tell(home: Home, plan: Plan, out: Path, beside: Path | None) -> None:
+    """Say what was found, what was written, what could not be known, and how to go on."""
+    for line in about(plan):
+        typer.echo(line)
+    for path in filter(None, (out, beside)):
+        typer.echo(f"{path}: written")
+    typer.echo("Could not be known, and is marked CHECK in the spec:")
+    for line in plan.unknown:
+        typer.echo(f"  {line}")
+    if beside is not None and "." not in plan.data and beside.resolve().parent != home.code:
+        typer.echo(f"The data function is found only with SLIPSTREAM_CODE={beside.resolve().parent}")
+    typer.echo(f"Next: slipstream validate {out}, then slipstream run {out} --watch")

@@ -1,0 +1,49 @@
+"""What was found out about a model: handed from the process that looked at it, as JSON."""
+
+from slipstream.contract import Document
+
+
+class Facts(Document):
+    """A model, as far as it can be known without data."""
+
+    framework: str
+    input_shape: tuple[int, ...] | None = None
+    """One sample, without the batch; -1 where it varies. None when only the data could tell."""
+    input_dtype: str | None = None
+    output_shape: tuple[int, ...] | None = None
+    parameters: int
+    layers: dict[str, int]
+    """Operators of a graph, or layers of a network: kind → number."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def transformer(self) -> bool:
+        """Whether it has attention: by name, or as products of matrices on both sides of a softmax."""
+        named = any("Attention" in kind for kind in self.layers)
+        return named or self.layers.get("MatMul", 0) >= 4 * self.layers.get("Softmax", 0) > 0
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether its input is token ids: (N, T) whole numbers."""
+        return self.input_dtype == "int64" and self.input_shape is not None and len(self.input_shape) == 1
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it has been quantized before."""
+        return any(kind.startswith(("QuantizeLinear", "DynamicQuantize", "QLinear")) for kind in self.layers)
+
+
+class Question(Document):
+    """What the other process is to look at."""
+
+    kind: str
+    location: str
+    data: str | None = None
+    framework: str = "torch"
+
+
+class Reply(Document):
+    """Facts, or why there are none."""
+
+    facts: Facts | None = None
+    error: str | None = None

@@ -1,0 +1,101 @@
+"""What MODEL on the command line names: a registered model, a file of some framework, or a function.
+
+Nothing is unpickled: of archives that PyTorch wrote only the list of files is read.
+"""
+
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from slipstream.errors import ModelError
+from slipstream.spec.fields import FUNCTION_NAME
+
+REGISTERED = re.compile(r"^models:/(?P<name>[A-Za-z0-9_.-]+)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>\d+))$")
+KERAS = (".keras", ".h5", ".hdf5")
+TORCH = (".pt", ".pth", ".ts", ".torchscript", ".bin")
+SAVED_MODEL = "saved_model.pb"
+NAMED = 8
+"""How many classes of a TorchScript file an error lists."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and how to look at it."""
+
+    kind: str
+    """`registered`, `onnx`, `keras`, `function`, or `pickled` for PyTorch's own files."""
+    location: str
+    """URI, path, or module:function."""
+
+    @property
+    def name(self) -> str:
+        """What to call it, in a spec's words."""
+        if registered := REGISTERED.match(self.location):
+            found = registered["name"]
+        elif self.kind == "function":
+            found = self.location.partition(":")[2]
+        else:
+            found = Path(self.location).resolve().stem
+        return name_of(found)
+
+
+def name_of(text: str) -> str:
+    """A name that a spec takes: lower-case letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "model"
+
+
+def source_of(model: str) -> Source:
+    """What MODEL names. Raises ModelError when it is nothing that a spec can start from, with what to do."""
+    if model.startswith("models:"):
+        if not REGISTERED.match(model):
+            raise ModelError(f"{model}: write a registered model as models:/NAME@ALIAS or models:/NAME/VERSION")
+        return Source("registered", model)
+    path = Path(model)
+    if not path.exists() and re.match(FUNCTION_NAME, model):
+        return Source("function", model)
+    if not path.exists():
+        raise ModelError(
+            f"{model}: no such file or folder; name an ONNX file, a SavedModel's folder, a .keras or .h5 file, "
+            "models:/NAME@ALIAS, or the function that builds the network as module:function"
+        )
+    return Source(_kind_of(path), model)
+
+
+def _kind_of(path: Path) -> str:
+    """The kind of a file or folder."""
+    if path.is_dir():
+        if (path / SAVED_MODEL).is_file():
+            return "keras"
+        if len(list(path.glob("*.onnx"))) == 1:
+            return "onnx"
+        raise ModelError(f"{path}: neither a SavedModel ({SAVED_MODEL}) nor a folder with one .onnx file")
+    if path.suffix == ".onnx":
+        return "onnx"
+    if path.suffix in KERAS:
+        return "keras"
+    if zipfile.is_zipfile(path) or path.suffix in TORCH:
+        return "pickled"
+    raise ModelError(
+        f"{path}: an unknown kind of file; ONNX is .onnx, Keras {', '.join(KERAS)} or a SavedModel's folder"
+    )
+
+
+def about_pickled(path: Path) -> str:
+    """What a file of PyTorch's is, from its list of files alone, and what to do with it."""
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    inside = [PurePosixPath(n).parts[1:] for n in names]
+    constants = sum(parts[:1] == ("constants",) for parts in inside)
+    scripts = [parts for parts in inside if parts[:1] == ("code",) and parts[-1].endswith(".py")]
+    code = sorted({".".join(parts[2:]).removesuffix(".py") for parts in scripts})
+    if not code:
+        what = "a pickled checkpoint of PyTorch"
+    else:
+        shown = ", ".join(code[:NAMED]) + (", …" if len(code) > NAMED else "")
+        what = f"a TorchScript file ({constants} constants; code of {shown})"
+    return (
+        f"{path}: {what}. It holds a pickle, which runs code when it is loaded, so only its list of files was read. "
+        "If you trust it, load it yourself; then export it (torch.onnx.export) and name the ONNX file, or save the "
+        "weights (safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')), log that file as an MLflow "
+        "model and name the function that builds the network by --architecture"
+    )

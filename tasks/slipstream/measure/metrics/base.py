@@ -1,0 +1,186 @@
+"""The metric seam: what a module under metrics/ implements, and what all metrics share.
+
+A metric turns the answers to labelled samples into records, one for each sample. From them it computes its value
+for any resample, so that two models are compared in pairs whether the metric is a mean over samples (top1) or is
+computed from all of them at once (mAP), and so that a model answers every sample only once.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.data import Split, user_code_digest
+from slipstream.errors import EngineError, InputError
+from slipstream.measure import stats
+from slipstream.measure.metrics import METRICS
+from slipstream.measure.stats import Bounds, Floats
+from slipstream.spec import Call
+
+BATCH = 250
+
+Array = npt.NDArray[Any]
+Records = npt.NDArray[Any]
+"""(N,) what a metric needs of each sample's answer: a number, or several in a structured dtype; never an object."""
+
+
+class Metric(Protocol):
+    """How good answers are. 0 is the worst value and 1 the best."""
+
+    name: str
+    """Its name in MLflow and in the report."""
+    mean: bool
+    """Whether the records are scores in [0, 1] whose mean is the value. Then the exact paired methods apply."""
+    distributions: tuple[str, ...]
+    """PyPI distributions whose versions belong to the identity of what is measured."""
+
+    def classes(self, shape: tuple[int, ...]) -> int | None:
+        """Number of classes in outputs of this shape, batch first; None where outputs know none."""
+        ...
+
+    def check(self, outputs: Array, labels: Array, what: str, error: type[InputError] = EngineError) -> None:
+        """Raise `error`, which names `what`, unless these can be answers to samples with these labels.
+
+        outputs: (N, …), labels: (N, …). NaN and infinity are refused: such a model is broken, not inaccurate.
+        """
+        ...
+
+    def evaluate(self, outputs: Array, labels: Array) -> Records:
+        """(N,) records of checked answers. One that holds NaN, as traffic may bring, is wrong whatever its label."""
+        ...
+
+    def values(self, records: Records, counts: Floats) -> Floats:
+        """(R,) values of R resamples: counts (R, N) says how often each sample is in each. NaN without any class."""
+        ...
+
+    def by_class(self, records: Records, labels: Array) -> dict[int, float]:
+        """Class → value for it alone; classes without a sample are left out."""
+        ...
+
+    def differ(self, one: Array, other: Array) -> bool:
+        """Whether two answers (…) to the same sample would be acted on differently. NaN differs from everything."""
+        ...
+
+
+class Mean:
+    """What metrics that are a mean of (N,) float64 scores share."""
+
+    mean = True
+    distributions: tuple[str, ...] = ()
+
+    def values(self, records: Records, counts: Floats) -> Floats:
+        """See the protocol."""
+        total: Floats = counts @ records / counts.sum(axis=1)
+        return total
+
+    def by_class(self, records: Records, labels: Array) -> dict[int, float]:
+        """See the protocol; nothing where a label is no class."""
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            return {}
+        return {int(c): float(records[labels == c].mean()) for c in np.unique(labels)}
+
+
+class Runs(Protocol):
+    """A loaded engine, or a candidate in its own framework."""
+
+    def run(self, batch: Array) -> Array:
+        """(N, …) inputs to (N, …) outputs."""
+        ...
+
+
+def metric_for(name: str) -> Metric:
+    """The metric that a spec names. Raises SpecError when it is the user's and cannot be imported."""
+    if name in METRICS:
+        info = METRICS[name]
+        found: Metric = getattr(importlib.import_module(info.module), info.attribute)
+        return found
+    from slipstream.measure.metrics.user import UserMetric
+
+    return UserMetric(name)
+
+
+def identity(name: str) -> str | None:
+    """Digest of the user's code behind a metric; None for one of this package, whose code counts anyway."""
+    return None if name in METRICS else user_code_digest(Call(function=name))
+
+
+def batches(samples: int) -> int:
+    """How many times `record` reports progress."""
+    return -(-samples // BATCH)
+
+
+def record(
+    model: Runs,
+    split: Split,
+    metric: Metric,
+    *,
+    what: str,
+    progress: Callable[[], None] = lambda: None,
+    error: type[InputError] = EngineError,
+) -> Records:
+    """(N,) records of a model's answers to a split.
+
+    `what` names the model in errors. Raises `error` when the outputs are no answers: wrong shape or NaN.
+    A quantized ONNX model can be right while the engine built from it is not (NVIDIA/Model-Optimizer#126).
+    """
+    found = []
+    for start in range(0, len(split), BATCH):
+        inputs, labels = split.inputs[start : start + BATCH], split.labels[start : start + BATCH]
+        outputs = np.asarray(model.run(inputs))
+        metric.check(outputs, labels, what, error)
+        found.append(metric.evaluate(outputs, labels))
+        progress()
+    return np.concatenate(found)
+
+
+def value(metric: Metric, records: Records) -> float:
+    """The metric of all samples; NaN when there are none."""
+    if not len(records):
+        return float("nan")
+    return float(metric.values(records, np.ones((1, len(records))))[0])
+
+
+def drop(metric: Metric, baseline: Records, engine: Records, confidence: float, rng: np.random.Generator) -> Bounds:
+    """Drop of the metric from baseline to engine on the same samples, as a fraction, with its bounds.
+
+    baseline, engine: (N,) records in the same order. A mean of scores: `stats.paired_drop`; anything else:
+    `stats.paired_bootstrap`, in which a resample takes the same samples for both.
+    """
+    if metric.mean:
+        return stats.paired_drop(baseline, engine, confidence, rng)
+    if len(baseline) != len(engine):
+        return stats.unknown(len(baseline))
+
+    def difference(counts: Floats) -> Floats:
+        return metric.values(baseline, counts) - metric.values(engine, counts)
+
+    return stats.paired_bootstrap(difference, len(baseline), confidence, rng)
+
+
+def worst_class(
+    metric: Metric, baseline: Records, engine: Records, labels: Array, classes: tuple[str, ...] = ()
+) -> tuple[str, float]:
+    """Name and drop (percentage points) of the class that lost most; of all samples where there are no classes."""
+    before, after = (metric.by_class(records, labels) for records in (baseline, engine))
+    drops = {c: before[c] - after[c] for c in before if c in after}
+    if not drops:
+        return "all samples", 100.0 * (value(metric, baseline) - value(metric, engine))
+    worst = max(drops, key=lambda c: drops[c])
+    return (classes[worst] if worst < len(classes) else str(worst)), 100.0 * drops[worst]
+
+
+def finite(outputs: Array) -> npt.NDArray[np.bool_]:
+    """(N,) which of the answers (N, …) hold neither NaN nor infinity."""
+    axes = tuple(range(1, outputs.ndim))
+    return np.asarray(np.isfinite(outputs).all(axis=axes))
+
+
+def require_finite(outputs: Array, what: str, error: type[InputError]) -> None:
+    """Raise `error` when an answer holds NaN or infinity."""
+    bad = int((~finite(outputs)).sum())
+    if bad:
+        raise error(
+            f"{what}: {bad} of {len(outputs)} outputs hold NaN or infinity; the model is broken, not inaccurate"
+        )

@@ -1,0 +1,82 @@
+"""Profiles of an engine at work, by NVIDIA's Nsight Systems (`nsys`) or Linux's `perf`.
+
+The profiler starts a process of its own that loads the engine and answers real samples one by one:
+`python -m slipstream.measure.profiles ENGINE SAMPLES.npy REQUESTS`.
+"""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.engines.base import load_engine
+from slipstream.errors import EngineError
+from slipstream.spec import Target
+
+REQUESTS = 200
+SAMPLES = 16
+WITHIN_S = 600
+TAIL = 800
+"""Characters of a failed profiler's words that an error repeats."""
+
+COMMANDS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
+    "nsys": (
+        "engine.nsys-rep",
+        lambda out: ["nsys", "profile", "--trace=cuda,nvtx,osrt", "--force-overwrite=true", f"--output={out}"],
+    ),
+    # -g keeps who called whom; 999 Hz, a prime's neighbour, does not beat with timers.
+    "perf": ("engine.perf", lambda out: ["perf", "record", "-q", "-g", "-F", "999", "-o", str(out), "--"]),
+}
+"""Profiler → the file that it writes, and the start of its command line."""
+
+
+def wanted(target: Target) -> str | None:
+    """The profiler that a target asks for (`options.profile`)."""
+    found = target.options.get("profile")
+    return found if isinstance(found, str) else None
+
+
+def require_tool(target: Target) -> None:
+    """Raise EngineError when the target asks for a profiler that is not installed."""
+    tool = wanted(target)
+    if tool is not None and shutil.which(tool) is None:
+        raise EngineError(
+            f"{target.engine}: options.profile: the program {tool!r} is not installed where `validate` runs; install "
+            "it in that environment's image, or leave the option out"
+        )
+
+
+def record(tool: str, engine: Path, samples: npt.NDArray[Any], folder: Path, requests: int = REQUESTS) -> Path:
+    """Profile an engine folder on samples (N, …); the profile lies in `folder`. Raises EngineError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name, command = COMMANDS[tool]
+    given, out = folder / "samples.npy", folder / name
+    np.save(given, samples[:SAMPLES])
+    own = [sys.executable, "-m", "slipstream.measure.profiles", str(engine), str(given), str(requests)]
+    try:
+        done = subprocess.run(
+            [*command(out), *own], capture_output=True, text=True, errors="replace", timeout=WITHIN_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EngineError(f"options.profile: {tool} did not do its work: {error}") from error
+    if done.returncode != 0 or not out.exists():
+        said = (done.stderr or done.stdout).strip()[-TAIL:]
+        raise EngineError(f"options.profile: {tool} ended with exit code {done.returncode}: {said}")
+    return out
+
+
+def answer(engine: Path, samples: Path, requests: int) -> None:
+    """What is profiled: load an engine and answer single requests."""
+    runner, given = load_engine(engine), np.load(samples, allow_pickle=False)
+    for index in range(requests):
+        at = index % len(given)
+        runner.run(given[at : at + 1])
+
+
+if __name__ == "__main__":
+    answer(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,45 @@
+"""Quantization of a candidate's ONNX: one module for each family of number formats, found by the scheme's name.
+
+Each has `quantize(model, request)`, which returns another model and leaves the given one as it was.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy.typing as npt
+
+from slipstream.spec import Quantize
+
+SCHEMES = {
+    "int8": "slipstream.quantization.static",
+    "int8-dynamic": "slipstream.quantization.dynamic",
+    "int8-weights": "slipstream.quantization.weights",
+    "int4-weights": "slipstream.quantization.weights",
+}
+"""`quantize.scheme` → module. Nothing is imported until it is used."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted."""
+
+    section: Quantize
+    samples: npt.NDArray[Any]
+    """(N, …) calibration samples, for schemes that find ranges with them."""
+    on_sample: Callable[[int], None]
+    """Told how many samples have been seen."""
+
+
+class Scheme(Protocol):
+    """A module of SCHEMES."""
+
+    def quantize(self, model: Any, request: Request) -> Any:
+        """onnx.ModelProto to onnx.ModelProto. Raises ModelError."""
+        ...
+
+
+def scheme_for(name: str) -> Scheme:
+    """The module of a scheme."""
+    return cast(Scheme, importlib.import_module(SCHEMES[name]))

@@ -1,0 +1,76 @@
+"""What the step `check` asks of a spec whose data is text: do ids, tokenizer, lengths, recipes and networks fit?"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream import tokens
+from slipstream.data import Data
+from slipstream.engines.lengths import require_varying
+from slipstream.errors import DataError, EngineError, ModelError, SlipstreamError, SpecError
+from slipstream.frameworks.base import Framework
+from slipstream.spec import Spec
+
+TOLERANCE = 1e-3
+"""Largest difference that padding may make, as a share of the largest output."""
+
+
+def data(spec: Spec, loaded: Data) -> Iterator[SlipstreamError]:
+    """What is wrong with token ids, the tokenizer, and what the spec wants of them."""
+    inputs = (loaded.train.inputs, loaded.test.inputs)
+    try:
+        tokens.require_consistent(loaded.tokenizer, *inputs)
+    except DataError as error:
+        yield error
+    given = inputs[0]
+    for name, target in spec.targets.items():
+        try:
+            require_varying(target.lengths, tokens.sample_shape(given), str(given.dtype))
+        except EngineError as error:
+            yield EngineError(f"targets.{name}.lengths: {error}")
+            continue
+        longest = max(map(tokens.length, inputs)) if target.lengths else 0
+        if target.lengths and longest > target.lengths[-1]:
+            yield EngineError(
+                f"targets.{name}.lengths: the data has texts of {longest} tokens, but the greatest length is "
+                f"{target.lengths[-1]}; add a greater one, or cut the texts"
+            )
+    pruned = [recipe for recipe, techniques in spec.recipes.items() if "prune" in techniques]
+    if pruned and tokens.holds(given):
+        yield SpecError(
+            f"recipes.{pruned[0]}: channels of networks on token ids cannot be pruned; distil to fewer layers instead"
+        )
+
+
+def network(framework: Framework, what: str, made: Any, loaded: Data) -> Iterator[ModelError]:
+    """What a network that takes the data makes of the highest token id, and of padding."""
+    if not tokens.holds(loaded.train.inputs):
+        return
+    highest = {"the data": int(max(loaded.train.inputs.max(), loaded.test.inputs.max()))}
+    if loaded.tokenizer is not None:
+        highest["the tokenizer"] = tokens.Tokenizer(loaded.tokenizer).size - 1
+    for whose, number in highest.items():
+        try:
+            framework.logits(made, np.array([[number, number]], np.int64))
+        except Exception as error:  # each framework raises its own for a row that an embedding does not have
+            yield ModelError(
+                f"{what} does not take token id {number}, the highest of {whose} ({type(error).__name__}: {error}); "
+                "give its embedding a row for each id"
+            )
+            return
+    difference = padding_matters(framework, made, loaded.train.inputs)
+    if difference > TOLERANCE:
+        yield ModelError(
+            f"{what} answers differently (by {difference:.2g} of the largest output) when a text is padded with zeros; "
+            "leave out what is 0 from attention and pooling"
+        )
+
+
+def padding_matters(framework: Framework, made: Any, inputs: npt.NDArray[Any]) -> float:
+    """Largest difference between a short text's answers alone and beside a long one, as a share of the largest."""
+    by_length = np.argsort(tokens.lengths(inputs[:1000]), kind="stable")
+    short, beside = inputs[by_length[:1]], inputs[by_length[[0, -1]]]
+    alone, padded = framework.logits(made, tokens.trim(short)), framework.logits(made, beside)[:1]
+    return float(np.abs(alone - padded).max() / max(float(np.abs(padded).max()), 1e-6))

@@ -1,0 +1,73 @@
+"""Transformers as small as they get, on the ids of tests.engines.texts.
+
+`python -m tests.engines.text_networks FOLDER` writes a candidate from an environment that has PyTorch.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from tests.engines.texts import WORDS, samples
+from torch import nn
+
+from slipstream.frameworks.base import Job
+from slipstream.frameworks.torch import FRAMEWORK
+from slipstream.frameworks.torch_training import Training
+from slipstream.spec import Call
+
+WIDTH = 16
+
+
+class Encoder(nn.Module):
+    """One layer of attention with one head, and the mean of its states."""
+
+    def __init__(self, rows: int, masks: bool) -> None:
+        super().__init__()
+        self.masks = masks
+        self.words, self.positions = nn.Embedding(rows, WIDTH), nn.Embedding(64, WIDTH)
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.classifier = nn.Linear(WIDTH, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        real = (ids != 0).float() if self.masks else torch.ones_like(ids).float()
+        states = self.words(ids) + self.positions(torch.arange(ids.shape[1]))
+        weights = self.query(states) @ self.key(states).transpose(-1, -2) / WIDTH**0.5 + ((1 - real) * -1e4)[:, None]
+        states = self.norm(states + weights.softmax(-1) @ self.value(states))
+        mean = (states * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        answers: torch.Tensor = self.classifier(mean)
+        return answers
+
+
+def encoder(rows: int = len(WORDS), masks: bool = True) -> nn.Module:
+    return Encoder(rows, masks)
+
+
+def train(training: Training) -> nn.Module:
+    network = encoder()
+    training.fit(network, epochs=6, learning_rate=0.02, batch_size=16, optimizer="adamw")
+    return network
+
+
+def frozen(training: Training) -> nn.Module:
+    network = encoder()
+    network.words.requires_grad_(False)
+    training.fit(network, epochs=1, learning_rate=0.02, batch_size=16, optimizer="adamw")
+    return network
+
+
+def trained(job: Job) -> nn.Module:
+    """The network that `train` makes in a job."""
+    network: nn.Module = FRAMEWORK.train(Call(function="tests.engines.text_networks:train"), job)
+    return network
+
+
+def write(folder: Path) -> Path:
+    """A candidate folder with an untrained network."""
+    architecture = Call(function="tests.engines.text_networks:encoder")
+    FRAMEWORK.save(FRAMEWORK.build(architecture, 0), architecture, samples(8), folder)
+    return folder
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
