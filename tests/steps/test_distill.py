@@ -74,7 +74,7 @@ def test_student_for_other_classes_is_refused(
     )
     monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
     written["distill"]["student"] = "narrow_student:student"
-    with pytest.raises(ModelError, match="both must know the same classes"):
+    with pytest.raises(ModelError, match="both must answer alike"):
         step("distill", spec_of(written), baseline, recipe="small")
 
 

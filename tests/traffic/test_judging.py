@@ -114,7 +114,7 @@ def boxes(n: int, *, missed: int = 0) -> tuple[Split, list[Pair]]:
         champion = np.zeros((8, 4 + 3), np.float32)
         champion[0, :4], champion[0, 4 + i % 3] = labels[i, 0, 1:], 0.8
         challenger = champion + np.array([0.1] * 4 + [0] * 3, np.float32)
-        challenger[:, 4:] *= 0.1 if i < missed else 0.95
+        challenger[:, 4:] *= 0.01 if i < missed else 0.95
         found.append(Pair(i, Answered(2.0 + 0.1 * rng.random(), champion), Answered(1.0, challenger)))
     return Split(np.zeros((n, 1), np.float32), labels), found
 
