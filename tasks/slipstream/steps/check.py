@@ -170,7 +170,8 @@ def _answers(spec: Spec, what: str, outputs: npt.NDArray[Any], loaded: Data) -> 
     if loaded.classes and classes is not None and len(loaded.classes) != classes:
         yield ModelError(f"{what} answers with {classes} classes, but the data names {len(loaded.classes)}")
     labels = loaded.train.labels[: len(outputs)]
-    tuned = [recipe for recipe, techniques in spec.recipes.items() if TUNING & set(techniques)]
+    training = TUNING | ({"quantize"} if spec.quantize.epochs else set())
+    tuned = [recipe for recipe, techniques in spec.recipes.items() if training & set(techniques)]
     if tuned and spec.model.loss is None and not _are_classes(outputs, labels):
         yield SpecError(
             f"recipes.{tuned[0]}: trains on the labels, but cross entropy does not take outputs {outputs.shape} with "
