@@ -3,7 +3,7 @@ SLIPSTREAM := .venv/bin/slipstream
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-docker test-k8s lint images bench lock clean
+.PHONY: help setup demo test test-slow test-docker test-k8s lint images bench lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -22,8 +22,11 @@ lint: setup ## Lint and types
 	@.venv/bin/mypy
 	@.venv/bin/hadolint --no-color containers/*/Dockerfile
 
-test: lint ## Lint, types and all tests; `make test-torch` runs one part of the tests
+test: lint ## Lint, types and tests; `make test-torch` runs one part of the tests
 	@.venv/bin/python scripts/test.py
+
+test-slow: setup ## Tier: the tests that take longest (minutes); CI runs them too
+	@.venv/bin/python scripts/test.py slow
 
 test-docker: setup ## Tier: build the container images, test them, and run steps in containers (minutes)
 	@.venv/bin/python scripts/test.py images docker kfp

@@ -1,4 +1,6 @@
-"""Runs the tests, each part in the environment that it needs: `scripts/test.py [PART ...]`.
+"""Runs the tests, each part in the environment that it needs: `scripts/test.py [slow] [PART ...]`.
+
+Tests that are marked `slow` run only with the word `slow`, which leaves out the others.
 
 Three parts run at a time, since most of them wait more than they compute; what measures comes first, and the others
 give way to it. Ends with one line that sums up all parts, and exits 1 when anything failed.
@@ -20,20 +22,15 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "torch": (
         ".envs/torch",
         (
-            *(
-                "tests/frameworks",
-                "tests/agreement",
-                "tests/engines",
-                "tests/measure",
-                "tests/measure/metrics",
-                "tests/quantization",
-                "tests/steps",
-            ),
+            "tests/frameworks",
+            "tests/agreement",
+            "tests/engines",
             "tests/init/test_written.py",
             "tests/examples",
             "tests/test_tokens.py",
         ),
     ),
+    "steps": (".envs/torch", ("tests/steps", "tests/quantization", "tests/measure", "tests/measure/metrics")),
     "tensorflow": (
         ".envs/tensorflow",
         ("tests/frameworks/test_keras.py", "tests/steps/test_cluster.py", "tests/engines/test_litert.py"),
@@ -64,6 +61,9 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
 names is left out of another part's folder. The longest come first."""
 MEASURES = ("e2e",)
 """Parts that measure, and so go before the others on a processor that they share."""
+SLOW = "slow"
+NO_TESTS = 5
+"""Exit code of pytest when it found nothing to run."""
 GIVES_WAY = 10
 """What the others add to their niceness. The scheduler then leaves them a tenth of a contested core."""
 AT_A_TIME = 3
@@ -88,14 +88,14 @@ def forgotten() -> set[Path]:
     return set((ROOT / "tests").rglob("test_*.py")) - {file for part in TABLE for file in files_of(part)}
 
 
-def run(part: str, report: Path) -> bool:
-    """Run a part and print what it said; whether it passed. Its figures are left in `report`."""
+def run(part: str, report: Path, marked: str) -> bool:
+    """Run a part's tests that are marked so and print what it said; whether it passed. Its figures go to `report`."""
     files = files_of(part)
     environment = TABLE[part][0]
     print(f"── {part}: {len(files)} files in {environment}", flush=True)
     began = time.monotonic()
     python = ROOT / environment / "bin" / "python"
-    command = [str(python), "-m", "pytest", "-q", "--durations=5", f"--junitxml={report}"]
+    command = [str(python), "-m", "pytest", "-q", "--durations=5", f"--junitxml={report}", "-m", marked]
     # Without bytecode every process that a test starts compiles Airflow, MLflow or torch anew: 4 s of a core each.
     settings = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     command += map(str, files)
@@ -105,14 +105,14 @@ def run(part: str, report: Path) -> bool:
         command, cwd=ROOT, env=settings, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     print(f"\n{done.stdout}── {part}: {time.monotonic() - began:.0f} s", flush=True)
-    return done.returncode == 0
+    return done.returncode in ((0, NO_TESTS) if marked == SLOW else (0,))
 
 
-def run_all(reports: dict[str, Path]) -> list[str]:
+def run_all(reports: dict[str, Path], marked: str) -> list[str]:
     """Run the parts, those that measure first; the failed ones."""
     order = sorted(reports, key=lambda part: part not in MEASURES)
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        passed = dict(zip(order, pool.map(lambda part: run(part, reports[part]), order), strict=True))
+        passed = dict(zip(order, pool.map(lambda part: run(part, reports[part], marked), order), strict=True))
     return [part for part, fine in passed.items() if not fine]
 
 
@@ -128,7 +128,8 @@ def count(reports: list[Path]) -> dict[str, int]:
 
 def main() -> None:
     """Run the named parts, or all but those that must be named."""
-    parts = sys.argv[1:] or [p for p in TABLE if p not in NAMED]
+    slow = SLOW in sys.argv[1:]
+    parts = [p for p in sys.argv[1:] if p != SLOW] or [p for p in TABLE if p not in NAMED]
     unknown = [p for p in parts if p not in TABLE]
     if unknown:
         sys.exit(f"no part {', '.join(unknown)}; known: {', '.join(TABLE)}")
@@ -136,7 +137,7 @@ def main() -> None:
         sys.exit(f"{', '.join(str(p.relative_to(ROOT)) for p in sorted(left))}: add to TABLE in scripts/test.py")
     with tempfile.TemporaryDirectory() as folder:
         reports = {part: Path(folder) / f"{part}.xml" for part in parts if files_of(part)}
-        failed = run_all(reports)
+        failed = run_all(reports, SLOW if slow else f"not {SLOW}")
         total = count([r for r in reports.values() if r.exists()])
     bad = total["failures"] + total["errors"]
     if failed:

@@ -72,6 +72,7 @@ class TestTorchScript(TorchContract):
         assert list(torch.jit.load(engine / SCRIPT).parameters()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["compile", "aotinductor"])
 def test_a_compiled_network_answers_as_its_onnx(dense: Path, tmp_path: Path, mode: str) -> None:
     target = Target(engine="torch", threads=1, options={"mode": mode})

@@ -202,6 +202,7 @@ def test_litert_takes_the_trained_ranges(trained: Path, job: Job, tmp_path: Path
     assert np.int8 in {d["dtype"] for d in interpreter.get_tensor_details()}
 
 
+@pytest.mark.slow
 def test_a_constrained_training_that_is_killed_ends_the_same(
     trained: Path, pruned: tuple[Path, Any], clustered: tuple[Path, Any], job: Job, tmp_path: Path
 ) -> None:

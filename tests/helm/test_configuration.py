@@ -175,6 +175,7 @@ def test_the_receiver_is_told_everything(home: Path) -> None:
     assert found.mlflow == "http://slipstream-mlflow.ml.svc:5000"
 
 
+@pytest.mark.slow
 def test_mlflow_starts_as_the_chart_says_and_knows_its_names(tmp_path: Path) -> None:
     """The rendered command and environment, with a database and a store on this machine in place of the cluster's."""
     objects = render({"mlflow.hosts": ["mlflow.example.org"], "mlflow.workers": 1})

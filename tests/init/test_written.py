@@ -15,7 +15,7 @@ from slipstream.home import Home
 from slipstream.init import command
 from slipstream.steps.base import run_step
 
-pytestmark = pytest.mark.usefixtures("mlflow_server", "home")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mlflow_server", "home")]
 
 
 def step(name: str, spec: specs.Spec, *upstream: StepOutput) -> StepOutput:

@@ -21,6 +21,7 @@ from slipstream.traffic.base import Routes
 from slipstream.traffic.guarded import PROBE
 from slipstream.traffic.kserve import KServeController
 
+pytestmark = pytest.mark.slow
 PATIENT = {"max_p99_ratio": 1000, "max_p99_ms": 20_000, "max_error_rate": 3}
 """A busy machine must not decide these tests."""
 

@@ -19,9 +19,12 @@ from slipstream.home import Home
 from slipstream.platform import addresses, health, lifecycle, object_store, postgresql, processes, supervisor
 from slipstream.platform.addresses import port_of
 
-pytestmark = pytest.mark.skipif(
-    not dict(postgresql._installed()), reason="PostgreSQL is not installed (apt-get install postgresql)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not dict(postgresql._installed()), reason="PostgreSQL is not installed (apt-get install postgresql)"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from slipstream.spec import load as read_spec
 from slipstream.steps.base import run_step
 from slipstream.tracking import fetch
 
+pytestmark = pytest.mark.slow
 _set_threads(1)
 CHAIN = Cell(recipe="chain")
 

@@ -49,6 +49,7 @@ def test_the_number_of_processes_is_in_the_identity_when_it_is_not_one(mlflow_se
     assert "workers" not in retrain.settings(spec_of(written("counted")), loaded)  # nothing is trained
 
 
+@pytest.mark.slow
 def test_whole_steps_in_two_processes(home: Path, tmp_path: Path) -> None:
     """Killed and resumed, distilled and pruned, each step with another launcher."""
     given = Documents(tmp_path, written("together", limit=400, epochs=3))
