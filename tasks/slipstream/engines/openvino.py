@@ -49,8 +49,7 @@ class OpenVINORunner:
     """One compiled model with a dynamic batch, and beside it one whose batch is 1.
 
     A dynamic shape costs shape inference in every call: 0.41 ms against 0.31 ms for a ResNet-14 on two AVX2 cores.
-    Where samples vary in length there is the dynamic one alone: a transformer's layers outweigh that by far (MiniLM, 32
-    tokens: 13.8 ms of processor time against 13.5 ms with fixed shapes), and each further copy needs memory.
+    Where samples vary in length there is the dynamic one alone: a copy for each length would need memory for each.
     """
 
     def __init__(self, model: ov.Model, target: Target) -> None:
