@@ -19,24 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 STAGES = tuple(f"tests/steps/test_{step}.py" for step in ("select", "trial", "rollout", "rollback", "report"))
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
-    "torch": (
-        ".envs/torch",
-        (
-            "tests/frameworks",
-            "tests/agreement",
-            "tests/engines",
-            "tests/init/test_written.py",
-            "tests/examples",
-            "tests/test_tokens.py",
-        ),
-    ),
+    "e2e": (".venv", ("tests/e2e",)),
     "steps": (".envs/torch", ("tests/steps", "tests/quantization", "tests/measure", "tests/measure/metrics")),
-    "tensorflow": (
-        ".envs/tensorflow",
-        ("tests/frameworks/test_keras.py", "tests/steps/test_cluster.py", "tests/engines/test_litert.py"),
-    ),
     "stages": (".envs/serve", ("tests/kserve", "tests/test_registry.py", *STAGES)),
-    "serve": (".envs/serve", ("tests/serving", "tests/traffic", "tests/report")),
     "core": (
         ".venv",
         (
@@ -49,16 +34,31 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
             "tests/watch",
         ),
     ),
+    "serve": (".envs/serve", ("tests/serving", "tests/traffic", "tests/report")),
+    "torch": (
+        ".envs/torch",
+        (
+            "tests/frameworks",
+            "tests/agreement",
+            "tests/engines",
+            "tests/init/test_written.py",
+            "tests/examples",
+            "tests/test_tokens.py",
+        ),
+    ),
+    "tensorflow": (
+        ".envs/tensorflow",
+        ("tests/frameworks/test_keras.py", "tests/steps/test_cluster.py", "tests/engines/test_litert.py"),
+    ),
     "airflow": (".envs/airflow", ("tests/dags", "tests/triggers")),
     "kubeflow": (".envs/kubeflow", ("tests/kubeflow",)),
-    "e2e": (".venv", ("tests/e2e",)),
     "images": (".venv", ("tests/containers/test_images.py",)),
     "docker": (".envs/airflow", ("tests/dags/test_docker.py",)),
     "kfp": (".envs/kubeflow", ("tests/kubeflow/test_local_runner.py",)),
     "k8s": (".envs/airflow", ("tests/dags/test_cluster.py",)),
 }
 """Part → its environment and its test files; a folder stands for the test files right in it. A file that one part
-names is left out of another part's folder. The longest come first."""
+names is left out of another part's folder. What measures comes first, then the longest."""
 MEASURES = ("e2e",)
 """Parts that measure, and so go before the others on a processor that they share."""
 SLOW = "slow"
@@ -109,10 +109,9 @@ def run(part: str, report: Path, marked: str) -> bool:
 
 
 def run_all(reports: dict[str, Path], marked: str) -> list[str]:
-    """Run the parts, those that measure first; the failed ones."""
-    order = sorted(reports, key=lambda part: part not in MEASURES)
+    """Run the parts in their order; the failed ones."""
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        passed = dict(zip(order, pool.map(lambda part: run(part, reports[part], marked), order), strict=True))
+        passed = dict(zip(reports, pool.map(lambda part: run(part, reports[part], marked), reports), strict=True))
     return [part for part, fine in passed.items() if not fine]
 
 
