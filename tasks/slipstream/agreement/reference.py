@@ -1,6 +1,7 @@
 """The reference: an ONNX file run as it is written, by ONNX Runtime without any optimisation of the graph."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from slipstream.errors import ModelError
-from slipstream.frameworks.base import INPUT, OUTPUT
+from slipstream.frameworks.base import INPUT
+from slipstream.frameworks.onnx_session import Session
 
 
 def reference(path: Path, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """(N, …) outputs. Raises ModelError when it cannot be run, or answers NaN or infinity."""
-    answers = np.asarray(_run(path.read_bytes(), path, [OUTPUT], samples)[0], np.float32)
+    with _naming(path):
+        answers = Session(path).run(samples)
     if not np.isfinite(answers).all():
         raise ModelError(f"{path}: answers NaN or infinity on {len(samples)} real samples; it is broken already")
     return answers
@@ -30,7 +33,8 @@ def tensors(path: Path, samples: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.f
     names = list(_depending(model.graph, INPUT))
     given = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
-    arrays = dict(zip(names, _run(model.SerializeToString(), path, names, samples), strict=True))
+    with _naming(path):
+        arrays = dict(zip(names, Session(model).tensors(names, samples), strict=True))
     return {
         name: array
         for name, array in arrays.items()
@@ -48,15 +52,10 @@ def _depending(graph: Any, source: str) -> dict[str, None]:
     return found
 
 
-def _run(model: bytes, path: Path, outputs: Sequence[str], samples: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file it was that ONNX Runtime does not run."""
     try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        found: list[npt.NDArray[Any]] = session.run(outputs, {INPUT: samples})
-        return found
-    except Exception as error:  # ONNX Runtime's errors share no root but Exception
-        raise ModelError(f"{path}: ONNX Runtime cannot run it: {error}") from error
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: the reference cannot run it: {error}") from error

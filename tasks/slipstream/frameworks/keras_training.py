@@ -11,19 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.data import Data
 from slipstream.errors import ModelError
+from slipstream.frameworks import training
 from slipstream.frameworks.base import Job, Schedule, SoftTargets
-from slipstream.frameworks.held_out import hold_out
 from slipstream.frameworks.keras_losses import Loss, ends_in_softmax, logarithm, loss_of
 from slipstream.frameworks.keras_runtime import keras, tf
+from slipstream.frameworks.training import DECOUPLED_WEIGHT_DECAY, MOMENTUM, WEIGHT_DECAY, hold_out
 from slipstream.measure.metrics.base import metric_for, value
-from slipstream.spec import Optimizer
 
 log = logging.getLogger(__name__)
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-DECOUPLED_WEIGHT_DECAY = 0.01
 RISE, START, END = 0.3, 25.0, 25e4
 """Share of the steps in which the rate rises, and the peak as a multiple of the first and of the last rate: what
 PyTorch's OneCycleLR does."""
@@ -54,7 +51,7 @@ class Checkpoint:
         aside.replace(self.path)
 
 
-class Training:
+class Training(training.Training):
     """What a train function is given: `def train(training, **params) -> tf.keras.Model`.
 
     Most call `fit` once and return the network:
@@ -67,51 +64,17 @@ class Training:
     among its callbacks. Random numbers are seeded before the function is called.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._fits = 0
-
-    @property
-    def data(self) -> Data:
-        """The data set. The test split is for the gates: do not train on it."""
-        return self._job.data
-
-    @property
-    def seed(self) -> int:
-        """The spec's seed."""
-        return self._job.seed
-
     @property
     def folder(self) -> Path:
         """For checkpoints: the same again when a killed step is tried again, and gone when the step is done."""
         return self._job.folder
 
-    def fit(
-        self,
-        network: Any,
-        *,
-        epochs: int,
-        learning_rate: float = 0.1,
-        batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
-        loss: Loss | None = None,
-    ) -> None:
-        """Train in place with a one-cycle learning rate; resumes at the last whole epoch.
-
-        `optimizer` is `sgd` (Nesterov) or `adamw`, which wants smaller rates. `loss` is a function of outputs and
-        labels; None is `model.loss` of the spec, or cross entropy. May be called several times.
-        """
-        self._fits += 1
-        schedule = Schedule(epochs, learning_rate, batch_size, optimizer=optimizer)
-        fit(network, self._job, schedule, f"fit-{self._fits}", loss=loss)
-
-    def log(self, epoch: int, **figures: float) -> None:
-        """Record figures of an epoch in MLflow."""
-        self._job.progress.metrics(figures, step=epoch)
-
     def checkpoint(self, name: str = "own") -> Checkpoint:
         """A checkpoint for a loop of your own."""
         return Checkpoint(self._job.folder / f"{name}.npz")
+
+    def _fit(self, network: Any, schedule: Schedule, name: str, loss: Loss | None) -> None:
+        fit(network, self._job, schedule, name, loss=loss)
 
 
 class OneCycle(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc] # Keras has no types
@@ -144,8 +107,8 @@ def seed_everything(seed: int) -> None:
 
 def steps_per_epoch(samples: int, schedule: Schedule, seed: int) -> int:
     """Batches of an epoch over a training split: whole ones of what is not held out."""
-    training = len(hold_out(samples, seed)[0])
-    return training // min(schedule.batch_size, training)
+    own = len(hold_out(samples, seed)[0])
+    return own // min(schedule.batch_size, own)
 
 
 def fit(
@@ -157,22 +120,10 @@ def fit(
     loss: Loss | None = None,
     soft: SoftTargets | None = None,
 ) -> None:
-    """Train in place. Killed at any moment and called again, it ends with the same weights.
-
-    After each epoch come the metrics `train_loss`, the spec's metric such as `top1` (held-out part of the training
-    split, percent) and `lr`, then the checkpoint. Raises ModelError when the loss is no longer a number.
-    """
+    """Train in place, as training.run says. Raises ModelError when the loss is no longer a number."""
     require_keras(network)
     loop = _Loop(network, job, schedule, loss_of(network, job, loss, soft), soft)
-    metric = loop.metric.name
-    checkpoint = Checkpoint(job.folder / f"{name}.npz")
-    before = schedule.epochs_before
-    for epoch in range(loop.restore(checkpoint), schedule.epochs):
-        figures = {"train_loss": loop.epoch(epoch), metric: loop.validate(), "lr": loop.learning_rate()}
-        said = "epoch %d: train_loss %.4f, %s %.2f %%"
-        log.info(said, before + epoch + 1, figures["train_loss"], metric, figures[metric])
-        job.progress.metrics(figures, step=before + epoch)
-        checkpoint.save(loop.state(epoch + 1))
+    training.run(loop, Checkpoint(job.folder / f"{name}.npz"))
 
 
 class _Loop:
@@ -214,7 +165,7 @@ class _Loop:
             if not math.isfinite(loss):
                 raise ModelError(f"training: the loss is {loss} in epoch {epoch + 1}; lower the learning rate")
             total += loss
-            self._report(epoch, number + 1, total / (number + 1))
+            training.report(self, epoch, number + 1, total / (number + 1))
         pruning.on_epoch_end(epoch)  # zeros the weights that the last step moved
         return total / self.batches
 
@@ -223,12 +174,6 @@ class _Loop:
         for number, generator in enumerate(_generators(self.network)):
             given = np.random.SeedSequence((self.job.seed, self.schedule.epochs_before + epoch, number))
             generator.reset_from_seed(int(given.generate_state(1)[0]))
-
-    def _report(self, epoch: int, number: int, loss: float) -> None:
-        plan = self.schedule
-        done = (plan.epochs_before + epoch) * self.batches + number
-        total = (plan.epochs_in_step or plan.epochs) * self.batches
-        self.job.progress.progress(done, total, epoch=plan.epochs_before + epoch + 1, loss=loss)
 
     def validate(self) -> float:
         """The metric on the held-out part of the training split, in percent."""
@@ -247,17 +192,12 @@ class _Loop:
         arrays = {f"{part}-{i}": v.numpy() for part, variables in kept.items() for i, v in enumerate(variables)}
         return {"epochs_done": np.int64(epochs_done), **arrays}
 
-    def restore(self, checkpoint: Checkpoint) -> int:
-        """Go on from a checkpoint; epochs that are already done."""
-        state = checkpoint.load()
-        if state is None:
-            return 0
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> int:
+        """Go on from a state; epochs that are already done."""
         for part, variables in (("network", self.variables), ("optimizer", list(self.optimizer.variables))):
             for i, variable in enumerate(variables):
                 variable.assign(state[f"{part}-{i}"])
-        done = int(state["epochs_done"])
-        log.info("resuming %s after %d of %d epochs", checkpoint.path.stem, done, self.schedule.epochs)
-        return done
+        return int(state["epochs_done"])
 
 
 def _optimizer(schedule: Schedule, steps: int) -> Any:

@@ -1,6 +1,6 @@
 """ONNX Runtime, to learn what an ONNX file answers; what is deployed is built by the engines."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,15 @@ class Session:
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """(N, …) inputs to (N, …) float32 outputs. Raises ModelError."""
+        return np.asarray(self.tensors([OUTPUT], batch)[0], np.float32)
+
+    def tensors(self, names: Sequence[str], batch: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """Values of the graph's outputs `names` for inputs (N, …). Raises ModelError."""
         try:
-            return np.asarray(self._session.run([OUTPUT], {INPUT: batch})[0], np.float32)
+            found: list[npt.NDArray[Any]] = self._session.run(names, {INPUT: batch})
         except Exception as error:  # as above
             raise ModelError(f"ONNX Runtime cannot run the model on {batch.shape} {batch.dtype}: {error}") from error
+        return found
 
     def answers(self, inputs: npt.NDArray[Any], batch: int = BATCH) -> npt.NDArray[np.float32]:
         """(N, …) inputs to (N, …) outputs, a batch at a time."""

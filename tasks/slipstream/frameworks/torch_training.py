@@ -12,20 +12,15 @@ import numpy.typing as npt
 import torch
 
 from slipstream import tokens
-from slipstream.data import Data, Split
+from slipstream.data import Split
 from slipstream.errors import ModelError, SpecError
-from slipstream.frameworks import torch_distributed
+from slipstream.frameworks import torch_distributed, training
 from slipstream.frameworks.base import ALONE, Group, Job, Schedule, SoftTargets
-from slipstream.frameworks.held_out import hold_out
 from slipstream.frameworks.torch_losses import Loss, loss_of
+from slipstream.frameworks.training import DECOUPLED_WEIGHT_DECAY, MOMENTUM, WEIGHT_DECAY, hold_out
 from slipstream.measure.metrics.base import metric_for, value
-from slipstream.spec import Optimizer
 
 log = logging.getLogger(__name__)
-
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-DECOUPLED_WEIGHT_DECAY = 0.01
-"""AdamW's own default; in SGD the decay is part of the gradient, and so of another size."""
 
 
 class Checkpoint:
@@ -56,7 +51,7 @@ class Checkpoint:
         aside.replace(self.path)
 
 
-class Training:
+class Training(training.Training):
     """What a train function is given: `def train(training, **params) -> torch.nn.Module`.
 
     Most call `fit` once and return the network:
@@ -77,58 +72,22 @@ class Training:
 
     With `training.workers` above 1 every process calls the function. `fit` then trains together; a loop of its own
     does the same work in each process, unless it shares it out by `group`. The network of process 0 is taken.
+    Parameters that do not require gradients stay as they are.
 
     Random numbers are seeded before the function is called.
     """
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._fits = 0
-
-    @property
-    def data(self) -> Data:
-        """The data set. The test split is for the gates: do not train on it."""
-        return self._job.data
-
-    @property
-    def seed(self) -> int:
-        """The spec's seed."""
-        return self._job.seed
 
     @property
     def group(self) -> Group:
         """The processes that train together: `rank`, `size`, `part` of a batch, `wrap` of a network, and more."""
         return self._job.group
 
-    def fit(
-        self,
-        network: Any,
-        *,
-        epochs: int,
-        learning_rate: float = 0.1,
-        batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
-        loss: Loss | None = None,
-    ) -> None:
-        """Train in place with a one-cycle learning rate; resumes at the last whole epoch.
-
-        `optimizer` is `sgd` (Nesterov) or `adamw`, which transformers need and which wants rates of about 1e-4.
-        Parameters that do not require gradients stay as they are.
-        `loss` takes outputs and labels and returns the mean over the batch; without it that is the spec's `model.loss`,
-        or else cross entropy. May be called several times, such as for a warm-up and the rest; each call has its own
-        checkpoint.
-        """
-        self._fits += 1
-        schedule = Schedule(epochs, learning_rate, batch_size, optimizer=optimizer)
-        fit(network, self._job, schedule, f"fit-{self._fits}", loss=loss)
-
-    def log(self, epoch: int, **figures: float) -> None:
-        """Record figures of an epoch in MLflow."""
-        self._job.progress.metrics(figures, step=epoch)
-
     def checkpoint(self, name: str = "own") -> Checkpoint:
         """A checkpoint for a loop of your own."""
         return Checkpoint(self._job.folder / f"{name}.pt", self._job.group)
+
+    def _fit(self, network: Any, schedule: Schedule, name: str, loss: Loss | None) -> None:
+        fit(network, self._job, schedule, name, loss=loss)
 
 
 def seed_everything(seed: int) -> None:
@@ -147,24 +106,9 @@ def fit(
     loss: Loss | None = None,
     soft: SoftTargets | None = None,
 ) -> None:
-    """Train in place. Killed at any moment and called again, it ends with the same weights.
-
-    After each epoch come the metrics `train_loss`, the spec's (held-out part of the training split, percent) and `lr`,
-    then the checkpoint: a kill between the two repeats a metric and loses nothing.
-    Raises ModelError when the loss is no longer a number.
-    """
+    """Train in place, as training.run says. Raises ModelError when the loss is no longer a number."""
     loop = _Loop(network, job, schedule, loss_of(job, loss, soft), soft)
-    metric = loop.metric.name
-    checkpoint = Checkpoint(job.folder / f"{name}.pt", job.group)
-    first = loop.restore(checkpoint)
-    before = schedule.epochs_before
-    for epoch in range(first, schedule.epochs):
-        figures = {"train_loss": loop.epoch(epoch), metric: loop.validate(), "lr": loop.learning_rate()}
-        if job.group.leads:
-            said = "epoch %d: train_loss %.4f, %s %.2f %%"
-            log.info(said, before + epoch + 1, figures["train_loss"], metric, figures[metric])
-        job.progress.metrics(figures, step=before + epoch)
-        checkpoint.save(loop.state(epoch + 1))
+    training.run(loop, Checkpoint(job.folder / f"{name}.pt", job.group))
     network.eval().to("cpu")
 
 
@@ -188,11 +132,11 @@ class _Loop:
         self.tensors = [torch.from_numpy(split.inputs), torch.from_numpy(labels)]
         if soft is not None:
             self.tensors.append(torch.from_numpy(soft.logits))
-        training, held_out = hold_out(len(split), job.seed)
-        self.indices, self.held_out = torch.from_numpy(training), torch.from_numpy(held_out)
-        self.batch_size = min(schedule.batch_size, len(training))
-        self.batches = len(training) // self.batch_size  # batch norm cannot take a last batch of one: drop it
-        self.lengths = tokens.lengths(split.inputs[training]) if tokens.holds(split.inputs) else None
+        own, held_out = hold_out(len(split), job.seed)
+        self.indices, self.held_out = torch.from_numpy(own), torch.from_numpy(held_out)
+        self.batch_size = min(schedule.batch_size, len(own))
+        self.batches = len(own) // self.batch_size  # batch norm cannot take a last batch of one: drop it
+        self.lengths = tokens.lengths(split.inputs[own]) if tokens.holds(split.inputs) else None
         _require_shares(self.batch_size, self.group)
         if self.tensors[0].ndim == 4:
             # Twice as fast as NCHW in PyTorch's CPU convolutions; BF16 autocast is 5 to 20 times slower in training.
@@ -217,7 +161,7 @@ class _Loop:
         total = 0.0
         for number in range(self.batches):
             total += self._batch(shuffled[number * self.batch_size :][: self.batch_size], epoch)
-            self._report(epoch, number + 1, total * self.group.size / (number + 1))
+            training.report(self, epoch, number + 1, total * self.group.size / (number + 1))
         self.group.average_buffers(self.network)
         return self.group.add(total) / self.batches
 
@@ -251,12 +195,6 @@ class _Loop:
         self.scheduler.step()
         return value * share
 
-    def _report(self, epoch: int, number: int, loss: float) -> None:
-        plan, progress = self.schedule, self.job.progress
-        done = (plan.epochs_before + epoch) * self.batches + number
-        total = (plan.epochs_in_step or plan.epochs) * self.batches
-        progress.progress(done, total, epoch=plan.epochs_before + epoch + 1, loss=loss)
-
     def validate(self) -> float:
         """The metric on the held-out part of the training split, in percent.
 
@@ -287,18 +225,12 @@ class _Loop:
             "random": torch.get_rng_state(),
         }
 
-    def restore(self, checkpoint: Checkpoint) -> int:
-        """Go on from a checkpoint; epochs that are already done."""
-        state = checkpoint.load()
-        if state is None:
-            return 0
+    def restore(self, state: Mapping[str, Any]) -> int:
+        """Go on from a state; epochs that are already done."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random"])
-        if self.group.leads:
-            said = "resuming %s after %d of %d epochs"
-            log.info(said, checkpoint.path.stem, state["epochs_done"], self.schedule.epochs)
         return int(state["epochs_done"])
 
 

@@ -1,0 +1,162 @@
+"""What training is in every framework: what a train function is given, the split that is held out, the epochs.
+
+A framework brings a `Loop`, its network with optimizer and data, and the kind of checkpoint that it can write.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.data import Data
+from slipstream.errors import DataError
+from slipstream.frameworks.base import Job, Schedule
+from slipstream.measure.metrics.base import Metric
+from slipstream.spec import Optimizer
+
+log = logging.getLogger(__name__)
+
+HELD_OUT = 0.05
+"""Share of the training split that is only ever evaluated on, so that the test split stays unseen."""
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+DECOUPLED_WEIGHT_DECAY = 0.01
+"""AdamW's own default; in SGD the decay is part of the gradient, and so of another size."""
+
+Loss = Callable[..., Any]
+
+
+def hold_out(samples: int, seed: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Indices to train on and indices to validate on. Raises DataError below two samples."""
+    if samples < 2:
+        raise DataError(f"data: the training split has {samples} samples; training needs at least 2")
+    order = np.random.default_rng(seed).permutation(samples)
+    held = max(int(samples * HELD_OUT), 1)
+    return order[held:], order[:held]
+
+
+class Training:
+    """What a train function is given. A framework subclasses it, and says how it trains and keeps its state."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._fits = 0
+
+    @property
+    def data(self) -> Data:
+        """The data set. The test split is for the gates: do not train on it."""
+        return self._job.data
+
+    @property
+    def seed(self) -> int:
+        """The spec's seed."""
+        return self._job.seed
+
+    def fit(
+        self,
+        network: Any,
+        *,
+        epochs: int,
+        learning_rate: float = 0.1,
+        batch_size: int = 128,
+        optimizer: Optimizer = "sgd",
+        loss: Loss | None = None,
+    ) -> None:
+        """Train in place with a one-cycle learning rate; resumes at the last whole epoch.
+
+        `optimizer` is `sgd` (Nesterov) or `adamw`, which transformers need and which wants rates of about 1e-4.
+        `loss` takes outputs and labels and returns the mean over the batch; without it that is the spec's `model.loss`,
+        or else cross entropy. May be called several times, such as for a warm-up and the rest; each call has its own
+        checkpoint.
+        """
+        self._fits += 1
+        schedule = Schedule(epochs, learning_rate, batch_size, optimizer=optimizer)
+        self._fit(network, schedule, f"fit-{self._fits}", loss)
+
+    def log(self, epoch: int, **figures: float) -> None:
+        """Record figures of an epoch in MLflow."""
+        self._job.progress.metrics(figures, step=epoch)
+
+    def _fit(self, network: Any, schedule: Schedule, name: str, loss: Loss | None) -> None:
+        raise NotImplementedError
+
+
+class Checkpoint(Protocol):
+    """State of a training under way, in one file that is always whole."""
+
+    path: Path
+
+    def load(self) -> Any:
+        """The last state that was saved; None at the first attempt."""
+        ...
+
+    def save(self, state: Any) -> None:
+        """Replace the state."""
+        ...
+
+
+class Loop(Protocol):
+    """Network, optimizer and data of one training."""
+
+    job: Job
+    schedule: Schedule
+    metric: Metric
+    batches: int
+    """Steps of an epoch."""
+
+    def epoch(self, epoch: int) -> float:
+        """One pass; the mean loss."""
+        ...
+
+    def validate(self) -> float:
+        """The metric on the held-out part of the training split, in percent."""
+        ...
+
+    def learning_rate(self) -> float:
+        """Rate after the last batch."""
+        ...
+
+    def state(self, epochs_done: int) -> Any:
+        """All that decides how training goes on."""
+        ...
+
+    def restore(self, state: Any) -> int:
+        """Go on from a state; epochs that are already done."""
+        ...
+
+
+def run(loop: Loop, checkpoint: Checkpoint) -> None:
+    """All epochs that are left. Killed at any moment and called again, it ends with the same weights.
+
+    After each epoch come the metrics `train_loss`, the spec's (held-out part of the training split, percent) and `lr`,
+    then the checkpoint: a kill between the two repeats a metric and loses nothing.
+    """
+    job, schedule, metric = loop.job, loop.schedule, loop.metric.name
+    before = schedule.epochs_before
+    for epoch in range(_resumed(loop, checkpoint), schedule.epochs):
+        figures = {"train_loss": loop.epoch(epoch), metric: loop.validate(), "lr": loop.learning_rate()}
+        if job.group.leads:
+            said = "epoch %d: train_loss %.4f, %s %.2f %%"
+            log.info(said, before + epoch + 1, figures["train_loss"], metric, figures[metric])
+        job.progress.metrics(figures, step=before + epoch)
+        checkpoint.save(loop.state(epoch + 1))
+
+
+def report(loop: Loop, epoch: int, number: int, loss: float) -> None:
+    """Say how far the step is: `number` batches of an epoch, with their mean loss."""
+    plan = loop.schedule
+    done = (plan.epochs_before + epoch) * loop.batches + number
+    total = (plan.epochs_in_step or plan.epochs) * loop.batches
+    loop.job.progress.progress(done, total, epoch=plan.epochs_before + epoch + 1, loss=loss)
+
+
+def _resumed(loop: Loop, checkpoint: Checkpoint) -> int:
+    state = checkpoint.load()
+    if state is None:
+        return 0
+    done = loop.restore(state)
+    if loop.job.group.leads:
+        log.info("resuming %s after %d of %d epochs", checkpoint.path.stem, done, loop.schedule.epochs)
+    return done
