@@ -114,6 +114,8 @@ def test_speedup_must_be_more_than_two_copies_of_one_engine_differ(ratio: Bounds
     verdict = gates.speedup(ratio, CONFIDENCE)
     assert verdict.answer == answer
     assert ("not faster" in verdict.reason) == (answer != "pass")
+    crowded = gates.speedup(ratio, CONFIDENCE, crowded=True)
+    assert crowded.answer == "inconclusive" and not crowded.passed
 
 
 @given(HITS, HITS, st.floats(0.1, 20), st.data())

@@ -85,6 +85,8 @@ recipes: {{light: [quantize], same: [quantize], swapped: [quantize]}}
 targets: {{server: {{engine: openvino, threads: 1}}}}
 """
 SHORT = Plan(rounds=5, clean_rounds=5, max_rounds=6, block_ms=60, warmup_ms=40, block_warmup_ms=5, server_ms=100)
+UNHEEDED = replace(SHORT, others_cores=99)
+"""Parts of the tests run side by side: where a test is not about speed, every round counts as quiet."""
 RECIPES = {"baseline": {}, "same": {}, "light": {"heavy": False}, "swapped": {"heavy": False, "swapped": True}}
 
 
@@ -122,7 +124,7 @@ def case(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, mlflow_ser
     (tmp_path / "validate_case.py").write_text(CODE)
     monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(validate, "PLAN", SHORT)
+    monkeypatch.setattr(validate, "PLAN", UNHEEDED)
     spec = specs.parse(SPEC.format(name=re.sub(r"\W", "-", tmp_path.name)), "test")
     torch = framework_for("torch")
     train = user_function(Call(function="validate_case:data"))().train
@@ -150,8 +152,7 @@ def test_a_lighter_engine_with_the_same_answers_passes(case: Case) -> None:
     assert found.baseline_quality == found.engine_quality > 80
     assert found.drop_pp.low < found.drop_pp.estimate == 0 < found.drop_pp.high < 1
     assert found.speedup_reference is not None and found.speedup_reference.low > 1
-    if found.noise.others_cores is None or found.noise.others_cores < 1:
-        assert found.speedup_eager is not None and found.speedup_eager.low > 1
+    assert found.speedup_eager is not None and found.speedup_eager.estimate > 1
     assert found.reference is not None and found.reference.p50_ms > found.latency.p50_ms
     assert found.latency.n >= 662 and found.latency.p99_ms is not None
     assert found.server is not None and found.server.rate_per_s == pytest.approx(found.latency.rate_per_s / 2)
@@ -172,10 +173,16 @@ def test_an_engine_that_confuses_two_classes_is_rejected_and_says_which_lost_mos
     assert evidence.row_of("swapped@server", output).status == "rejected"
 
 
-def test_an_engine_that_is_the_baseline_again_is_about_as_fast(case: Case) -> None:
+def test_an_engine_that_is_the_baseline_again_is_about_as_fast(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate, "PLAN", SHORT)
     output = case.validate("same")
+    found = evidence.evidence_of(output)
     assert answers(output)["accuracy"] == "pass"
-    assert output.metrics["speedup_reference"] == pytest.approx(1, abs=0.4)
+    if found.speedup_reference is None:
+        assert answers(output)["speedup"] == "inconclusive"
+        assert found.noise.noisy and found.noise.others_cores is not None and found.noise.others_cores > 1
+    else:
+        assert found.speedup_reference.estimate == pytest.approx(1, abs=0.4)
 
 
 def test_the_baselines_own_cell_is_the_reference(case: Case) -> None:

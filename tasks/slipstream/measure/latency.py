@@ -99,10 +99,10 @@ class Comparison:
     def crowded(self, threads: int) -> bool:
         """Whether others left too few cores for so many threads to run at once.
 
-        A framework's threads wait for each other at every layer, so that even its fastest query is then far too
+        Threads wait for each other at every layer, so that even the fastest query of a framework is then far too
         slow: a ratio to it would flatter the engine (52× instead of 6×, under a load of 15), and none is given.
         """
-        others = self.noise.others_cores
+        others = self.noise.others_cores if self.noise.noisy else None
         return others is not None and others > len(os.sched_getaffinity(0)) - threads + 0.5
 
     def speedup(self, subject: str, reference: str, confidence: float) -> Bounds:

@@ -210,10 +210,10 @@ class _Judgement:
         return self.spec.objective
 
     @property
-    def eager_counts(self) -> bool:
-        """Whether the eager baseline had the cores that it needs; its figures are left out otherwise."""
+    def crowded(self) -> bool:
+        """Whether others took the cores that the target needs: there is no speed-up then."""
         assert self.cell.target is not None
-        return not self.timing.crowded(self.spec.targets[self.cell.target].threads)
+        return self.timing.crowded(self.spec.targets[self.cell.target].threads)
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """accuracy; latency where the objective has a limit; speedup unless this is the baseline itself."""
@@ -224,7 +224,7 @@ class _Judgement:
             found.append(gates.latency(pooled, objective.latency_p99_ms, objective.confidence, noise.noisy))
         if self.cell.recipe != BASELINE:
             ratio = self.timing.speedup(ENGINE, REFERENCE, objective.confidence)
-            found.append(gates.speedup(ratio, objective.confidence))
+            found.append(gates.speedup(ratio, objective.confidence, crowded=self.crowded))
         return tuple(self._with_noise(v) if v.gate != "accuracy" else v for v in found)
 
     def _with_noise(self, verdict: Verdict) -> Verdict:
@@ -250,10 +250,10 @@ class _Judgement:
             worst_class_drop_pp=worst[1],
             latency=self._latency(ENGINE),
             server=server,
-            eager=self._latency(EAGER) if self.eager_counts else None,
+            eager=self._latency(EAGER) if not self.crowded else None,
             reference=self._latency(REFERENCE) if self.cell.recipe != BASELINE else None,
-            speedup_eager=self._speedup(EAGER) if self.eager_counts else None,
-            speedup_reference=self._speedup(REFERENCE) if self.cell.recipe != BASELINE else None,
+            speedup_eager=self._speedup(EAGER) if not self.crowded else None,
+            speedup_reference=self._speedup(REFERENCE) if self.cell.recipe != BASELINE and not self.crowded else None,
             size_bytes=size_bytes,
             memory_mib=memory_mib,
             noise=self.timing.noise,
