@@ -2,6 +2,7 @@
 SLIPSTREAM := .venv/bin/slipstream
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
+BENCH := $(addprefix examples/,$(addsuffix .yaml,fashion fashion-keras sentiment scenes-detection scenes-segmentation onnx-model))
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-docker test-k8s lint images bench lock clean
 
@@ -40,8 +41,8 @@ images: setup ## Build the container images; docs/containers.md says how to buil
 test-%: setup
 	@.venv/bin/python scripts/test.py $*
 
-bench: setup ## Measure the demo's engines against PyTorch eager
-	@$(SLIPSTREAM) bench examples/fashion.yaml --out docs/benchmark.md
+bench: setup ## Measure the engines of the examples that were run: against eager, and against their own FP32
+	@$(SLIPSTREAM) bench $(BENCH) --out docs/benchmark.md
 
 lock: setup ## Resolve the pins of all environments anew
 	@scripts/lock

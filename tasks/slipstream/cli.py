@@ -131,27 +131,14 @@ def _follow(home: "Home", started: "Started") -> None:
 
 @app.command()
 def bench(
-    spec: SpecFile,
-    out: Annotated[Path | None, typer.Option(help="Write the table here, and a .json beside it.")] = None,
+    specs: Annotated[list[Path], typer.Argument(help="Spec files; those without a finished run are left out.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write; its figures lie in a folder beside it.")] = None,
     run: Annotated[str, typer.Option(help="Run key; `latest` is the newest with validated engines.")] = "latest",
 ) -> None:
     """Measure all engines of a run and the eager baseline in one interleaved run; print the table."""
-    import os
-    import subprocess
+    from slipstream.bench import command
 
-    from slipstream import spec as specs
-    from slipstream.home import Home
-    from slipstream.platform import addresses
-
-    home = Home.from_environment()
-    chosen = specs.load(spec)
-    environments = {chosen.environment_of("validate", target) for target in chosen.targets}
-    special = environments - {chosen.environment_of("retrain", None)}  # an engine's own has the framework's too
-    python = home.python(min(special or environments))
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or addresses.load(home).mlflow
-    command = [str(python), "-m", "slipstream.bench", str(spec), "--run", run, *(["--out", str(out)] if out else [])]
-    if code := subprocess.run(command, env=os.environ | {"MLFLOW_TRACKING_URI": uri}, check=False).returncode:
-        raise typer.Exit(code)
+    typer.echo(command.measure(specs, out, run))
 
 
 @app.command()

@@ -264,18 +264,19 @@ class _Judgement:
         return latency.summary("SingleStream", self.timing.pooled_ms(subject))
 
     def _speedup(self, reference: str) -> Interval | None:
-        return _interval(self.timing.speedup(ENGINE, reference, self.objective.confidence))
+        return interval(self.timing.speedup(ENGINE, reference, self.objective.confidence))
 
 
-def _interval(bounds: Bounds) -> Interval | None:
+def interval(bounds: Bounds) -> Interval | None:
+    """As evidence keeps it; None where nothing is known."""
     return Interval(estimate=bounds.estimate, low=bounds.low, high=bounds.high) if bounds.known else None
 
 
 def _required(bounds: Bounds) -> Interval:
-    interval = _interval(bounds)
-    if interval is None:
+    known = interval(bounds)
+    if known is None:
         raise DataError(f"data: {bounds.n} test samples carry no bound for the drop; give more held-out data")
-    return interval
+    return known
 
 
 def _metrics(evidence: EngineEvidence) -> dict[str, float]:

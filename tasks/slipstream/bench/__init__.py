@@ -1,0 +1,43 @@
+"""What `slipstream bench` measured of one spec: `measure` writes it in the spec's environment, `page` draws it."""
+
+from slipstream.contract import Document
+from slipstream.evidence import Interval, Latency, Noise
+
+
+class Subject(Document):
+    """The eager baseline, or one cell's engine."""
+
+    name: str
+    latency: Latency
+    quality: float | None
+    """The spec's metric, in percent, as stage 1 found it; None where stage 1 has no evidence of the subject."""
+    drop_pp: Interval | None = None
+    size_bytes: int | None = None
+    memory_mib: float | None = None
+    """What loading and running the engine added to the peak memory of a process of its own."""
+    speedup_eager: Interval | None = None
+    speedup_reference: Interval | None = None
+    """Against the baseline's FP32 engine on the same target."""
+    status: str = ""
+    """Stage 1's answer; empty for the eager baseline."""
+
+
+class Bench(Document):
+    """One interleaved run: all subjects share the same rounds."""
+
+    spec: str
+    run: str
+    date: str
+    framework: str
+    metric: str
+    confidence: float
+    engines: dict[str, str]
+    """Target → engine."""
+    machine: dict[str, str]
+    hardware: str
+    versions: dict[str, str]
+    noise: Noise
+    crowded: bool
+    """Whether others took cores that the eager baseline needs; there is no speed-up against it then."""
+    subjects: tuple[Subject, ...]
+    """The eager baseline first, then the cells in the spec's order."""
