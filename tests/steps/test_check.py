@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from tests.steps.training import document, spec_of, step
 
 from slipstream.errors import EngineError, ModelError, SpecError
@@ -79,6 +82,49 @@ def test_a_network_that_does_not_fit_the_data_is_found(
     written["model"]["architecture"] = f"{module}:network"
     with pytest.raises(ModelError, match=f"^model.architecture: .*{said}"):
         step("check", spec_of(written))
+
+
+def test_an_operator_that_cannot_be_exported_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "operator_case.py").write_text(
+        "import torch\nfrom torch import nn\n\nclass Network(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.dense = nn.Linear(784, 10)\n"
+        "    def forward(self, images):\n"
+        "        return self.dense(images.flatten(1)) + torch.linalg.svdvals(images[:, 0])[:, :1]\n"
+    )
+    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
+    written = document("operators")
+    written["model"]["architecture"] = "operator_case:Network"
+    with pytest.raises(ModelError, match=r"^model.architecture: operator_case:Network cannot be exported to ONNX"):
+        step("check", spec_of(written))
+
+
+def test_an_operator_that_an_engine_lacks_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime has MaxUnpool, OpenVINO has not."""
+    images = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 1, 28, 28])
+    scores = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["n", 10])
+    weights = numpy_helper.from_array(np.random.default_rng(0).normal(0, 0.1, (784, 10)).astype(np.float32), "weights")
+    nodes = [
+        helper.make_node("MaxPool", ["input"], ["most", "where"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("MaxUnpool", ["most", "where"], ["spread"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Flatten", ["spread"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["output"]),
+    ]
+    graph = helper.make_graph(nodes, "unpooled", [images], [scores], [weights])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "it.onnx")
+    monkeypatch.setenv("SLIPSTREAM_CODE", f"{Path.cwd()}")
+    written = document("operators") | {"recipes": {"int8": ["quantize"]}, "distill": None}
+    written["model"] = {
+        "registry": written["model"]["registry"],
+        "framework": "onnx",
+        "file": str(tmp_path / "it.onnx"),
+    }
+    written["targets"] = {
+        "server": {"engine": "openvino", "threads": 1},
+        "portable": {"engine": "onnxruntime", "threads": 1},
+    }
+    with pytest.raises(EngineError, match=r"^targets.server: model.file: .* cannot be built: .*MaxUnpool") as raised:
+        step("check", spec_of(written))
+    assert "portable" not in str(raised.value)
 
 
 DETECTION = """

@@ -21,8 +21,9 @@ from slipstream.errors import DataError, EngineError, ModelError, SlipstreamErro
 from slipstream.frameworks.base import Framework, framework_for, trainer_for
 from slipstream.measure.metrics import METRICS
 from slipstream.measure.metrics.base import BATCH, metric_for
-from slipstream.spec import Call, Spec
+from slipstream.spec import Call, Spec, Target
 from slipstream.steps.base import Context
+from slipstream.steps.rehearsal import rehearse
 from slipstream.steps.retrain import from_file, require_version, version_to_load
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 
 def run(context: Context) -> StepOutput:
-    """Check functions, targets, registry, data and networks. Raises one error with a line for each problem."""
+    """Check functions, targets, registry, data, networks and builds. Raises one error with a line for each problem."""
     spec = context.spec
     findings = {name: inquire(context.home, target) for name, target in spec.targets.items()}
     problems = [
@@ -46,7 +47,8 @@ def run(context: Context) -> StepOutput:
         *_registry(spec, context.inputs, context.tracking.client),
     ]
     if not any(isinstance(p, SpecError) for p in problems):  # what cannot be imported cannot be tried either
-        problems += _networks_and_data(spec, context)
+        buildable = {name: spec.targets[name] for name, found in findings.items() if found.asked and not found.problem}
+        problems += _networks_and_data(spec, context, buildable)
     if problems:
         raise _joined(problems)
     loaded = context.data
@@ -105,8 +107,8 @@ def _registry(spec: Spec, inputs: StepInput, client: MlflowClient) -> Iterator[S
         yield ModelError(f"model.registry: {error}")
 
 
-def _networks_and_data(spec: Spec, context: Context) -> Iterator[SlipstreamError]:
-    """Data that cannot be loaded, and networks that do not take it."""
+def _networks_and_data(spec: Spec, context: Context, buildable: Mapping[str, Target]) -> Iterator[SlipstreamError]:
+    """Data that cannot be loaded, networks that do not take it, and engines that do not take the networks."""
     try:
         loaded = context.data
         framework = framework_for(spec.model.framework)
@@ -117,21 +119,28 @@ def _networks_and_data(spec: Spec, context: Context) -> Iterator[SlipstreamError
         yield DataError(f"data: the loader failed: {type(error).__name__}: {error}")
         return
     yield from text_checks.data(spec, loaded)
-    calls = {"model.architecture": spec.model.architecture}
-    calls |= {"distill.student": spec.distill.student} if spec.distill is not None else {}
-    for field, call in calls.items():
+    networks: dict[str, tuple[str, Call | None, Callable[[], Any]]] = {}
+    for field, call in {
+        "model.architecture": spec.model.architecture,
+        "distill.student": spec.distill.student if spec.distill else None,
+    }.items():
         if call is not None:
             build = partial(trainer_for(spec.model.framework).build, call, spec.seed)
-            yield from _network(spec, framework, (field, call.function), build, loaded)
+            networks[field] = (call.function, call, build)
     if spec.model.file is not None:
-        make = partial(from_file, spec, framework)
-        yield from _network(spec, framework, ("model.file", spec.model.file), make, loaded)
+        networks["model.file"] = (spec.model.file, spec.model.architecture, partial(from_file, spec, framework))
+    for field, (name, architecture, make) in networks.items():
+        network, problems = _network(spec, framework, (field, name), make, loaded)
+        yield from problems
+        if not problems:
+            save = partial(framework.save, network, architecture, loaded.test)
+            yield from rehearse(f"{field}: {name}", save, buildable, context.workdir / field)
 
 
 def _network(
     spec: Spec, framework: Framework, where: tuple[str, str], make: Callable[[], Any], loaded: Data
-) -> Iterator[SlipstreamError]:
-    """What is wrong with a network: it cannot be made, does not take the data, or answers something else.
+) -> tuple[Any, list[SlipstreamError]]:
+    """A network, and what is wrong with it: it cannot be made, does not take the data, or answers something else.
 
     `where` is the field that names it, and its name there.
     """
@@ -140,16 +149,16 @@ def _network(
         network = make()
         outputs = framework.logits(network, loaded.train.inputs[:2])
     except ModelError as error:
-        yield ModelError(f"{field}: {error}")
-        return
+        return None, [ModelError(f"{field}: {error}")]
     except Exception as error:
         shape, dtype = loaded.train.inputs.shape[1:], loaded.train.inputs.dtype
-        yield ModelError(
-            f"{field}: {what} does not take a batch of the data ({shape} {dtype}): {type(error).__name__}: {error}"
-        )
-        return
-    yield from _answers(spec, f"{field}: {what}", outputs, loaded)
-    yield from text_checks.network(framework, f"{field}: {what}", network, loaded)
+        reason = f"{type(error).__name__}: {error}"
+        return None, [ModelError(f"{field}: {what} does not take a batch of the data ({shape} {dtype}): {reason}")]
+    problems = [
+        *_answers(spec, f"{field}: {what}", outputs, loaded),
+        *text_checks.network(framework, f"{field}: {what}", network, loaded),
+    ]
+    return network, problems
 
 
 def _answers(spec: Spec, what: str, outputs: npt.NDArray[Any], loaded: Data) -> Iterator[SlipstreamError]:
