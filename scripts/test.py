@@ -26,6 +26,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
         ".venv",
         (
             "tests",
+            "tests/bench",
             "tests/containers/test_dockerfiles.py",
             "tests/helm",
             "tests/init",

@@ -137,14 +137,20 @@ class OpenVINO:
             apply_moc_transformations(model, cf=False)
             ov.save_model(model, folder / IR, compress_to_fp16=False)
         except FAILURES as error:
-            raise EngineError(f"openvino: cannot convert {candidate.name}/{ONNX}: {error}") from error
+            raise EngineError(f"openvino: cannot convert {candidate.name}/{ONNX}: {_said(error)}") from error
 
     def load(self, folder: Path, target: Target) -> Runner:
         """Read the IR and compile it."""
         try:
             return OpenVINORunner(ov.Core().read_model(folder / IR), target)
         except FAILURES as error:
-            raise EngineError(f"openvino: cannot load {folder / IR} on {target.device}: {error}") from error
+            raise EngineError(f"openvino: cannot load {folder / IR} on {target.device}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """OpenVINO's message on one line, without the places in its source from which it was passed on."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return " ".join(line for line in lines if line and not line.startswith(("Exception from ", "Check '")))
 
 
 def _source(candidate: Path) -> Path:
