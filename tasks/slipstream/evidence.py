@@ -69,7 +69,12 @@ class EngineEvidence(Document):
     speedup_eager: Interval | None = None
     speedup_reference: Interval | None = None
     size_bytes: int
+    size_gzip_bytes: int | None = None
+    """What a download of the engine takes, compressed."""
     memory_mib: float | None = None
+    """What loading the engine and a first request added to the resident memory of a process."""
+    arena_bytes: int | None = None
+    """LiteRT's working memory beside the weights; None for engines that do not tell."""
     noise: Noise
     hardware: str
 
@@ -83,6 +88,8 @@ class Row(Document):
     verdicts: tuple[Verdict, ...]
     status: str
     """`reference`, `passed`, `rejected`, `inconclusive` or `missing`."""
+    comparison: bool = False
+    """Whether the engine is measured for comparison only, so that it is never released."""
     release: bool = False
 
 

@@ -65,6 +65,14 @@ def test_the_page_of_a_release_has_every_engine_and_gate() -> None:
     assert "not faster" in text and "a" * 64 in text
 
 
+def test_sizes_and_what_is_only_for_comparison_are_told() -> None:
+    report = released()
+    rows = tuple(r.model_copy(update={"comparison": r.cell.endswith("portable")}) for r in report.rows)
+    html = page.render(report.model_copy(update={"rows": rows}), {})
+    assert html.count("<small>for comparison</small>") == sum(r.comparison and not r.release for r in rows) > 0
+    assert "<small>arena 120 kB</small>" in html and "<small>gzipped</small>" in html
+
+
 def test_an_empty_run_still_gives_a_page() -> None:
     text = check(page.render(made_up.report(), {}))
     assert "failed before the gates could judge" in text

@@ -103,7 +103,14 @@ def _rows(spec: Spec, upstream: Sequence[StepOutput], chosen: dict[str, Any]) ->
         found = {_key(o): o for o in upstream if o.step == "validate"}
         rows = [row_of(cell, found.get(cell)) for cell in flow.cells(spec)]
     winner = chosen.get("winner")
-    return tuple(r.model_copy(update={"release": r.cell == winner}) for r in rows)
+    return tuple(
+        r.model_copy(update={"release": r.cell == winner, "comparison": _never_released(spec, r.cell)}) for r in rows
+    )
+
+
+def _never_released(spec: Spec, cell: str) -> bool:
+    target = flow.cell_of(cell).target
+    return target is not None and not spec.releasable(target)
 
 
 def _latest_runs(track: Tracking, run_key: str) -> dict[tuple[str, str | None], Run]:

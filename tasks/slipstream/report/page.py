@@ -134,7 +134,7 @@ def _engines(report: Report) -> str:
         f"<th>p50<small>ms</small></th><th>p99<small>ms</small></th>"
         f"<th>against eager<small>{confidence} bounds</small></th>"
         f"<th>against FP32<small>{confidence} bounds</small></th>"
-        "<th>rate<small>per s</small></th><th>size<small>&nbsp;</small></th></tr>"
+        "<th>rate<small>per s</small></th><th>size<small>gzipped</small></th><th>memory<small>MiB</small></th></tr>"
     )
     body = "".join(_engine(report, row, span) for row in report.rows)
     return (
@@ -148,12 +148,12 @@ def _engine(report: Report, row: Row, span: tuple[float, float]) -> str:
     recipe, _, target = row.cell.partition("@")
     release = ' class="release"' if row.release else ""
     name = f'<td class="text"><b>{escape(recipe)}</b><small>{escape(target)}</small></td>'
-    picked = "<small>picked</small>" if row.release else ""
+    picked = "<small>picked</small>" if row.release else "<small>for comparison</small>" if row.comparison else ""
     glyph = wording.STATUS_GLYPH[row.status]
     verdict = f'<td class="text"><span class="{row.status}">{glyph} {row.status}</span>{picked}</td>'
-    figures = _figures(row.evidence, report.objective.max_drop, span) if row.evidence else '<td colspan="9"></td>'
+    figures = _figures(row.evidence, report.objective.max_drop, span) if row.evidence else '<td colspan="10"></td>'
     reasons = "; ".join(f"{v.gate}: {v.reason}" for v in row.verdicts if not v.passed)
-    reason = f'<tr class="reason"><td></td><td colspan="10">{escape(reasons)}</td></tr>' if reasons else ""
+    reason = f'<tr class="reason"><td></td><td colspan="11">{escape(reasons)}</td></tr>' if reasons else ""
     return f'<tbody{release}><tr class="lead">{name}{verdict}{figures}</tr>{reason}</tbody>'
 
 
@@ -168,7 +168,10 @@ def _figures(e: EngineEvidence, allowed: float, span: tuple[float, float]) -> st
     for gain in (e.speedup_eager, e.speedup_reference):
         told = f"{wording.ratio(gain.estimate)}<small>{wording.bounds(gain)}</small>" if gain else wording.DASH
         cells.append(told)
-    cells += [wording.rate(e.latency.rate_per_s), wording.size(e.size_bytes)]
+    gzipped = f"<small>{wording.size(e.size_gzip_bytes)}</small>" if e.size_gzip_bytes is not None else ""
+    arena = f"<small>arena {wording.size(e.arena_bytes)}</small>" if e.arena_bytes is not None else ""
+    memory = wording.DASH if e.memory_mib is None else f"{e.memory_mib:.0f}"
+    cells += [wording.rate(e.latency.rate_per_s), wording.size(e.size_bytes) + gzipped, memory + arena]
     drawn = f'<td class="drawn">{_interval(e, allowed, span)}</td>'
     return "".join(f"<td>{cell}</td>" for cell in cells[:2]) + drawn + "".join(f"<td>{cell}</td>" for cell in cells[2:])
 

@@ -69,8 +69,8 @@ def run(context: Context) -> StepOutput:
         scores = _scores(context, engine, progress)
         timing, server = _timing(context, engine, progress)
     judgement = _Judgement(context.spec, context.cell, scores, timing, scores.drop(context.spec))
-    size_bytes = digests.folder_size(context.fetch(_built(context, context.cell)))
-    evidence = judgement.evidence(data, server=server, size_bytes=size_bytes, memory_mib=memory_mib)
+    sizes = _Sizes.of(context, memory_mib)
+    evidence = judgement.evidence(data, server=server, sizes=sizes)
     verdicts, notes = gates.settle(judgement.verdicts(), noisy=evidence.noise.noisy, ratio="speedup")
     for note in notes:
         log.warning("%s", note)
@@ -237,7 +237,7 @@ class _Judgement:
             note += ", so all count, by their undisturbed queries"
         return verdict.model_copy(update={"reason": f"{verdict.reason}; {note}"})
 
-    def evidence(self, data: Data, *, server: Latency, size_bytes: int, memory_mib: float | None) -> EngineEvidence:
+    def evidence(self, data: Data, *, server: Latency, sizes: "_Sizes") -> EngineEvidence:
         metric, baseline, engine = self.scores.metric, self.scores.baseline, self.scores.engine
         worst = metrics.worst_class(metric, baseline, engine, data.test.labels, data.classes)
         return EngineEvidence(
@@ -254,8 +254,10 @@ class _Judgement:
             reference=self._latency(REFERENCE) if self.cell.recipe != BASELINE else None,
             speedup_eager=self._speedup(EAGER) if not self.crowded else None,
             speedup_reference=self._speedup(REFERENCE) if self.cell.recipe != BASELINE and not self.crowded else None,
-            size_bytes=size_bytes,
-            memory_mib=memory_mib,
+            size_bytes=sizes.engine,
+            size_gzip_bytes=sizes.gzipped,
+            memory_mib=sizes.memory_mib,
+            arena_bytes=sizes.arena,
             noise=self.timing.noise,
             hardware=hardware.sentence(),
         )
@@ -298,6 +300,27 @@ def _metrics(evidence: EngineEvidence) -> dict[str, float]:
         "clean_rounds": float(evidence.noise.clean_rounds),
     }
     return {name: value for name, value in figures.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of the engine's files, plain and compressed, and of LiteRT's arena; resident memory in MiB."""
+
+    engine: int
+    gzipped: int | None
+    arena: int | None
+    memory_mib: float | None
+
+    @classmethod
+    def of(cls, context: Context, memory_mib: float | None) -> "_Sizes":
+        built = _built(context, context.cell)
+        gzipped, arena = (built.metrics.get(name) for name in ("size_gzip_bytes", "arena_bytes"))
+        return cls(
+            engine=digests.folder_size(context.fetch(built)),
+            gzipped=None if gzipped is None else int(gzipped),
+            arena=None if arena is None else int(arena),
+            memory_mib=memory_mib,
+        )
 
 
 def _load_measured(folder: Path, test: Split) -> tuple[Runner, float | None]:
