@@ -18,6 +18,7 @@ import yaml
 from mlflow import MlflowClient
 from tests.engines.candidates import network
 from tests.engines.images import samples
+from tests.s3_gateway import Gateway
 from tests.steps.pipeline import small_spec
 from tests.steps.training import RUN_KEY, document, spec_of, step
 
@@ -152,6 +153,19 @@ def test_a_path_begins_at_the_users_code(tmp_path: Path, monkeypatch: pytest.Mon
     for number, path in enumerate(["models/model.onnx", "models"]):
         spec = onnx_spec(tmp_path, f"relative-{number}", path)
         assert step("retrain", spec).details["origin"] == "file"
+
+
+def test_a_file_may_lie_in_a_bucket(tmp_path: Path, gateway: Gateway, bucket: str) -> None:
+    given, name = onnx_file(tmp_path / "model.onnx"), bucket.removeprefix("s3://")
+    gateway.client.upload_file(str(given), name, "models/model.onnx")
+    spec = onnx_spec(tmp_path, "in-a-bucket", f"{bucket}/models/model.onnx")
+    step("check", spec)
+    assert step("retrain", spec).details == {"version": "1", "origin": "file"}
+    version = MlflowClient().get_model_version_by_alias("in-a-bucket", "source")
+    assert version.tags["slipstream.file_sha256"] == digests.file(given)
+    absent = onnx_spec(tmp_path, "in-a-bucket", f"{bucket}/models/none.onnx")
+    with pytest.raises(ModelError, match=rf"model\.file: .*{bucket}/models/none\.onnx"):
+        step("check", absent)
 
 
 def test_a_file_that_is_not_there_is_a_model_error_before_anything_starts(tmp_path: Path) -> None:
