@@ -24,12 +24,14 @@ DROPPED = (
     "openvino/include",
     "pyarrow/include",
     "tensorflow/include",
+    "tests",
     "torch/include",
     "torch/share/cmake",
     "torch/test",
 )
-"""Headers and build files, which need the compiler that the images do not have; test data; and the asyncio half of
-Kubernetes' client, which nothing here imports (neither KServe nor Airflow, which has a package of its own for it)."""
+"""Headers and build files, which need the compiler that the images do not have; test data; tf2onnx's tests, which lie
+beside its package; and the asyncio half of Kubernetes' client, which nothing here imports (neither KServe nor Airflow,
+which has a package of its own for it)."""
 
 KEPT_PROGRAM = "torch_shm_manager"
 """The only program of torch/bin that PyTorch itself starts (for tensors shared by file descriptor); the others are
