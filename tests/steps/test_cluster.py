@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from tests.conftest import ROOT
+from tests.steps.killed import Attempts
 from tests.steps.training import RUN_KEY, spec_of, step
 
 from slipstream import flow
@@ -107,6 +108,28 @@ def test_the_engines_answer_as_the_network_before_quantization(walked: dict[str,
     answers = load_engine(fetch(built)).run(test.inputs)
     assert (answers.argmax(1) == expected.argmax(1)).mean() > 0.85  # one epoch of training lies between
     assert walked[f"chain@{target}"].metrics["size_bytes"] < 200_000
+
+
+def test_training_for_int8_that_is_killed_ends_as_if_it_had_not_been(
+    walked: dict[str, StepOutput], small_home: Path, tmp_path: Path
+) -> None:
+    upstream = [walked[name] for name in ("retrain", "prune", "cluster")]
+    ended: list[StepOutput] = []
+    for name in ("killed", "whole", "again"):
+        written = document(f"keras-{name}") | {"quantize": {"samples": 64, "epochs": 3}}
+        attempts = Attempts("quantize", written, tmp_path / name, upstream, recipe="chain")
+        if name == "killed":
+            attempts.kill_at(small_home, "*.npz")
+        output, said = attempts.finish()
+        assert ("resuming " in said) == (name == "killed"), said
+        ended.append(output)
+    killed, whole, again = (output.artifact for output in ended)
+    assert killed is not None and whole is not None and again is not None
+    assert whole.sha256 == again.sha256
+    # TensorFlow numbers what it traces, and the resumed process traced less before: names in the graph differ.
+    weights = [fetch(made) / "saved_model" / "variables" / "variables.data-00000-of-00001" for made in (killed, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert ended[0].metrics == ended[1].metrics
 
 
 def test_the_example_is_a_whole_spec() -> None:

@@ -1,12 +1,5 @@
 """retrain: trained and registered, from a file, or taken from the registry; killed and resumed."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +7,15 @@ import mlflow
 import pytest
 import safetensors.torch
 import torch
-import yaml
 from mlflow import MlflowClient
 from tests.engines.candidates import network
 from tests.engines.images import samples
 from tests.s3_gateway import Gateway
+from tests.steps.killed import Attempts
 from tests.steps.pipeline import small_spec
 from tests.steps.training import RUN_KEY, document, spec_of, step
 
 from slipstream import digests
-from slipstream.contract import StepInput, StepOutput
 from slipstream.errors import InputError, ModelError
 from slipstream.frameworks.base import WEIGHTS, framework_for
 from slipstream.spec import Spec
@@ -234,15 +226,11 @@ def test_neither_version_nor_train_function_is_a_model_error() -> None:
 
 def test_killed_in_the_middle_it_resumes_to_the_same_weights(home: Path, tmp_path: Path) -> None:
     """kill -9 after the first epoch; the second attempt goes on there and ends as if nothing had happened."""
-    written = document("killed", limit=600, epochs=4)
-    with started(written, tmp_path) as process:
-        wait_for_checkpoint(home, process)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-
-    resumed, said = finished(written, tmp_path)
+    killed = Attempts("retrain", document("killed", limit=600, epochs=4), tmp_path / "killed")
+    killed.kill_at(home, "fit-1.pt")
+    resumed, said = killed.finish()
     assert "resuming fit-1 after " in said
-    whole, said = finished(document("not-killed", limit=600, epochs=4), tmp_path)
+    whole, said = Attempts("retrain", document("not-killed", limit=600, epochs=4), tmp_path / "whole").finish()
     assert "resuming" not in said
 
     assert resumed.artifact is not None and whole.artifact is not None
@@ -250,45 +238,6 @@ def test_killed_in_the_middle_it_resumes_to_the_same_weights(home: Path, tmp_pat
     history = MlflowClient().get_metric_history(resumed.run_id, "train_loss")
     assert {m.step for m in history} == {0, 1, 2, 3}
     assert len(history) <= 5  # at most the epoch whose checkpoint the kill prevented is there twice
-
-
-@contextmanager
-def started(written: dict[str, Any], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`slipstream step retrain` as a process of its own, which does not outlive the test."""
-    (folder / "spec.yaml").write_text(yaml.safe_dump(written))
-    (folder / "in.json").write_text(StepInput(run_key="killed", pipeline_run_id="").model_dump_json())
-    files = {"spec": "spec.yaml", "inputs": "in.json", "outputs": "out.json"}
-    command = [str(Path(sys.executable).with_name("slipstream")), "step", "retrain"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command + [f"--{option}={folder / name}" for option, name in files.items()],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=log,
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def finished(written: dict[str, Any], folder: Path) -> tuple[StepOutput, str]:
-    """Output and log of the step, run to its end."""
-    with started(written, folder) as process:
-        code = process.wait(timeout=300)
-    said = (folder / "log").read_text()
-    assert code == 0, said
-    return StepOutput.model_validate_json((folder / "out.json").read_text()), said
-
-
-def wait_for_checkpoint(home: Path, process: subprocess.Popen[bytes], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "ended before its first checkpoint"
-        if list(home.glob("work/retrain-*/fit-1.pt")):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no checkpoint within {seconds} s")
 
 
 def weights_file(folder: Path, change: dict[str, Any]) -> Path:

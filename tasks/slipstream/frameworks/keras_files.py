@@ -188,6 +188,8 @@ def write_saved_model(network: Any, samples: npt.NDArray[Any], folder: Path) -> 
     if isinstance(network, Served):
         module.loaded = network._loaded
     tf.saved_model.save(module, str(folder), signatures={"serving_default": serve})
+    # Optional, and new each time: it holds a random id. Without it the same network makes the same bytes.
+    (folder / "fingerprint.pb").unlink(missing_ok=True)
     return serve
 
 
