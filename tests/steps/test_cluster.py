@@ -41,7 +41,7 @@ def document(model: str) -> dict[str, Any]:
             "train": {"function": "tests.frameworks.keras_networks:train", "params": {"epochs": 2}},
         },
         "data": {"function": "examples.fashion_keras:data", "params": {"limit": 1600}},
-        "recipes": {"chain": ["prune", "cluster", "quantize"]},
+        "recipes": {"chain": ["prune", "cluster", "quantize"], "pruned": ["prune", "quantize"]},
         "prune": {"method": "magnitude", "sparsity": [0.3, 0.7], "end_step": 10, "frequency": 2, "epochs": 2},
         "cluster": {"clusters": 8, "learning_rate": 0.001},
         "quantize": {"samples": 64, "epochs": 1},
@@ -108,6 +108,15 @@ def test_the_engines_answer_as_the_network_before_quantization(walked: dict[str,
     answers = load_engine(fetch(built)).run(test.inputs)
     assert (answers.argmax(1) == expected.argmax(1)).mean() > 0.85  # one epoch of training lies between
     assert walked[f"chain@{target}"].metrics["size_bytes"] < 200_000
+
+
+def test_a_pruned_network_stays_pruned_when_it_is_trained_for_int8(walked: dict[str, StepOutput]) -> None:
+    spec = spec_of(document("keras-chain"))
+    pruned = step("prune", spec, walked["retrain"], recipe="pruned")
+    quantized = step("quantize", spec, walked["retrain"], pruned, recipe="pruned")
+    assert quantized.metrics["sparsity"] >= pruned.metrics["sparsity"] > 0.69
+    assert quantized.artifact is not None
+    assert [value.name for value in onnx.load(fetch(quantized.artifact) / ONNX).graph.input] == ["input"]
 
 
 def test_training_for_int8_that_is_killed_ends_as_if_it_had_not_been(

@@ -203,9 +203,19 @@ def write_onnx(serve: Any, path: Path) -> None:
         model, _ = tf2onnx.convert.from_function(serve, input_signature=serve.input_signature, opset=OPSET)
     except Exception as error:  # tf2onnx's and TensorFlow's errors share no root but Exception
         raise ModelError(f"{path.name}: tf2onnx cannot convert the network: {error}") from error
+    _drop_captured(model)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"  # tf2onnx calls each unknown size unk__N
     onnx.save(model, path)
+
+
+def _drop_captured(model: Any) -> None:
+    """Leave `input` as the only input. tf2onnx also lists the tensors that a function captured, such as the masks of
+    pruned weights, though they are constants by then: ONNX Runtime passes over them, NNCF asks for their values."""
+    taken = {name for node in model.graph.node for name in node.input}
+    inputs = [value for value in model.graph.input if value.name == INPUT or value.name in taken]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
 
 
 def require_finite(network: Any) -> None:
