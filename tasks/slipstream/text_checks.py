@@ -48,6 +48,22 @@ def network(framework: Framework, what: str, made: Any, loaded: Data) -> Iterato
     """What a network that takes the data makes of the highest token id, and of padding."""
     if not tokens.holds(loaded.train.inputs):
         return
+    problems = list(token_ids(framework, what, made, loaded))
+    yield from problems
+    if problems:
+        return
+    difference = padding_matters(framework, made, loaded.train.inputs)
+    if difference > TOLERANCE:
+        yield ModelError(
+            f"{what} answers differently (by {difference:.2g} of the largest output) when a text is padded with zeros; "
+            "leave out what is 0 from attention and pooling"
+        )
+
+
+def token_ids(framework: Framework, what: str, made: Any, loaded: Data) -> Iterator[ModelError]:
+    """A token id of the data or of the tokenizer that the network has no embedding for."""
+    if not tokens.holds(loaded.train.inputs):
+        return
     highest = {"the data": int(max(loaded.train.inputs.max(), loaded.test.inputs.max()))}
     if loaded.tokenizer is not None:
         highest["the tokenizer"] = tokens.Tokenizer(loaded.tokenizer).size - 1
@@ -60,12 +76,6 @@ def network(framework: Framework, what: str, made: Any, loaded: Data) -> Iterato
                 "give its embedding a row for each id"
             )
             return
-    difference = padding_matters(framework, made, loaded.train.inputs)
-    if difference > TOLERANCE:
-        yield ModelError(
-            f"{what} answers differently (by {difference:.2g} of the largest output) when a text is padded with zeros; "
-            "leave out what is 0 from attention and pooling"
-        )
 
 
 def padding_matters(framework: Framework, made: Any, inputs: npt.NDArray[Any]) -> float:

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="needs TensorRT for RTX: the extra tensorrt-rtx")
 
-from tests.engines.ahead import has_gpu
+from tests.engines.ahead import has_gpu, text
 from tests.engines.candidates import network, quantized, write
 from tests.steps.pipeline import RUN_KEY, inputs, logged, small_spec
 
@@ -23,6 +23,7 @@ from slipstream.home import Home
 from slipstream.report import layers
 from slipstream.spec import Spec, Target
 from slipstream.steps.base import run_step
+from slipstream.steps.rehearsal import rehearse
 from slipstream.tracking import Tracking, fetch
 
 pytestmark = pytest.mark.skipif(has_gpu(), reason="this machine has an NVIDIA GPU")
@@ -110,6 +111,20 @@ def test_the_engine_is_asked_in_its_own_environment(
     assert inquire(there, target) == finding
     wrong = target.model_copy(update={"device": "CPU"})
     assert "never on the CPU" in (inquire(there, wrong).problem or "")
+
+
+def test_a_build_is_rehearsed_in_the_engines_own_environment(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments = tmp_path / "envs"
+    environments.mkdir()
+    (environments / "tensorrt").symlink_to(sys.prefix)
+    monkeypatch.setenv("SLIPSTREAM_ENVS", str(environments))
+    there, target = Home.from_environment(), Target.model_validate(AHEAD)
+    given = {"far": target.model_copy(update={"lengths": (8, 16)}), "vague": target}
+    problems = [str(problem) for problem in rehearse(there, "net", text, given, tmp_path / "rehearsed")]
+    assert len(problems) == 1
+    assert problems[0].startswith("targets.vague: net cannot be built: tensorrt: axis 1 of the input varies, but")
 
 
 def test_check_says_at_the_start_that_nothing_can_be_released_from_such_a_target(

@@ -91,3 +91,17 @@ def test_check_says_it_before_anything_is_trained(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(texts, "document", lambda: "{}")
     with pytest.raises(DataError, match=r"data\.tokenizer: not the JSON"):
         step("check", spec(model={**spec().model.model_dump(), "train": "tests.engines.text_networks:train"}))
+
+
+@pytest.mark.usefixtures("mlflow_server", "home")
+def test_check_names_the_token_id_when_not_even_a_batch_of_the_data_fits() -> None:
+    from tests.steps.training import step
+
+    from slipstream.errors import ModelError
+
+    encoder = {"function": "tests.engines.text_networks:encoder", "params": {"rows": 3}}
+    given = {**spec().model.model_dump(), "architecture": encoder, "train": "tests.engines.text_networks:train"}
+    with pytest.raises(
+        ModelError, match=r"^model.architecture: .* does not take token id \d+, the highest of the data"
+    ):
+        step("check", spec(model=given))

@@ -36,17 +36,25 @@ class Finding(Document):
 def inquire(home: Home, target: Target) -> Finding:
     """What the target's engine says of it."""
     environment = ENGINES[target.engine].environment
-    if environment is not None and home.envs.is_dir():  # environments side by side; an image has none beside it
-        python = home.python(environment)
+    python = own_python(home, target.engine)
+    if python is not None:
         if not python.exists():
             how = f"`scripts/setup {environment}` makes it (docs/engines.md)"
             return Finding(problem=f"{target.engine}: its environment {python.parent.parent} is not there; {how}")
-        if Path(sys.prefix) != python.parent.parent:
-            return _elsewhere(python, target)
+        return _elsewhere(python, target)
     finding = ask(target)
     if finding.problem is not None and environment is not None and not _libraries_here(target.engine):
         return Finding(asked=False)
     return finding
+
+
+def own_python(home: Home, engine: str) -> Path | None:
+    """The Python of the engine's own environment, if it has one on this machine and this process is in another."""
+    environment = ENGINES[engine].environment
+    if environment is None or not home.envs.is_dir():  # an image has no environments beside it
+        return None
+    python = home.python(environment)
+    return python if Path(sys.prefix) != python.parent.parent else None
 
 
 def ask(target: Target) -> Finding:

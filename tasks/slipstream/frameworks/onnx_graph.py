@@ -168,7 +168,9 @@ def require_sound_weights(model: onnx.ModelProto, where: str) -> None:
             continue
         if np.isnan(values).any() or (tensor.name in weights and not np.isfinite(values).all()):
             name = tensor.name or "of a constant"
-            raise ModelError(f"{where}: weight {name} holds NaN or infinity; the training diverged")
+            raise ModelError(
+                f"{where}: weight {name} holds NaN or infinity: its training diverged, or the file is damaged"
+            )
 
 
 def require_standard(model: onnx.ModelProto) -> None:

@@ -134,7 +134,7 @@ def _networks_and_data(spec: Spec, context: Context, buildable: Mapping[str, Tar
         yield from problems
         if not problems:
             save = partial(framework.save, network, architecture, loaded.test)
-            yield from rehearse(f"{field}: {name}", save, buildable, context.workdir / field)
+            yield from rehearse(context.home, f"{field}: {name}", save, buildable, context.workdir / field)
 
 
 def _network(
@@ -145,6 +145,7 @@ def _network(
     `where` is the field that names it, and its name there.
     """
     field, what = where
+    network = None
     try:
         network = make()
         outputs = framework.logits(network, loaded.train.inputs[:2])
@@ -153,7 +154,9 @@ def _network(
     except Exception as error:
         shape, dtype = loaded.train.inputs.shape[1:], loaded.train.inputs.dtype
         reason = f"{type(error).__name__}: {error}"
-        return None, [ModelError(f"{field}: {what} does not take a batch of the data ({shape} {dtype}): {reason}")]
+        general = ModelError(f"{field}: {what} does not take a batch of the data ({shape} {dtype}): {reason}")
+        ids = [] if network is None else [*text_checks.token_ids(framework, f"{field}: {what}", network, loaded)]
+        return None, [*(ids or [general])]
     problems = [
         *_answers(spec, f"{field}: {what}", outputs, loaded),
         *text_checks.network(framework, f"{field}: {what}", network, loaded),
