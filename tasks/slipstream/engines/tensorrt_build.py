@@ -43,7 +43,7 @@ def profile(shape: Shape, target: Target) -> Profile:
     if varying and not target.lengths:
         raise EngineError(
             f"tensorrt: axis {varying[0]} of the input varies, but the target has no profile for it; list the lengths "
-            "that it takes in the target's `lengths`, such as [16, 32, 64]"
+            "that it takes in the target's `lengths`, such as [16, 32, 64], or give the axis a fixed size in the model"
         )
     if len(varying) > 1:
         raise EngineError(
