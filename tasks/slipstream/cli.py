@@ -31,9 +31,11 @@ SpecFile = Annotated[Path, typer.Argument(help="Spec file (YAML).", metavar="SPE
 def validate(spec: SpecFile) -> None:
     """Check a spec; exits 0, or 2 with every error."""
     from slipstream import spec as specs
+    from slipstream.report.wording import count
 
     loaded = specs.load(spec)
-    typer.echo(f"{spec}: valid; {len(loaded.recipes)} recipes × {len(loaded.targets)} targets")
+    recipes, targets = count(len(loaded.recipes), "recipe"), count(len(loaded.targets), "target")
+    typer.echo(f"{spec}: valid; {recipes} × {targets}")
 
 
 @app.command()
