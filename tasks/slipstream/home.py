@@ -1,8 +1,14 @@
 """Where things lie and which settings the environment carries. One place, so that no path is built twice."""
 
+import fcntl
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 ENVIRONMENTS = ("airflow", "torch", "tensorflow", "tensorrt", "serve", "kubeflow")
 """Environments beside the core; each has a folder under containers/ and a virtual environment under .envs/."""
@@ -74,6 +80,19 @@ class Home:
     def addresses_file(self) -> Path:
         """Ports and addresses of the embedded platform, written by `slipstream up`."""
         return self.root / "platform.json"
+
+
+@contextmanager
+def alone(path: Path, why: str) -> Iterator[None]:
+    """Hold the lock `path`, one process of this machine at a time; it goes with the process. `why` tells who waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("%s on this machine; waiting for it", why)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _absolute(place: str | None) -> str | None:

@@ -218,7 +218,8 @@ class Tracking:
     def start(self, run_key: str, step: str, cell: Cell | None, identity: str) -> StepRun:
         """The child run for a step: a new one, or the one that a killed attempt left behind."""
         parent = self.pipeline_run(run_key)
-        left = [r for r in self.search({WORK: identity, RUN_KEY: run_key}) if IDENTITY not in r.data.tags]
+        sought = {WORK: identity, RUN_KEY: run_key} | ({CELL: cell.key} if cell else {})
+        left = [r for r in self.search(sought) if IDENTITY not in r.data.tags]
         if left:
             run_id = left[0].info.run_id
             self.client.update_run(run_id, status="RUNNING")
@@ -248,13 +249,13 @@ class Tracking:
         run.tags({ERROR: reason[:4900], EXIT_CODE: exit_code})
         self.client.update_run(run.run_id, status="FAILED")
 
-    def reuse(self, run_key: str, output: StepOutput) -> StepOutput:
-        """Record in this pipeline run that an earlier result stands in for the step."""
-        run = self.start(run_key, output.step, output.cell, f"reused:{output.identity}")
+    def reuse(self, run_key: str, output: StepOutput, cell: Cell | None) -> StepOutput:
+        """Record in this pipeline run that an earlier result, perhaps another recipe's, stands in for a cell's step."""
+        run = self.start(run_key, output.step, cell, f"reused:{output.identity}")
         run.tags({REUSED: output.run_id})
         if output.artifact and output.artifact.model_id:
             run.produces(output.artifact.model_id)
-        reused = output.model_copy(update={"reused": True})
+        reused = output.model_copy(update={"reused": True, "cell": cell})
         self.finish(run, reused, cache=False)
         return reused
 

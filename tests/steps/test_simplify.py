@@ -1,5 +1,7 @@
 """simplify: fewer nodes, the same answers, and what each pass did."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import onnx
 import pytest
@@ -10,13 +12,14 @@ from tests.engines.images import samples
 from tests.quantization.models import attention, ids
 from tests.steps.pipeline import inputs, logged, small_spec
 
-from slipstream.contract import Cell
+from slipstream.contract import Cell, StepOutput
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import ONNX, read_manifest
 from slipstream.frameworks.onnx_session import Session
 from slipstream.steps import simplify
 from slipstream.steps.base import run_step
-from slipstream.tracking import fetch
+from slipstream.tracking import CELL as CELL_TAG
+from slipstream.tracking import STEP, Tracking, fetch
 
 CELL = Cell(recipe="simple")
 
@@ -106,3 +109,25 @@ def test_the_step_hands_on_onnx_and_records_the_passes(mlflow_server, home, tmp_
     assert (manifest.architecture, manifest.quantized) == (None, False)
     assert Session(folder / ONNX).run(samples(2)).shape == (2, 5)
     assert run_step("simplify", spec, inputs(spec, CELL, source)).reused
+
+
+def test_recipes_that_begin_alike_share_the_work(mlflow_server, home, tmp_path) -> None:
+    recipes = {"one": ["simplify"], "two": ["simplify"], "three": ["simplify", "quantize"]}
+    spec = small_spec(tmp_path / "data", "alike", recipes=recipes)
+    source = logged(spec, write(tmp_path / "candidate", wasteful()))
+
+    def simplified(recipe: str) -> StepOutput:
+        output = run_step("simplify", spec, inputs(spec, Cell(recipe=recipe), source))
+        assert output is not None and output.cell == Cell(recipe=recipe)
+        return output
+
+    with ThreadPoolExecutor(2) as pool:  # at the same time: the second waits for the first
+        outputs = {output.cell.recipe: output for output in pool.map(simplified, ("one", "two"))}
+    outputs["three"] = simplified("three")
+    assert sorted(output.reused for output in outputs.values()) == [False, True, True]
+    assert len({output.artifact.sha256 for output in outputs.values()}) == 1
+    for recipe in recipes:  # each with a run of its own, where people look for it
+        assert len(Tracking(spec).search({STEP: "simplify", CELL_TAG: recipe})) == 1
+    quantized = run_step("quantize", spec, inputs(spec, Cell(recipe="three"), source, outputs["three"]))
+    assert not quantized.reused and read_manifest(fetch(quantized.artifact)).quantized
+    assert list(home.glob("work/*")) == []

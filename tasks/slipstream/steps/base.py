@@ -22,8 +22,8 @@ from slipstream import data, digests, log_lines
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict, combine, digest
 from slipstream.errors import EXIT_RETRY, DataError, GateFailed, SlipstreamError, SpecError
 from slipstream.frameworks.base import ALONE, Group, Job, group_of, trainer_for
-from slipstream.home import Home
-from slipstream.spec import Spec
+from slipstream.home import Home, alone
+from slipstream.spec import TECHNIQUES, Spec
 from slipstream.steps import STEPS
 from slipstream.tracking import StepRun, Tracking, fetch
 
@@ -156,17 +156,22 @@ def workers(spec: Spec) -> dict[str, int]:
 
 
 def identity(step: str, settings: Mapping[str, Any], inputs: StepInput) -> str:
-    """Digest of all that decides the result: settings, code, upstream artefacts and the data set."""
-    check = inputs.output_of("check")
+    """Digest of all that decides the result: settings, code, upstream artefacts and the data set.
+
+    What a recipe is called decides nothing of what its techniques make: recipes that begin alike share that work.
+    """
+    check, named = inputs.output_of("check"), step not in TECHNIQUES
     return digest(
         {
             "step": step,
-            "cell": inputs.cell.key if inputs.cell else None,
+            "cell": inputs.cell.key if inputs.cell and named else None,
             "settings": settings,
             "code": digests.source(f"steps/{step}.py", *STEPS[step].sources),
             "data": check.details["data"] if check else None,
             "upstream": sorted(
-                (o.step, o.cell.key if o.cell else "", o.artifact.sha256) for o in inputs.upstream if o.artifact
+                (o.step, o.cell.key if o.cell and named else "", o.artifact.sha256)
+                for o in inputs.upstream
+                if o.artifact
             ),
         }
     )
@@ -192,21 +197,37 @@ def run_step(step: str, spec: Spec, inputs: StepInput) -> StepOutput | None:
 
 
 def _led(group: Group, module: StepModule, step: str, spec: Spec, inputs: StepInput) -> StepOutput:
-    tracking, settings = Tracking(spec), module.settings(spec, inputs)
+    tracking, settings, home = Tracking(spec), module.settings(spec, inputs), Home.from_environment()
     key = identity(step, settings, inputs)
-    if STEPS[step].cached and (earlier := tracking.find(key)):
-        log.info("%s: unchanged, reusing MLflow run %s", step, earlier.run_id)
-        return tracking.reuse(inputs.run_key, earlier)
-    run = tracking.start(inputs.run_key, step, inputs.cell, key)
-    inputs = inputs.model_copy(update={"pipeline_run_id": tracking.pipeline_run(inputs.run_key)})
-    context = Context(spec, inputs, step, key, tracking, run, Home.from_environment(), group)
+
+    def made() -> StepOutput:
+        run = tracking.start(inputs.run_key, step, inputs.cell, key)
+        given = inputs.model_copy(update={"pipeline_run_id": tracking.pipeline_run(inputs.run_key)})
+        return _recorded(module, settings, Context(spec, given, step, key, tracking, run, home, group))
+
+    if not STEPS[step].cached:
+        return made()
+    lock = home.work / f"{step}-{key[:16]}.lock"
+    with alone(lock, "another recipe begins alike"):
+        if earlier := tracking.find(key):
+            log.info("%s: unchanged, reusing MLflow run %s", step, earlier.run_id)
+            output = tracking.reuse(inputs.run_key, earlier, inputs.cell)
+        else:
+            output = made()
+        lock.unlink(missing_ok=True)  # who waits for it, or makes it anew, finds the result
+        return output
+
+
+def _recorded(module: StepModule, settings: Mapping[str, Any], context: Context) -> StepOutput:
+    """The output of a step's work, in MLflow; a failure is told there too."""
+    tracking, run, cached = context.tracking, context.run, STEPS[context.step].cached
     try:
         output = _work(module, context, settings.get("workers", 1))
     except BaseException as error:
         reason = str(error) if isinstance(error, SlipstreamError) else f"{type(error).__name__}: {error}"
         tracking.fail(run, reason, getattr(error, "exit_code", EXIT_RETRY))
         raise
-    tracking.finish(run, output, cache=STEPS[step].cached and not _undecided(output))
+    tracking.finish(run, output, cache=cached and not _undecided(output))
     context.clean_up()
     return output
 

@@ -5,11 +5,8 @@ baseline's FP32 engine on the same target. Details: `evidence` (an `EngineEviden
 raises for them: a rejected engine is a normal result, and `select` decides.
 """
 
-import fcntl
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from slipstream.errors import DataError, ModelError
 from slipstream.evidence import EngineEvidence, Interval, Latency
 from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import load_eager, toolchain
+from slipstream.home import alone
 from slipstream.measure import gates, latency, profiles
 from slipstream.measure.latency import Comparison, Plan
 from slipstream.measure.loadgen import Issue
@@ -62,7 +60,10 @@ def run(context: Context) -> StepOutput:
     data, target = context.data, _target(context)
     if (reason := why_not_loadable(target)) is not None:
         return _unmeasured(context, reason)
-    with _alone(context.home.root / "measure.lock"), gpu.watch(gpu_of(target)) as usage:
+    with (
+        alone(context.home.root / "measure.lock", "another engine is being measured"),
+        gpu.watch(gpu_of(target)) as usage,
+    ):
         _profile(context, data.test)
         progress = _Progress(context.run, 2 * metrics.batches(len(data.test)) + _plan(context).rounds)
         engine, memory_mib = _load_measured(context.fetch(_built(context, context.cell)), data.test)
@@ -356,16 +357,3 @@ def _built(context: Context, cell: Cell) -> StepOutput:
     if output is None:
         raise DataError(f"step validate: IN.json has no upstream output of build {cell.key}; that step failed")
     return output
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One measurement on this machine at a time; the lock goes with the process that holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another engine is being measured on this machine; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
