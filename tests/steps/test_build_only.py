@@ -122,7 +122,7 @@ def test_a_build_is_rehearsed_in_the_engines_own_environment(
     monkeypatch.setenv("SLIPSTREAM_ENVS", str(environments))
     there, target = Home.from_environment(), Target.model_validate(AHEAD)
     given = {"far": target.model_copy(update={"lengths": (8, 16)}), "vague": target}
-    problems = [str(problem) for problem in rehearse(there, "net", text, given, tmp_path / "rehearsed")]
+    problems = [str(problem) for problem in rehearse(there, "net", text, given, tmp_path)]
     assert len(problems) == 1
     assert problems[0].startswith("targets.vague: net cannot be built: tensorrt: axis 1 of the input varies, but")
 

@@ -81,7 +81,7 @@ def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan 
     def subject(name: str) -> Subject:
         row = rows.get(name)
         evidence = row.evidence if row else next((r.evidence for r in rows.values() if r.evidence), None)
-        timing = latency.summary("SingleStream", comparison.pooled_ms(name))
+        timing = latency.summary("SingleStream", comparison.pooled_ms(name)).model_copy(update={"quantiles_ms": ()})
         if row is None:
             return Subject(name=name, latency=timing, quality=evidence.baseline_quality if evidence else None)
         return Subject(

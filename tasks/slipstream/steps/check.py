@@ -134,7 +134,7 @@ def _networks_and_data(spec: Spec, context: Context, buildable: Mapping[str, Tar
         yield from problems
         if not problems:
             save = partial(framework.save, network, architecture, loaded.test)
-            yield from rehearse(context.home, f"{field}: {name}", save, buildable, context.workdir / field)
+            yield from rehearse(context.home, f"{field}: {name}", save, buildable, context.workdir)
 
 
 def _network(

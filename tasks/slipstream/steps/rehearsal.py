@@ -6,10 +6,10 @@ TARGET FOLDER`, TARGET as JSON.
 """
 
 import logging
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from slipstream.engines.base import build_engine
@@ -25,31 +25,30 @@ WITHIN_S = 600
 
 
 def rehearse(
-    home: Home, what: str, save: Callable[[Path], object], targets: Mapping[str, Target], folder: Path
-) -> Iterator[SlipstreamError]:
-    """What keeps a network from being exported, or built for the targets.
+    home: Home, what: str, save: Callable[[Path], object], targets: Mapping[str, Target], workdir: Path
+) -> list[SlipstreamError]:
+    """What keeps a network from being exported, or built for the targets. Nothing of it stays in `workdir`.
 
     `save` writes it as a candidate into a folder; `what` is how the problems call it.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left
-    folder.mkdir(parents=True)
-    candidate = folder / "candidate"
-    try:
-        save(candidate)
-    except ModelError as error:
-        yield ModelError(f"{what}: {error}")
-        return
-    except Exception as error:  # an exporter's own, of many kinds
-        yield ModelError(f"{what} cannot be exported to ONNX: {type(error).__name__}: {error}")
-        return
-    for name, target in targets.items():
-        python = own_python(home, target.engine)
-        if python is None:
-            problem = _problem(candidate, target, folder / name)
-        else:
-            problem = _problem_elsewhere(python, candidate, target, folder / name)
-        if problem is not None:
-            yield EngineError(f"targets.{name}: {what} cannot be built: {problem}")
+    with tempfile.TemporaryDirectory(dir=workdir) as aside:
+        candidate = Path(aside) / "candidate"
+        try:
+            save(candidate)
+        except ModelError as error:
+            return [ModelError(f"{what}: {error}")]
+        except Exception as error:  # an exporter's own, of many kinds
+            return [ModelError(f"{what} cannot be exported to ONNX: {type(error).__name__}: {error}")]
+        problems: list[SlipstreamError] = []
+        for name, target in targets.items():
+            python = own_python(home, target.engine)
+            if python is None:
+                problem = _problem(candidate, target, Path(aside) / name)
+            else:
+                problem = _problem_elsewhere(python, candidate, target, Path(aside) / name)
+            if problem is not None:
+                problems.append(EngineError(f"targets.{name}: {what} cannot be built: {problem}"))
+        return problems
 
 
 def _problem(candidate: Path, target: Target, folder: Path) -> str | None:
