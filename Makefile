@@ -2,7 +2,7 @@
 SLIPSTREAM := .venv/bin/slipstream
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-BENCH := $(addprefix examples/,$(addsuffix .yaml,fashion fashion-keras sentiment scenes-detection scenes-segmentation onnx-model))
+BENCH := $(addprefix examples/,$(addsuffix .yaml,fashion fashion-compared fashion-keras onnx-model sentiment scenes-detection scenes-segmentation))
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-docker test-k8s lint images bench lock clean
 
