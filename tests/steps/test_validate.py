@@ -182,6 +182,8 @@ def test_an_engine_that_is_the_baseline_again_is_about_as_fast(case: Case, monke
     if found.speedup_reference is None:
         assert answers(output)["speedup"] == "inconclusive"
         assert found.noise.noisy and found.noise.others_cores is not None and found.noise.others_cores > 1
+    elif found.noise.noisy:  # other parts of the tests run beside this one, and its blocks are short
+        assert "rounds were quiet" in next(v.reason for v in output.verdicts if v.gate == "speedup")
     else:
         assert found.speedup_reference.estimate == pytest.approx(1, abs=0.4)
 
