@@ -67,6 +67,7 @@ def test_it_says_how_quiet_the_machine_was() -> None:
     only = subject("baseline@server", 0.4, "reference")
     assert "8 of 8 judged rounds were quiet. Machine: A CPU, 2 cores" in page.render([bench(only)])
     assert "3 of 8 judged rounds were quiet; in the others" in page.render([bench(only, clean=3)])
+    assert "not MLPerf results" in page.render([bench(only)])
     assert "so no ratios are given" in page.render([bench(only, clean=3, crowded=True)])
 
 

@@ -154,6 +154,8 @@ def test_a_lighter_engine_with_the_same_answers_passes(case: Case) -> None:
     assert found.drop_pp.low < found.drop_pp.estimate == 0 < found.drop_pp.high < 1
     assert found.speedup_reference is not None and found.speedup_reference.low > 1
     assert found.speedup_eager is not None and found.speedup_eager.estimate > 1
+    if found.noise.others_cores is None or found.noise.others_cores < 1:
+        assert found.speedup_eager.low > 1
     assert found.reference is not None and found.reference.p50_ms > found.latency.p50_ms
     assert found.latency.n >= 662 and found.latency.p99_ms is not None
     assert found.server is not None and found.server.rate_per_s == pytest.approx(found.latency.rate_per_s / 2)
@@ -175,15 +177,13 @@ def test_an_engine_that_confuses_two_classes_is_rejected_and_says_which_lost_mos
 
 
 def test_an_engine_that_is_the_baseline_again_is_about_as_fast(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate, "PLAN", SHORT)
+    monkeypatch.setattr(validate, "PLAN", Plan())  # the real one: short blocks say little beside other tests
     output = case.validate("same")
     found = evidence.evidence_of(output)
     assert answers(output)["accuracy"] == "pass"
     if found.speedup_reference is None:
         assert answers(output)["speedup"] == "inconclusive"
         assert found.noise.noisy and found.noise.others_cores is not None and found.noise.others_cores > 1
-    elif found.noise.noisy:  # other parts of the tests run beside this one, and its blocks are short
-        assert "rounds were quiet" in next(v.reason for v in output.verdicts if v.gate == "speedup")
     else:
         assert found.speedup_reference.estimate == pytest.approx(1, abs=0.4)
 
