@@ -83,14 +83,15 @@ class Home:
 
 
 @contextmanager
-def alone(path: Path, why: str) -> Iterator[None]:
+def alone(path: Path, why: str | None = None) -> Iterator[None]:
     """Hold the lock `path`, one process of this machine at a time; it goes with the process. `why` tells who waits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("%s on this machine; waiting for it", why)
+            if why is not None:
+                log.info("%s on this machine; waiting for it", why)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -1,14 +1,12 @@
 """`slipstream up` and `down`: the embedded platform as a whole."""
 
-import fcntl
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from slipstream.errors import InputError, Unavailable
-from slipstream.home import Home
+from slipstream.home import Home, alone
 from slipstream.platform import addresses, airflow, health, object_store, postgresql, processes, supervisor
 from slipstream.platform.addresses import Addresses, Profile, Secrets, port_of
 from slipstream.platform.health import ServiceStatus
@@ -202,6 +200,5 @@ def _why(home: Home, service: ServiceStatus) -> str:
 def _locked(home: Home) -> Iterator[None]:
     """One `up` or `down` at a time; a second one waits."""
     home.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with Path(home.root / "platform.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(home.root / "platform.lock"):
         yield

@@ -6,7 +6,6 @@ never touches another: supervisord's own comparison of files and running groups 
 named group is acted upon.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,13 +18,13 @@ import sys
 import time
 import xmlrpc.client
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slipstream.errors import Unavailable
-from slipstream.home import Home, write_atomically
+from slipstream.home import Home, alone, write_atomically
 
 MARK = "SLIPSTREAM_SUPERVISED"
 """Set to the home in everything that supervisord starts; how orphans are found. Not SLIPSTREAM_HOME: a user's shell
@@ -372,13 +371,9 @@ def _private_folder(path: Path) -> None:
     path.chmod(0o700)
 
 
-@contextmanager
-def _locked(home: Home) -> Iterator[None]:
+def _locked(home: Home) -> AbstractContextManager[None]:
     """One change at a time: supervisord holds one list of read but not yet applied groups for everybody."""
-    _folder(home).mkdir(parents=True, exist_ok=True)
-    with (_folder(home) / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return alone(_folder(home) / "lock")
 
 
 @contextmanager

@@ -4,13 +4,12 @@ What survives a restart lies in files: each release's folder with its engine and
 routes. Envoy's admin interface says what is really loaded; every change waits until it says so.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from slipstream import digests
 from slipstream.contract import Document
 from slipstream.engines.base import server_environment
 from slipstream.errors import RegistryError, Unavailable
-from slipstream.home import Home, write_atomically
+from slipstream.home import Home, alone, write_atomically
 from slipstream.platform import addresses, supervisor
 from slipstream.platform.addresses import is_free
 from slipstream.traffic import envoy_config
@@ -235,13 +234,9 @@ class EnvoyController:
 
     # Envoy
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> AbstractContextManager[None]:
         """One writer at a time over all models: the files are read, changed and written as a whole."""
-        self._home.envoy.mkdir(parents=True, exist_ok=True)
-        with (self._home.envoy / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return alone(self._home.envoy / "lock")
 
     def _get(self, path: str, **query: str) -> Any:
         try:
