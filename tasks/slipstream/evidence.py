@@ -71,8 +71,8 @@ class EngineEvidence(Document):
     size_bytes: int
     size_gzip_bytes: int | None = None
     """What a download of the engine takes, compressed."""
-    memory_mib: float | None = None
-    """What loading the engine and a first request added to the resident memory of a process."""
+    peak_memory_mib: float | None = None
+    """The most that loading the engine and its first requests added to the resident memory of a process."""
     arena_bytes: int | None = None
     """LiteRT's working memory beside the weights; None for engines that do not tell."""
     noise: Noise

@@ -30,7 +30,7 @@ def bench(*subjects: Subject, crowded: bool = False, clean: int = 8) -> Bench:
 FULL = {
     "drop_pp": Interval(estimate=0.4, low=0.1, high=0.7),
     "size_bytes": 94_000,
-    "memory_mib": 31.4,
+    "peak_memory_mib": 31.4,
     "speedup_eager": Interval(estimate=14.7, low=14.5, high=16.0),
     "speedup_reference": Interval(estimate=1.47, low=1.4, high=1.61),
 }

@@ -57,7 +57,7 @@ def evidence(cell: str, seed: int) -> EngineEvidence:
         else Interval(estimate=reference / p50, low=0.97 * reference / p50, high=1.03 * reference / p50),
         size_bytes=size,
         size_gzip_bytes=size // 2,
-        memory_mib=160,
+        peak_memory_mib=160,
         arena_bytes=120_000,
         noise=Noise(clean_rounds=9, rounds=10, others_cores=0.08),
         hardware="A made-up CPU, 2 cores",

@@ -159,7 +159,7 @@ def test_a_lighter_engine_with_the_same_answers_passes(case: Case) -> None:
     assert found.reference is not None and found.reference.p50_ms > found.latency.p50_ms
     assert found.latency.n >= 662 and found.latency.p99_ms is not None
     assert found.server is not None and found.server.rate_per_s == pytest.approx(found.latency.rate_per_s / 2)
-    assert found.memory_mib is not None and found.memory_mib >= 0
+    assert found.peak_memory_mib is not None and found.peak_memory_mib > 0
     run = MlflowClient().get_run(output.run_id)
     assert run.data.metrics["top1"] == pytest.approx(found.engine_quality)
     assert run.data.metrics["speedup_reference"] > 1

@@ -13,8 +13,8 @@ class Subject(Document):
     """The spec's metric, in percent, as stage 1 found it; None where stage 1 has no evidence of the subject."""
     drop_pp: Interval | None = None
     size_bytes: int | None = None
-    memory_mib: float | None = None
-    """What loading and running the engine added to the peak memory of a process of its own."""
+    peak_memory_mib: float | None = None
+    """As stage 1 measured it: `EngineEvidence.peak_memory_mib`."""
     speedup_eager: Interval | None = None
     speedup_reference: Interval | None = None
     """Against the baseline's FP32 engine on the same target."""

@@ -90,7 +90,7 @@ def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan 
             quality=evidence.engine_quality if evidence else None,
             drop_pp=evidence.drop_pp if evidence else None,
             size_bytes=evidence.size_bytes if evidence else None,
-            memory_mib=evidence.memory_mib if evidence else None,
+            peak_memory_mib=evidence.peak_memory_mib if evidence else None,
             speedup_eager=ratio(name, eager),
             speedup_reference=ratio(name, f"{BASELINE}@{cell_of(name).target}"),
             status=row.status,

@@ -8,7 +8,16 @@ from slipstream.flow import cell_of
 from slipstream.report import wording
 from slipstream.spec import BASELINE
 
-FIGURES = ("quality %", "drop (upper bound)", "p50 ms", "× eager", "× its own FP32", "size", "memory MiB", "stage 1")
+FIGURES = (
+    "quality %",
+    "drop (upper bound)",
+    "p50 ms",
+    "× eager",
+    "× its own FP32",
+    "size",
+    "peak MiB",
+    "stage 1",
+)
 OVERVIEW = ("model", "metric", "engine", "recipe", *FIGURES)
 ENGINES = ("engine", *FIGURES[:3], "p99 ms", "requests/s", *FIGURES[3:])
 
@@ -25,8 +34,9 @@ def render(benches: Iterable[Bench]) -> str:
         "built for the same engine; the ratios of a model come from one interleaved run of all its engines.\n\n"
         f"{_table(OVERVIEW, overview)}\n\n"
         "Batch 1, one request after the other. Bounds of ratios are two, each one-sided at the spec's confidence. "
-        "Memory is what loading the engine and a first request added to a process. Issued and timed by LoadGen in "
-        f"short blocks: these are not MLPerf results. Made by `make bench`.\n\n{sections}"
+        "`peak MiB`: the most that loading the engine and its first requests added to the resident memory of a "
+        "process. Issued and timed by LoadGen in short blocks: these are not MLPerf results. Made by `make bench`.\n\n"
+        f"{sections}"
     )
 
 
@@ -73,7 +83,7 @@ def _figures(subject: Subject) -> tuple[str, ...]:
         _times(subject.speedup_eager),
         _times(subject.speedup_reference),
         wording.size(subject.size_bytes),
-        wording.DASH if subject.memory_mib is None else f"{subject.memory_mib:.0f}",
+        wording.DASH if subject.peak_memory_mib is None else f"{subject.peak_memory_mib:.0f}",
         subject.status or wording.DASH,
     )
 

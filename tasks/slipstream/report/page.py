@@ -134,7 +134,8 @@ def _engines(report: Report) -> str:
         f"<th>p50<small>ms</small></th><th>p99<small>ms</small></th>"
         f"<th>against eager<small>{confidence} bounds</small></th>"
         f"<th>against FP32<small>{confidence} bounds</small></th>"
-        "<th>rate<small>per s</small></th><th>size<small>gzipped</small></th><th>memory<small>MiB</small></th></tr>"
+        "<th>rate<small>per s</small></th><th>size<small>gzipped</small></th>"
+        "<th>memory<small>peak, MiB</small></th></tr>"
     )
     body = "".join(_engine(report, row, span) for row in report.rows)
     return (
@@ -170,7 +171,7 @@ def _figures(e: EngineEvidence, allowed: float, span: tuple[float, float]) -> st
         cells.append(told)
     gzipped = f"<small>{wording.size(e.size_gzip_bytes)}</small>" if e.size_gzip_bytes is not None else ""
     arena = f"<small>arena {wording.size(e.arena_bytes)}</small>" if e.arena_bytes is not None else ""
-    memory = wording.DASH if e.memory_mib is None else f"{e.memory_mib:.0f}"
+    memory = wording.DASH if e.peak_memory_mib is None else f"{e.peak_memory_mib:.0f}"
     cells += [wording.rate(e.latency.rate_per_s), wording.size(e.size_bytes) + gzipped, memory + arena]
     drawn = f'<td class="drawn">{_interval(e, allowed, span)}</td>'
     return "".join(f"<td>{cell}</td>" for cell in cells[:2]) + drawn + "".join(f"<td>{cell}</td>" for cell in cells[2:])

@@ -22,7 +22,7 @@ from slipstream.evidence import EngineEvidence, Interval, Latency
 from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import load_eager, toolchain
 from slipstream.home import alone
-from slipstream.measure import gates, latency, profiles
+from slipstream.measure import gates, latency, memory, profiles
 from slipstream.measure.latency import Comparison, Plan
 from slipstream.measure.loadgen import Issue
 from slipstream.measure.metrics import base as metrics
@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 PLAN = Plan()
 ENGINE, REFERENCE, EAGER = "engine", "reference", "eager"
 """Subjects of the interleaved run; the baseline's own cell has no reference beside itself."""
+
+REQUESTS = 32
+"""Requests, of one sample each, that count for the peak of memory: samples may differ in size."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -66,11 +69,11 @@ def run(context: Context) -> StepOutput:
     ):
         _profile(context, data.test)
         progress = _Progress(context.run, 2 * metrics.batches(len(data.test)) + _plan(context).rounds)
-        engine, memory_mib = _load_measured(context.fetch(_built(context, context.cell)), data.test)
+        engine, peak_memory_mib = _load_measured(context.fetch(_built(context, context.cell)), data.test)
         scores = _scores(context, engine, progress)
         timing, server = _timing(context, engine, progress)
     judgement = _Judgement(context.spec, context.cell, scores, timing, scores.drop(context.spec))
-    sizes = _Sizes.of(context, memory_mib)
+    sizes = _Sizes.of(context, peak_memory_mib)
     evidence = judgement.evidence(data, server=server, sizes=sizes)
     verdicts, notes = gates.settle(judgement.verdicts(), noisy=evidence.noise.noisy, ratio="speedup")
     for note in notes:
@@ -257,7 +260,7 @@ class _Judgement:
             speedup_reference=self._speedup(REFERENCE) if self.cell.recipe != BASELINE and not self.crowded else None,
             size_bytes=sizes.engine,
             size_gzip_bytes=sizes.gzipped,
-            memory_mib=sizes.memory_mib,
+            peak_memory_mib=sizes.peak_memory_mib,
             arena_bytes=sizes.arena,
             noise=self.timing.noise,
             hardware=hardware.sentence(),
@@ -297,7 +300,7 @@ def _metrics(evidence: EngineEvidence) -> dict[str, float]:
         "speedup_eager": evidence.speedup_eager.estimate if evidence.speedup_eager else None,
         "speedup_reference": evidence.speedup_reference.estimate if evidence.speedup_reference else None,
         "size_bytes": float(evidence.size_bytes),
-        "memory_mib": evidence.memory_mib,
+        "peak_memory_mib": evidence.peak_memory_mib,
         "clean_rounds": float(evidence.noise.clean_rounds),
     }
     return {name: value for name, value in figures.items() if value is not None}
@@ -305,44 +308,39 @@ def _metrics(evidence: EngineEvidence) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of the engine's files, plain and compressed, and of LiteRT's arena; resident memory in MiB."""
+    """Bytes of the engine's files, plain and compressed, and of LiteRT's arena; most memory held, in MiB."""
 
     engine: int
     gzipped: int | None
     arena: int | None
-    memory_mib: float | None
+    peak_memory_mib: float | None
 
     @classmethod
-    def of(cls, context: Context, memory_mib: float | None) -> "_Sizes":
+    def of(cls, context: Context, peak_memory_mib: float | None) -> "_Sizes":
         built = _built(context, context.cell)
         gzipped, arena = (built.metrics.get(name) for name in ("size_gzip_bytes", "arena_bytes"))
         return cls(
             engine=digests.folder_size(context.fetch(built)),
             gzipped=None if gzipped is None else int(gzipped),
             arena=None if arena is None else int(arena),
-            memory_mib=memory_mib,
+            peak_memory_mib=peak_memory_mib,
         )
 
 
 def _load_measured(folder: Path, test: Split) -> tuple[Runner, float | None]:
-    """The engine, and the resident memory (MiB) that loading it and a first request added to this process.
+    """The engine, and the memory (MiB) that loading it and its first requests needed at their peak.
 
     Loaded before anything else that computes, so that its runtime's libraries count as well, as in a server.
     """
-    before = _resident_mib()
-    engine = load_engine(folder)
-    engine.run(test.inputs[:1])
-    after = _resident_mib()
-    return engine, None if before is None or after is None else max(after - before, 0.0)
 
+    def load() -> Runner:
+        engine = load_engine(folder)
+        request = single(engine, test)
+        for index in range(min(REQUESTS, len(test))):
+            request(index)
+        return engine
 
-def _resident_mib() -> float | None:
-    """VmRSS of this process, where /proc tells."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return memory.peak_added(load)
 
 
 def _baseline(context: Context) -> StepOutput:

@@ -1,0 +1,45 @@
+"""How much memory a piece of work needs at its peak."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PROC = Path("/proc/self")
+_RESET_PEAK = "5"
+"""Written to clear_refs, it sets VmHWM back to the resident memory of now (proc_pid_clear_refs(5))."""
+
+
+def peak_added(work: Callable[[], T], proc: Path = _PROC) -> tuple[T, float | None]:
+    """What `work` returns, and by how many MiB this process's resident memory rose at most while it ran.
+
+    Memory that `work` gives back counts, which a look at the end would miss. What the process held before, and the
+    peaks it had before, do not count. None where the kernel does not tell: only Linux does.
+    """
+    before = _resident_mib(proc, "VmRSS") if _reset_peak(proc) else None
+    result = work()
+    peak = _resident_mib(proc, "VmHWM")
+    return result, None if before is None or peak is None else max(peak - before, 0.0)
+
+
+def _reset_peak(proc: Path) -> bool:
+    try:
+        (proc / "clear_refs").write_text(_RESET_PEAK)
+    except OSError as error:
+        log.info("no peak of memory is measured: %s", error)
+        return False
+    return True
+
+
+def _resident_mib(proc: Path, name: str) -> float | None:
+    """One of the sizes (KiB) of /proc/self/status."""
+    try:
+        lines = (proc / "status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(found[0]) / 1024 if found else None

@@ -1,0 +1,44 @@
+"""The peak of resident memory, measured on work that holds a known amount."""
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slipstream.measure.memory import peak_added
+
+MIB = 2**20
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the peak")
+
+
+def hold(mib: int) -> np.ndarray:
+    """(mib * 2**20,) bytes, each page of them touched."""
+    return np.ones(mib * MIB, dtype=np.uint8)
+
+
+def test_memory_that_was_given_back_counts() -> None:
+    result, peak = peak_added(lambda: int(hold(200)[0]))
+    assert result == 1
+    assert peak is not None and 195 < peak < 260
+
+
+def test_an_earlier_peak_does_not_count() -> None:
+    hold(300)
+    _, peak = peak_added(lambda: hold(20)[0])
+    assert peak is not None and 15 < peak < 100
+
+
+def test_what_was_held_before_does_not_count() -> None:
+    held = hold(150)
+    _, peak = peak_added(lambda: hold(20)[0])
+    assert held[-1] == 1 and peak is not None and 15 < peak < 100
+
+
+def test_nothing_is_said_where_the_kernel_does_not_tell(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert peak_added(lambda: "answer", proc=tmp_path / "none") == ("answer", None)
+    assert "no peak of memory is measured" in caplog.text
+    (tmp_path / "status").write_text("Name:\tpython\n")
+    assert peak_added(lambda: "answer", proc=tmp_path) == ("answer", None)
