@@ -77,6 +77,12 @@ def test_only_what_runs_now_is_under_way() -> None:
     assert now[0].note.total == 5
 
 
+def test_a_mapped_task_is_under_way_from_when_it_has_a_name() -> None:
+    assert under_way([task("prune", "running", "0", 0)], {}) == []
+    sibling = task("distill", "success", "p", 0)
+    assert [u.name for u in under_way([sibling, task("prune", "running", "0", 0)], {})] == ["p"]
+
+
 @pytest.mark.parametrize(
     ("state", "codes", "expected"),
     [

@@ -8,16 +8,7 @@ from slipstream.flow import cell_of
 from slipstream.report import wording
 from slipstream.spec import BASELINE
 
-FIGURES = (
-    "quality %",
-    "drop (upper bound)",
-    "p50 ms",
-    "× eager",
-    "× its own FP32",
-    "size",
-    "peak MiB",
-    "stage 1",
-)
+FIGURES = ("quality %", "drop (upper bound)", "p50 ms", "× eager", "× its own FP32", "size", "peak MiB", "stage 1")
 OVERVIEW = ("model", "metric", "engine", "recipe", *FIGURES)
 ENGINES = ("engine", *FIGURES[:3], "p99 ms", "requests/s", *FIGURES[3:])
 

@@ -15,6 +15,7 @@ from slipstream.watch.notes import Key, Note
 Kind = Literal["stage", "done", "failed", "skipped", "retry", "pass", "fail", "inconclusive", "detail"]
 OVER = ("success", "failed", "upstream_failed", "skipped", "removed")
 UNDER_WAY = ("running", "awaiting_input", "deferred")
+UNNAMED = "#"
 VERDICTS: dict[Answer, Kind] = {"pass": "pass", "fail": "fail", "inconclusive": "inconclusive"}
 
 
@@ -72,7 +73,10 @@ class Journal:
 
 
 def under_way(tasks: Sequence[TaskInstance], notes: Mapping[Key, Note]) -> list[UnderWay]:
-    """The tasks that run or wait for a person now, in the order of the flow."""
+    """The tasks that run or wait for a person now, in the order of the flow.
+
+    Mapped ones from when they have their names, which Airflow renders seconds after it starts them.
+    """
     names = _names(tasks)
     return [
         UnderWay(
@@ -83,7 +87,7 @@ def under_way(tasks: Sequence[TaskInstance], notes: Mapping[Key, Note]) -> list[
             waits_for_answer=t.state == "awaiting_input",
         )
         for t in sorted(tasks, key=_place)
-        if t.state in UNDER_WAY
+        if t.state in UNDER_WAY and not names.get((t.task, t.index), "").startswith(UNNAMED)
     ]
 
 
@@ -132,7 +136,7 @@ def _names(tasks: Iterable[TaskInstance]) -> dict[tuple[str, int], str]:
     found = {(t.task, t.index): t.name for t in mapped if t.name and not t.name.isdigit()}
     for task in mapped:
         siblings = (found.get((s, task.index)) for s in families.get(task.task, ()))
-        found.setdefault((task.task, task.index), next((s for s in siblings if s), f"#{task.index}"))
+        found.setdefault((task.task, task.index), next((s for s in siblings if s), f"{UNNAMED}{task.index}"))
     return {k: v for k, v in found.items() if v}
 
 
