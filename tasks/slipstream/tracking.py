@@ -26,11 +26,12 @@ from mlflow.entities import (
     Run,
     RunTag,
 )
+from mlflow.exceptions import MlflowException
 
 from slipstream import digests, hardware
 from slipstream.contract import Artifact, Cell, StepOutput
 from slipstream.data import Data
-from slipstream.errors import EXIT_RETRY, ModelError
+from slipstream.errors import EXIT_RETRY, InputError, ModelError
 from slipstream.spec import Spec, dump
 from slipstream.storage import cache
 
@@ -163,12 +164,24 @@ class StepRun:
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
 
 
+def connected() -> MlflowClient:
+    """A client of the MLflow server that MLFLOW_TRACKING_URI names. Raises InputError when that names no server."""
+    try:
+        return MlflowClient()
+    except MlflowException:
+        scheme = mlflow.get_tracking_uri().partition(":")[0]  # the rest may hold a password
+        raise InputError(
+            f"MLFLOW_TRACKING_URI: set it to the address of an MLflow server, such as http://127.0.0.1:5000, not to "
+            f"{scheme}:…; `slipstream status` shows the embedded one's"
+        ) from None
+
+
 class Tracking:
     """The runs of one spec, in the experiment of its model."""
 
     def __init__(self, spec: Spec, client: MlflowClient | None = None) -> None:
         self.spec = spec
-        self.client = client or MlflowClient()
+        self.client = client or connected()
         self._experiment_id: str | None = None
 
     @property

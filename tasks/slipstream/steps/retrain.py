@@ -25,6 +25,7 @@ from slipstream.home import Home
 from slipstream.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Registry, translated
 from slipstream.spec import Model, Spec
 from slipstream.steps.base import Context, workers
+from slipstream.tracking import connected
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ FILE_SHA256 = "slipstream.file_sha256"
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
     """What decides the result: the user's code and the seed, or the version to start from."""
-    version = version_to_load(spec, inputs, MlflowClient())
+    version = version_to_load(spec, inputs, connected())
     return {
         "architecture": user_code_digest(spec.model.architecture),
         "train": user_code_digest(spec.model.train) if version is None else None,
