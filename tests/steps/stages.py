@@ -51,8 +51,12 @@ def make_spec(folder: Path, model: str, **changes: Any) -> Spec:
     return specs.parse(json.dumps(document), "test")
 
 
-def evidence(p50_ms: float = 1.0, size: int = 1000, quality: float = 90.0) -> EngineEvidence:
-    latency = Latency(scenario="SingleStream", n=1000, p50_ms=p50_ms, p99_ms=2 * p50_ms, rate_per_s=1000 / p50_ms)
+def evidence(p50_ms: float = 1.0, size: int = 1000, quality: float = 90.0, eager_ms: float = 5.0) -> EngineEvidence:
+    latency, eager = (
+        Latency(scenario="SingleStream", n=1000, p50_ms=ms, p99_ms=2 * ms, rate_per_s=1000 / ms)
+        for ms in (p50_ms, eager_ms)
+    )
+    ratio = eager_ms / p50_ms
     return EngineEvidence(
         metric="top1",
         samples=1000,
@@ -62,6 +66,8 @@ def evidence(p50_ms: float = 1.0, size: int = 1000, quality: float = 90.0) -> En
         worst_class="0",
         worst_class_drop_pp=1.0,
         latency=latency,
+        eager=eager,
+        speedup_eager=Interval(estimate=ratio, low=0.9 * ratio, high=1.1 * ratio),
         size_bytes=size,
         noise=Noise(clean_rounds=5, rounds=5, others_cores=0.0),
         hardware="made up",

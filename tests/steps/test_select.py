@@ -106,6 +106,16 @@ def test_the_objective_says_which_is_best(world_maker: WorldMaker, prefer: str, 
     assert best.cell == f"{winner}@server"
 
 
+@pytest.mark.parametrize("prefer", ["latency", "throughput"])
+def test_what_a_slower_moment_of_the_machine_adds_does_not_count(world_maker: WorldMaker, prefer: str) -> None:
+    """Measured while everything took twice as long, the faster engine has the greater latency, not the smaller gain."""
+    slow_moment = validated("int8", p50_ms=2.4, eager_ms=10.0)
+    upstream = (validated("baseline", p50_ms=3.0), slow_moment, validated("small", p50_ms=2.0, eager_ms=5.0))
+    world = world_maker()
+    best = select.best(select.table(world.spec, world.context("select", upstream).inputs), prefer)
+    assert best is not None and best.cell == "int8@server"
+
+
 def test_the_engine_that_serves_already_is_not_registered_again(world: World, upstream: Callable[..., tuple]) -> None:
     champion = world.version("int8")
     world.registry.set_alias("champion", champion)

@@ -119,7 +119,8 @@ class Objective(Section):
     latency_p99_ms: Annotated[float, Field(gt=0)] | None = None
     """Upper limit for the 99th percentile of the latency at batch 1, in milliseconds."""
     prefer: Literal["latency", "throughput", "size", "accuracy"] = "latency"
-    """Which of the passing engines becomes the release."""
+    """Which of the passing engines becomes the release. Latency and throughput are compared as ratios to the eager
+    baseline in the same rounds, not in milliseconds of different runs."""
 
 
 def _require_rate(optimizer: Optimizer, given: Collection[str]) -> None:

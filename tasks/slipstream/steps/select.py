@@ -6,6 +6,7 @@ the challenger will be compared with, or None), `already_champion`, `missing` (c
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +20,26 @@ from slipstream.registry import CHALLENGER, SHA256, Registry
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
 
+
+def _latency(evidence: EngineEvidence) -> float:
+    """Of a request, in parts of what the eager baseline took in the same rounds.
+
+    Each cell is measured in a run of its own, perhaps on another day, so that milliseconds of two cells tell as much
+    of the machine's state as of the engines. Infinite where others took the cores, as then nothing passes.
+    """
+    return 1 / evidence.speedup_eager.estimate if evidence.speedup_eager else math.inf
+
+
+def _rate(evidence: EngineEvidence) -> float:
+    """Requests per second, in multiples of the eager baseline's in the same rounds."""
+    return evidence.latency.rate_per_s / evidence.eager.rate_per_s if evidence.eager else 0.0
+
+
 PREFERENCES: dict[str, Callable[[EngineEvidence], tuple[float, ...]]] = {
-    "latency": lambda e: (e.latency.p50_ms, e.latency.p99_ms or float("inf"), e.size_bytes),
-    "throughput": lambda e: (-e.latency.rate_per_s, e.latency.p50_ms),
-    "size": lambda e: (e.size_bytes, e.latency.p50_ms),
-    "accuracy": lambda e: (-e.engine_quality, e.latency.p50_ms),
+    "latency": lambda e: (_latency(e), e.size_bytes),
+    "throughput": lambda e: (-_rate(e), _latency(e)),
+    "size": lambda e: (e.size_bytes, _latency(e)),
+    "accuracy": lambda e: (-e.engine_quality, _latency(e)),
 }
 """`objective.prefer` → sort key; the smallest wins, the second figure breaks ties."""
 
