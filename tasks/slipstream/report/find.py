@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow import MlflowClient
@@ -14,18 +15,36 @@ from slipstream import tracking
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home, write_atomically
 from slipstream.platform import addresses
+from slipstream.registry import OUTAGE_CODES
 from slipstream.report.document import REPORT, REQUEST, Report
 
 
 def connect(home: Home) -> MlflowClient:
-    """A client of the server that MLFLOW_TRACKING_URI names, or else of the embedded platform's."""
+    """A client of the server that MLFLOW_TRACKING_URI names, or else of the embedded platform's.
+
+    A person waits for the answer: MLflow's own seven retries would take minutes to say that nobody is there.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         mlflow.set_tracking_uri(addresses.load(home).mlflow)
-    return MlflowClient()
+    return tracking.connected()
 
 
 def pipeline_run(client: MlflowClient, reference: str) -> Run:
-    """The parent run that `reference` names. Raises InputError when there is none, or more than one."""
+    """The parent run that `reference` names.
+
+    Raises InputError when there is none, or more than one; Unavailable when MLflow does not answer.
+    """
+    try:
+        return _pipeline_run(client, reference)
+    except MlflowException as error:
+        where = urlsplit(mlflow.get_tracking_uri()).netloc.rpartition("@")[2]  # not with a password before it
+        raise Unavailable(
+            f"MLflow does not answer as it should at {where}; `slipstream up` starts the embedded one"
+        ) from error
+
+
+def _pipeline_run(client: MlflowClient, reference: str) -> Run:
     if "'" in reference:
         raise InputError(f"{reference!r} is neither a run key, nor an MLflow run id, nor the name of a spec")
     if re.fullmatch(r"[0-9a-f]{32}", reference):
@@ -46,6 +65,8 @@ def _by_id(client: MlflowClient, run_id: str) -> Run:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
+        if error.error_code in OUTAGE_CODES:
+            raise
         raise InputError(f"{run_id}: MLflow has no such run") from error
     parent = run.data.tags.get("mlflow.parentRunId")
     return client.get_run(parent) if parent else run
