@@ -72,7 +72,7 @@ class EngineEvidence(Document):
     size_gzip_bytes: int | None = None
     """What a download of the engine takes, compressed."""
     peak_memory_mib: float | None = None
-    """The most that loading the engine and its first requests added to the resident memory of a process."""
+    """The most that loading the engine and its first requests add to the resident memory of a process of their own."""
     arena_bytes: int | None = None
     """LiteRT's working memory beside the weights; None for engines that do not tell."""
     noise: Noise

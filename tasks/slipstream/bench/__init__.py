@@ -14,7 +14,7 @@ class Subject(Document):
     drop_pp: Interval | None = None
     size_bytes: int | None = None
     peak_memory_mib: float | None = None
-    """As stage 1 measured it: `EngineEvidence.peak_memory_mib`."""
+    """The most that loading the engine and its first requests add to the resident memory of a process of their own."""
     speedup_eager: Interval | None = None
     speedup_reference: Interval | None = None
     """Against the baseline's FP32 engine on the same target."""

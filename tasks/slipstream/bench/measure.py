@@ -18,6 +18,7 @@ from slipstream import spec as specs
 from slipstream.bench import Bench, Subject
 from slipstream.contract import StepOutput
 from slipstream.engines.base import engine_for, load_engine
+from slipstream.engines.peak import peak_memory_mib
 from slipstream.errors import InputError, SlipstreamError
 from slipstream.evidence import Interval, row_of
 from slipstream.flow import cell_of, cells
@@ -59,7 +60,9 @@ def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan 
     test = data.load(spec).test
     threads = max(target.threads for target in spec.targets.values())
     eager = f"{spec.model.framework} eager FP32"
-    models = {key: load_engine(_folder(found["build", key])) for key in keys}
+    folders = {key: _folder(found["build", key]) for key in keys}
+    memory = {key: peak_memory_mib(folder, test.inputs) for key, folder in folders.items()}
+    models = {key: load_engine(folder) for key, folder in folders.items()}
     subjects = {key: single(model, test) for key, model in models.items()}
     subjects[eager] = single(load_eager(_folder(found["retrain", None]), threads=threads), test)
     comparison = latency.compare(
@@ -90,7 +93,7 @@ def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan 
             quality=evidence.engine_quality if evidence else None,
             drop_pp=evidence.drop_pp if evidence else None,
             size_bytes=evidence.size_bytes if evidence else None,
-            peak_memory_mib=evidence.peak_memory_mib if evidence else None,
+            peak_memory_mib=memory[name],
             speedup_eager=ratio(name, eager),
             speedup_reference=ratio(name, f"{BASELINE}@{cell_of(name).target}"),
             status=row.status,

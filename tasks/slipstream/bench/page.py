@@ -25,9 +25,9 @@ def render(benches: Iterable[Bench]) -> str:
         "built for the same engine; the ratios of a model come from one interleaved run of all its engines.\n\n"
         f"{_table(OVERVIEW, overview)}\n\n"
         "Batch 1, one request after the other. Bounds of ratios are two, each one-sided at the spec's confidence. "
-        "`peak MiB`: the most that loading the engine and its first requests added to the resident memory of a "
-        "process. Issued and timed by LoadGen in short blocks: these are not MLPerf results. Made by `make bench`.\n\n"
-        f"{sections}"
+        "`peak MiB`: the most that loading the engine and its first requests add to the resident memory of a "
+        "process of their own. Issued and timed by LoadGen in short blocks: these are not MLPerf results. Made by "
+        f"`make bench`.\n\n{sections}"
     )
 
 

@@ -8,7 +8,6 @@ raises for them: a rejected engine is a normal result, and `select` decides.
 import logging
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,13 @@ from slipstream import digests, gpu, hardware
 from slipstream.contract import Cell, StepInput, StepOutput, Verdict, digest
 from slipstream.data import Data, Split
 from slipstream.engines.base import Runner, engine_for, gpu_of, load_engine, why_not_loadable
+from slipstream.engines.peak import peak_memory_mib
 from slipstream.errors import DataError, ModelError
 from slipstream.evidence import EngineEvidence, Interval, Latency
 from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import load_eager, toolchain
 from slipstream.home import alone
-from slipstream.measure import gates, latency, memory, profiles
+from slipstream.measure import gates, latency, profiles
 from slipstream.measure.latency import Comparison, Plan
 from slipstream.measure.loadgen import Issue
 from slipstream.measure.metrics import base as metrics
@@ -37,9 +37,6 @@ log = logging.getLogger(__name__)
 PLAN = Plan()
 ENGINE, REFERENCE, EAGER = "engine", "reference", "eager"
 """Subjects of the interleaved run; the baseline's own cell has no reference beside itself."""
-
-REQUESTS = 32
-"""Requests, of one sample each, that count for the peak of memory: samples may differ in size."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -69,11 +66,13 @@ def run(context: Context) -> StepOutput:
     ):
         _profile(context, data.test)
         progress = _Progress(context.run, 2 * metrics.batches(len(data.test)) + _plan(context).rounds)
-        engine, peak_memory_mib = _load_measured(context.fetch(_built(context, context.cell)), data.test)
+        folder = context.fetch(_built(context, context.cell))
+        engine = load_engine(folder)
+        memory_mib = peak_memory_mib(folder, data.test.inputs)
         scores = _scores(context, engine, progress)
         timing, server = _timing(context, engine, progress)
     judgement = _Judgement(context.spec, context.cell, scores, timing, scores.drop(context.spec))
-    sizes = _Sizes.of(context, peak_memory_mib)
+    sizes = _Sizes.of(context, memory_mib)
     evidence = judgement.evidence(data, server=server, sizes=sizes)
     verdicts, notes = gates.settle(judgement.verdicts(), noisy=evidence.noise.noisy, ratio="speedup")
     for note in notes:
@@ -325,22 +324,6 @@ class _Sizes:
             arena=None if arena is None else int(arena),
             peak_memory_mib=peak_memory_mib,
         )
-
-
-def _load_measured(folder: Path, test: Split) -> tuple[Runner, float | None]:
-    """The engine, and the memory (MiB) that loading it and its first requests needed at their peak.
-
-    Loaded before anything else that computes, so that its runtime's libraries count as well, as in a server.
-    """
-
-    def load() -> Runner:
-        engine = load_engine(folder)
-        request = single(engine, test)
-        for index in range(min(REQUESTS, len(test))):
-            request(index)
-        return engine
-
-    return memory.peak_added(load)
 
 
 def _baseline(context: Context) -> StepOutput:
