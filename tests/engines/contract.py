@@ -10,6 +10,7 @@ from tests.engines.images import CLASSES, SHAPE, samples
 
 from slipstream import digests
 from slipstream.engines.base import MANIFEST, build_engine, engine_for, load_engine, read_manifest
+from slipstream.engines.peak import peak_memory_mib
 from slipstream.errors import DataError, EngineError
 from slipstream.frameworks.base import ONNX
 from slipstream.spec import Target
@@ -48,6 +49,10 @@ class EngineContract:
         assert y.shape == (batch, CLASSES)
         assert y.dtype == np.float32
         np.testing.assert_allclose(y, reference(fp32 / ONNX, x), rtol=1e-4, atol=1e-4)
+
+    def test_its_peak_of_memory_is_that_of_a_process_of_its_own(self, engine: Path) -> None:
+        peak = peak_memory_mib(engine, samples(3))
+        assert peak is None or 1 < peak < 2048
 
     def test_one_runner_takes_any_batch_size_in_any_order(self, engine: Path, fp32: Path) -> None:
         runner = load_engine(engine)

@@ -1,9 +1,11 @@
 import onnx
 import pytest
 from tests.engines.contract import EngineContract, fp32, int8  # noqa: F401 (fixtures)
+from tests.engines.images import samples
 
 from slipstream.engines.base import build_engine
 from slipstream.engines.onnxruntime import ENGINE, OPTIMISED
+from slipstream.engines.peak import peak_memory_mib
 from slipstream.errors import EngineError
 from slipstream.spec import Target
 
@@ -22,6 +24,14 @@ def test_int8_is_fused_into_integer_operators(int8, target, tmp_path):  # noqa: 
     operators = [n.op_type for n in onnx.load(tmp_path / "engine" / OPTIMISED).graph.node]
     assert operators.count("QLinearConv") == 2
     assert "Conv" not in operators
+
+
+def test_an_engine_that_does_not_load_has_no_peak_but_a_reason(fp32, target, tmp_path):  # noqa: F811
+    build_engine(fp32, target, tmp_path / "engine")
+    (tmp_path / "engine" / OPTIMISED).write_bytes(b"not a model")
+    with pytest.raises(EngineError, match=r"cannot be run: .*model\.onnx") as raised:
+        peak_memory_mib(tmp_path / "engine", samples(1))
+    assert "Traceback" not in str(raised.value)
 
 
 def test_bf16_is_refused():

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.engines.base import load_engine
-from slipstream.errors import EngineError
+from slipstream.errors import EngineError, SlipstreamError
 from slipstream.measure.memory import peak_added
 
 REQUESTS = 32
@@ -33,7 +33,7 @@ def peak_memory_mib(folder: Path, inputs: NDArray[Any]) -> float | None:
         command = [sys.executable, "-m", "slipstream.engines.peak", str(folder), str(samples)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise EngineError(f"{folder}: the process that loads it ended with {done.returncode}: {done.stderr[-500:]}")
+        raise EngineError(f"{folder}: cannot be run: {done.stderr.strip()[-1000:] or f'exit code {done.returncode}'}")
     peak: float | None = json.loads(done.stdout.splitlines()[-1])
     return peak
 
@@ -51,4 +51,7 @@ def main(folder: Path, samples: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except SlipstreamError as error:
+        sys.exit(str(error))

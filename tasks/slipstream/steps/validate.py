@@ -60,17 +60,15 @@ def run(context: Context) -> StepOutput:
     data, target = context.data, _target(context)
     if (reason := why_not_loadable(target)) is not None:
         return _unmeasured(context, reason)
-    with (
-        alone(context.home.root / "measure.lock", "another engine is being measured"),
-        gpu.watch(gpu_of(target)) as usage,
-    ):
-        _profile(context, data.test)
-        progress = _Progress(context.run, 2 * metrics.batches(len(data.test)) + _plan(context).rounds)
-        folder = context.fetch(_built(context, context.cell))
-        engine = load_engine(folder)
+    folder = context.fetch(_built(context, context.cell))
+    with alone(context.home.root / "measure.lock", "another engine is being measured"):
         memory_mib = peak_memory_mib(folder, data.test.inputs)
-        scores = _scores(context, engine, progress)
-        timing, server = _timing(context, engine, progress)
+        with gpu.watch(gpu_of(target)) as usage:
+            _profile(context, data.test)
+            progress = _Progress(context.run, 2 * metrics.batches(len(data.test)) + _plan(context).rounds)
+            engine = load_engine(folder)
+            scores = _scores(context, engine, progress)
+            timing, server = _timing(context, engine, progress)
     judgement = _Judgement(context.spec, context.cell, scores, timing, scores.drop(context.spec))
     sizes = _Sizes.of(context, memory_mib)
     evidence = judgement.evidence(data, server=server, sizes=sizes)
