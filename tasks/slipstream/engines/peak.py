@@ -47,7 +47,7 @@ def main(folder: Path, samples: Path) -> None:
         for index in range(len(inputs)):
             engine.run(inputs[index : index + 1])
 
-    print(json.dumps(peak_added(work)[1]))
+    print(json.dumps(peak_added(work)))
 
 
 if __name__ == "__main__":

@@ -5,28 +5,25 @@ import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _PROC = Path("/proc/self")
 _RESET_PEAK = "5"
 """Written to clear_refs, it sets VmHWM back to the resident memory of now (proc_pid_clear_refs(5))."""
 
 
-def peak_added(work: Callable[[], T], proc: Path = _PROC) -> tuple[T, float | None]:
-    """What `work` returns, and by how many MiB this process's resident memory rose at most while it ran.
+def peak_added(work: Callable[[], object], proc: Path = _PROC) -> float | None:
+    """By how many MiB this process's resident memory rose at most while `work` ran.
 
     Memory that `work` gives back counts, which a look at the end would miss. What the process held before, and the
     peaks it had before, do not count. None where the kernel does not tell: only Linux does.
     """
     _give_back()
     before = _resident_mib(proc, "VmRSS") if _reset_peak(proc) else None
-    result = work()
+    work()
     peak = _resident_mib(proc, "VmHWM")
-    return result, None if before is None or peak is None else max(peak - before, 0.0)
+    return None if before is None or peak is None else max(peak - before, 0.0)
 
 
 def _give_back() -> None:
