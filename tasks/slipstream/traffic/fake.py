@@ -67,7 +67,7 @@ class FakeController:
         self._random = random.Random(self.seed)  # noqa: S311 (splits traffic, keeps no secret)
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"fake": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _Server(("127.0.0.1", 0), handler)
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
@@ -173,6 +173,11 @@ class FakeController:
 def _decode(content: bytes) -> npt.NDArray[Any]:
     tensor = json.loads(content)["inputs"][0]
     return np.asarray(tensor["data"]).reshape(tensor["shape"])
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    """As many as a load may open at once; of the usual 5, a stall of the machine makes the rest fail."""
 
 
 class _Handler(BaseHTTPRequestHandler):
