@@ -39,9 +39,14 @@ def network(seed: int = 0) -> onnx.ModelProto:
         helper.make_node("Flatten", ["r2"], ["f"], "flatten"),
         helper.make_node("Gemm", ["f", "w3", "b3"], [OUTPUT], "dense", transB=1),
     ]
+    return model_of("small", nodes, weights)
+
+
+def model_of(name: str, nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto]) -> onnx.ModelProto:
+    """A checked model from images to classes."""
     graph = helper.make_graph(
         nodes,
-        "small",
+        name,
         [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", *SHAPE])],
         [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", CLASSES])],
         weights,
@@ -49,6 +54,23 @@ def network(seed: int = 0) -> onnx.ModelProto:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model)
     return model
+
+
+def projections() -> onnx.ModelProto:
+    """A normalization and three matrix products of its result, as an attention begins, and their sum."""
+    rng = np.random.default_rng(0)
+    inner = int(np.prod(SHAPE))
+    weights = [
+        numpy_helper.from_array(rng.normal(0, inner**-0.5, (inner, CLASSES)).astype(np.float32), name) for name in "qkv"
+    ]
+    weights.append(numpy_helper.from_array(np.ones(inner, np.float32), "scale"))
+    nodes = [
+        helper.make_node("Flatten", [INPUT], ["f"], "flatten"),
+        helper.make_node("LayerNormalization", ["f", "scale"], ["x"], "normalize"),
+        *(helper.make_node("MatMul", ["x", name], [f"{name}x"], f"project_{name}") for name in "qkv"),
+        helper.make_node("Sum", ["qx", "kx", "vx"], [OUTPUT], "sum"),
+    ]
+    return model_of("projections", nodes, weights)
 
 
 def quantized(model: onnx.ModelProto) -> onnx.ModelProto:

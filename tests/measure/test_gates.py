@@ -114,8 +114,21 @@ def test_speedup_must_be_more_than_two_copies_of_one_engine_differ(ratio: Bounds
     verdict = gates.speedup(ratio, CONFIDENCE)
     assert verdict.answer == answer
     assert ("not faster" in verdict.reason) == (answer != "pass")
-    crowded = gates.speedup(ratio, CONFIDENCE, crowded=True)
-    assert crowded.answer == "inconclusive" and not crowded.passed
+
+
+@pytest.mark.parametrize(
+    ("ratio", "answer"),
+    [
+        (Bounds(2.0, 1.1, 3.0, 8), "pass"),
+        (Bounds(4.9, 0.9, 5.2, 8), "inconclusive"),
+        (Bounds(0.97, 0.5, 1.05, 8), "inconclusive"),
+        (Bounds(0.5, 0.4, 0.6, 8), "fail"),
+    ],
+)
+def test_in_a_crowd_the_interval_decides_alone(ratio: Bounds, answer: str) -> None:
+    verdict = gates.speedup(ratio, CONFIDENCE, crowded=True)
+    assert verdict.answer == answer
+    assert "others took the cores" in verdict.reason
 
 
 @given(HITS, HITS, st.floats(0.1, 20), st.data())

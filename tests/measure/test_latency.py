@@ -93,6 +93,22 @@ def test_in_noise_the_undisturbed_queries_are_compared() -> None:
     assert 1.9 < ratio.low < ratio.high < 2.2
 
 
+@pytest.mark.parametrize("lucky", [0.02, 0.3])
+def test_in_a_crowd_a_copy_is_not_called_faster_however_often_it_was_left_alone(lucky: float) -> None:
+    """`a` and `b` are one engine; of b's queries few were left alone, of a's most."""
+    generator = np.random.default_rng(2)
+
+    def latencies(left_alone: float) -> np.ndarray:
+        return np.where(
+            generator.random(400) < left_alone, generator.normal(1, 0.02, 400), 4 * generator.random(400) + 1
+        )
+
+    crowd = Comparison(tuple(Round({"a": latencies(0.8), "b": latencies(lucky)}, 1.5) for _ in range(12)), SHORT)
+    assert crowd.speedup("a", "b", 0.95, crowded=True).low < 1.02
+    twice = tuple(Round({"a": latencies(0.8) / 2, "b": latencies(lucky)}, 1.5) for _ in range(12))
+    assert Comparison(twice, SHORT).speedup("a", "b", 0.95, crowded=True).low > 1.02
+
+
 def test_a_framework_without_its_cores_is_not_compared_with() -> None:
     cores = len(os.sched_getaffinity(0))
     quiet, loud = (Comparison(rounds([others] * 6), SHORT) for others in (0.05, 0.9))

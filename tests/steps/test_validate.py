@@ -181,11 +181,10 @@ def test_an_engine_that_is_the_baseline_again_is_about_as_fast(case: Case, monke
     output = case.validate("same")
     found = evidence.evidence_of(output)
     assert answers(output)["accuracy"] == "pass"
-    if found.speedup_reference is None:
-        assert answers(output)["speedup"] == "inconclusive"
-        assert found.noise.noisy and found.noise.others_cores is not None and found.noise.others_cores > 1
-    else:
-        assert found.speedup_reference.estimate == pytest.approx(1, abs=0.4)
+    assert found.speedup_reference is not None
+    crowded = found.speedup_eager is None
+    assert crowded or found.speedup_reference.estimate == pytest.approx(1, abs=0.4)
+    assert found.speedup_reference.low < 1.4, "also where others took the cores"
 
 
 def test_the_baselines_own_cell_is_the_reference(case: Case) -> None:

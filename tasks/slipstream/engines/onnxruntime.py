@@ -1,5 +1,7 @@
 """ONNX Runtime: the candidate's ONNX, optimised offline with every optimisation that this CPU allows."""
 
+import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ PROVIDERS = {"CPU": "CPUExecutionProvider"}
 """Device in a spec → execution provider. Another device also needs its facts in the fingerprint."""
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(uint8)": "uint8"}
 ERRORS_ONLY = 3
+X86 = ("x86_64", "AMD64")
+"""Machines whose fast integer kernels take uint8 activations."""
 
 
 class OnnxRuntimeOptions(Options):
@@ -72,11 +76,31 @@ class OnnxRuntime:
         """Optimise the graph and save it: folding, fusion, and the blocked layout that fits this CPU."""
         options = _options(target)
         options.optimized_model_filepath = str(folder / OPTIMISED)
-        _session(candidate / ONNX, target, options)
+        with tempfile.TemporaryDirectory() as aside:
+            _session(_prepared(candidate / ONNX, Path(aside)), target, options)
 
     def load(self, folder: Path, target: Target) -> Runner:
         """Open a session on the optimised graph."""
         return OnnxRuntimeRunner(_session(folder / OPTIMISED, target, _options(target)))
+
+
+def _prepared(path: Path, aside: Path) -> Path:
+    """The candidate's ONNX, or a copy in the folder `aside` that is quantized as onnxruntime_graph.py says."""
+    import onnx  # here, since what only serves an engine has no such package
+
+    from slipstream.engines import onnxruntime_graph
+
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf and the file system share no root but Exception
+        raise EngineError(f"onnxruntime: cannot load {path}: {error}") from error
+    changed = onnxruntime_graph.rows_first(model)
+    if platform.machine() in X86:
+        changed += onnxruntime_graph.unsigned(model)
+    if not changed:
+        return path
+    onnx.save(model, aside / OPTIMISED)
+    return aside / OPTIMISED
 
 
 def _session(path: Path, target: Target, options: ort.SessionOptions) -> ort.InferenceSession:

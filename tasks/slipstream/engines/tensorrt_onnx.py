@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from slipstream.errors import EngineError
+from slipstream.frameworks import onnx_graph
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def prepare(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
 
 def normalise(model: onnx.ModelProto) -> list[str]:
     """Rewrite, in place, the Q/DQ nodes that TensorRT does not take; their names. Raises EngineError for others."""
-    constants, kinds = _constants(model.graph), dict[str, npt.NDArray[Any]]()
+    constants, kinds = onnx_graph.constants(model.graph), dict[str, npt.NDArray[Any]]()
     changed, added, kept = [], list[onnx.TensorProto](), list[onnx.NodeProto]()
     makers = {name: node.op_type for node in model.graph.node for name in node.output}
     for node in model.graph.node:
@@ -203,16 +204,6 @@ def _attribute(node: onnx.NodeProto, name: str, default: int = 0) -> int:
     return next((int(a.i) for a in node.attribute if a.name == name), default)
 
 
-def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Initializers and the values of Constant nodes, by name."""
-    found = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        value = next((a.t for a in node.attribute if a.name == "value"), None)
-        if node.op_type == "Constant" and value is not None:
-            found[node.output[0]] = value
-    return found
-
-
 # Precision
 
 
@@ -287,7 +278,7 @@ def sparse_layers(model: onnx.ModelProto) -> tuple[int, int]:
 
 def _weights(model: onnx.ModelProto) -> Iterator[npt.NDArray[Any]]:
     """Constant weights of the layers in SPARSE, input channels last."""
-    constants = _constants(model.graph)
+    constants = onnx_graph.constants(model.graph)
     makers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         if node.op_type in SPARSE and len(node.input) > 1:

@@ -145,6 +145,16 @@ def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             yield from (a.t for a in node.attribute if a.type == onnx.AttributeProto.TENSOR)
 
 
+def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Initializers and the values of Constant nodes, by name."""
+    found = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        value = next((a.t for a in node.attribute if a.name == "value"), None)
+        if node.op_type == "Constant" and value is not None:
+            found[node.output[0]] = value
+    return found
+
+
 def parameters(model: onnx.ModelProto) -> int:
     """Number of weights: values of floating-point tensors with at least one dimension, and of quantized ones."""
     counted = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.INT8,

@@ -87,8 +87,9 @@ def _gain(spec: Spec, winner: Row | None) -> str:
         return ""
     points, metric = evidence.drop_pp.estimate, wording.metric(spec.objective.metric)
     drop = f"{abs(points):.2f} points {'below' if points >= 0 else 'above'} the baseline's {metric}"
-    if evidence.speedup_eager is None:
-        return f": {drop}"
+    if evidence.speedup_eager is None:  # others took the cores
+        gain = evidence.speedup_reference
+        return f": {wording.ratio(gain.estimate)} the speed of its FP32 engine, {drop}" if gain else f": {drop}"
     return f": {wording.ratio(evidence.speedup_eager.estimate)} the speed of {spec.model.framework} eager, {drop}"
 
 

@@ -25,7 +25,8 @@ def _latency(evidence: EngineEvidence) -> float:
     """Of a request, in parts of what the eager baseline took in the same rounds.
 
     Each cell is measured in a run of its own, perhaps on another day, so that milliseconds of two cells tell as much
-    of the machine's state as of the engines. Infinite where others took the cores, as then nothing passes.
+    of the machine's state as of the engines. Infinite where others took the cores, since there is no such ratio then:
+    engines that have one go first.
     """
     return 1 / evidence.speedup_eager.estimate if evidence.speedup_eager else math.inf
 

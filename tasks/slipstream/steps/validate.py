@@ -212,7 +212,7 @@ class _Judgement:
 
     @property
     def crowded(self) -> bool:
-        """Whether others took the cores that the target needs: there is no speed-up then."""
+        """Whether others took the cores that the target needs: no ratio to the eager baseline then, others in doubt."""
         assert self.cell.target is not None
         return self.timing.crowded(self.spec.targets[self.cell.target].threads)
 
@@ -224,7 +224,7 @@ class _Judgement:
             pooled = self.timing.pooled_ms(ENGINE)
             found.append(gates.latency(pooled, objective.latency_p99_ms, objective.confidence, noise.noisy))
         if self.cell.recipe != BASELINE:
-            ratio = self.timing.speedup(ENGINE, REFERENCE, objective.confidence)
+            ratio = self._ratio(REFERENCE)
             found.append(gates.speedup(ratio, objective.confidence, crowded=self.crowded))
         return tuple(self._with_noise(v) if v.gate != "accuracy" else v for v in found)
 
@@ -254,7 +254,7 @@ class _Judgement:
             eager=self._latency(EAGER) if not self.crowded else None,
             reference=self._latency(REFERENCE) if self.cell.recipe != BASELINE else None,
             speedup_eager=self._speedup(EAGER) if not self.crowded else None,
-            speedup_reference=self._speedup(REFERENCE) if self.cell.recipe != BASELINE and not self.crowded else None,
+            speedup_reference=self._speedup(REFERENCE) if self.cell.recipe != BASELINE else None,
             size_bytes=sizes.engine,
             size_gzip_bytes=sizes.gzipped,
             peak_memory_mib=sizes.peak_memory_mib,
@@ -267,7 +267,10 @@ class _Judgement:
         return latency.summary("SingleStream", self.timing.pooled_ms(subject))
 
     def _speedup(self, reference: str) -> Interval | None:
-        return interval(self.timing.speedup(ENGINE, reference, self.objective.confidence))
+        return interval(self._ratio(reference))
+
+    def _ratio(self, reference: str) -> Bounds:
+        return self.timing.speedup(ENGINE, reference, self.objective.confidence, crowded=self.crowded)
 
 
 def interval(bounds: Bounds) -> Interval | None:

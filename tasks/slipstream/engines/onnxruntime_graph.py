@@ -1,0 +1,114 @@
+"""The ONNX that ONNX Runtime is given: quantized as its CPU kernels take it. The numbers stay the same.
+
+ONNX Runtime 1.32 leaves two things of a quantized transformer in FP32, so that a MiniLM in INT8 took three times as
+long as in FP32:
+
+- On x86 its fast integer kernels take uint8 activations and int8 weights. It makes uint8 of int8 by itself, but only
+  where a single node reads the activation (QDQS8ToU8Transformer in its source). The states that enter an attention are
+  read by three projections, which then compute in FP32, with weights dequantized anew for each request.
+- Of an embedding table in INT8 it dequantizes all rows for each request, and then takes the few that were asked for.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from slipstream.frameworks import onnx_graph
+
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+OFFSET = 128
+"""What q is in int8, q + 128 is in uint8; the zero point moves as far, so that both stand for the same number."""
+
+
+def unsigned(model: onnx.ModelProto) -> int:
+    """Make uint8 of int8 activations, in place; how many there were. Weights stay as they are.
+
+    An activation that is read by another node than DequantizeLinear, or is an output of the model, stays as well.
+    """
+    constants, readers = onnx_graph.constants(model.graph), defaultdict[str, list[onnx.NodeProto]](list)
+    for node in onnx_graph.nodes(model):
+        for name in node.input:
+            readers[name].append(node)
+    outputs = {output.name for output in model.graph.output}
+    moved: dict[str, TensorProto] = {}
+    changed = 0
+    for node in model.graph.node:
+        if node.op_type != QUANTIZE or node.input[0] in constants or node.output[0] in outputs:
+            continue
+        pair = [node, *readers[node.output[0]]]
+        zeros = [constants.get(n.input[2]) if len(n.input) > 2 else None for n in pair]
+        if any(n.op_type != DEQUANTIZE for n in pair[1:]) or any(z is None or z.data_type != z.INT8 for z in zeros):
+            continue
+        for each in pair:
+            name = each.input[2]
+            moved.setdefault(name, _moved(constants[name]))
+            each.input[2] = f"{name}_uint8"
+        changed += 1
+    model.graph.initializer.extend(moved.values())
+    return changed
+
+
+def _moved(zero: TensorProto) -> TensorProto:
+    """The zero point in uint8."""
+    value = numpy_helper.to_array(zero).astype(np.int16) + OFFSET
+    return numpy_helper.from_array(value.astype(np.uint8), f"{zero.name}_uint8")
+
+
+def rows_first(model: onnx.ModelProto) -> int:
+    """Take rows of a quantized table before they are dequantized, not after, in place; how often that was done.
+
+    Tables are constant, with one symmetric scale for each row.
+    """
+    graph = model.graph
+    constants = onnx_graph.constants(graph)
+    tables = {n.output[0]: n for n in graph.node if n.op_type == DEQUANTIZE and _by_rows(n, constants)}
+    nodes: list[onnx.NodeProto] = []
+    changed = 0
+    for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] in tables and _attribute(node, "axis", 0) == 0:
+            nodes += _taken(node, tables[node.input[0]])
+            changed += 1
+        else:
+            nodes.append(node)
+    if not changed:
+        return 0
+    graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), LAST))
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = {name for node in onnx_graph.nodes(model) for name in node.input} | {o.name for o in graph.output}
+    for node in [n for n in graph.node if n.output[0] in tables and n.output[0] not in read]:
+        graph.node.remove(node)  # ONNX Runtime would compute it for nobody
+    return changed
+
+
+LAST = "last_axis"
+
+
+def _by_rows(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:
+    """Whether it dequantizes a stored int8 table with one scale for each row and zero points of 0."""
+    values = [constants[name] for name in node.input if name in constants]
+    if len(values) < len(node.input) or values[0].data_type != TensorProto.INT8:
+        return False
+    rows = list(values[0].dims[:1])
+    if _attribute(node, "axis", 1) != 0 or list(values[1].dims) != rows or _attribute(node, "block_size", 0):
+        return False
+    return len(values) < 3 or not numpy_helper.to_array(values[2]).any()
+
+
+def _taken(gather: onnx.NodeProto, table: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Rows and their scales, and the product of both."""
+    out, places = gather.output[0], gather.input[1]
+    return [
+        helper.make_node("Gather", [table.input[0], places], [f"{out}_int8"], axis=0),
+        helper.make_node("Gather", [table.input[1], places], [f"{out}_scales"], axis=0),
+        helper.make_node("Cast", [f"{out}_int8"], [f"{out}_numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", [f"{out}_scales", LAST], [f"{out}_column"]),
+        helper.make_node("Mul", [f"{out}_numbers", f"{out}_column"], [out], gather.name),
+    ]
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == name), default)
