@@ -115,8 +115,8 @@ class Comparison:
 
         `crowded`: perhaps somebody did, and one of the two only (an engine beside a copy of itself once came out 4.9
         times as fast). So the interval then reaches to where one side has its figure, and the other the fastest
-        thousandth of its queries: an engine is faster only if its figure beats the best of the reference. Copies beside
-        one to four busy processes on two cores came out within 0.87 to 1.14 of each other, the lower end never above 1.
+        thousandth of its queries: an engine is faster only if its figure beats the best of the reference. Of copies
+        of a ResNet beside two and four busy processes on two cores the lower ends were 0.86 to 0.95.
         """
         level = 0.1 if self.noise.noisy else 0.5
         slow, fast = ([float(np.quantile(r.latencies_ms[s], level)) for r in self.judged] for s in (reference, subject))
