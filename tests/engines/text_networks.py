@@ -1,19 +1,22 @@
 """Transformers as small as they get, on the ids of tests.engines.texts.
 
-`python -m tests.engines.text_networks FOLDER` writes a candidate from an environment that has PyTorch.
+`python -m tests.engines.text_networks FOLDER LENGTHS` writes a candidate and its engine by ONNX Runtime, with the
+tokenizer, from an environment that has PyTorch.
 """
 
 import sys
 from pathlib import Path
 
 import torch
-from tests.engines.texts import WORDS, samples
+from tests.engines.texts import WORDS, document, samples
 from torch import nn
 
+from slipstream.engines.base import build_engine
 from slipstream.frameworks.base import Job
 from slipstream.frameworks.torch import FRAMEWORK
 from slipstream.frameworks.torch_training import Training
-from slipstream.spec import Call
+from slipstream.spec import Call, Target
+from slipstream.tokens import Tokenizer
 
 WIDTH = 16
 
@@ -70,4 +73,6 @@ def write(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    candidate, lengths = write(Path(sys.argv[1]) / "candidate"), tuple(map(int, sys.argv[2].split(",")))
+    target = Target(engine="onnxruntime", threads=1, lengths=lengths)
+    build_engine(candidate, target, candidate.with_name("engine"), Tokenizer(document()).limited(lengths[-1]))

@@ -14,9 +14,8 @@ import pytest
 from tests.conftest import ROOT, free_port, wait_for
 from tests.engines.texts import WORDS, document, samples
 
-from slipstream.engines.base import build_engine, load_engine
+from slipstream.engines.base import load_engine
 from slipstream.serving import client
-from slipstream.spec import Target
 from slipstream.tokens import Tokenizer
 
 MODEL = "reviews"
@@ -38,10 +37,8 @@ class Running:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder, port = tmp_path_factory.mktemp("text"), free_port()
-    torch = ROOT / ".envs/torch/bin/python"
-    subprocess.run([torch, "-m", "tests.engines.text_networks", folder / "candidate"], cwd=ROOT, check=True)
-    target = Target(engine="onnxruntime", threads=1, lengths=LENGTHS)
-    build_engine(folder / "candidate", target, folder / "engine", Tokenizer(document()).limited(LENGTHS[-1]))
+    torch, lengths = ROOT / ".envs/torch/bin/python", ",".join(map(str, LENGTHS))
+    subprocess.run([torch, "-m", "tests.engines.text_networks", folder, lengths], cwd=ROOT, check=True)
     options = {"model": MODEL, "release": "v1", "engine": folder / "engine", "port": port}
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     with (folder / "server.log").open("wb") as log:
