@@ -46,9 +46,15 @@ def answer(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
     return found
 
 
-def test_the_zero_point_moves_with_the_type_and_the_answers_stay() -> None:
+@pytest.mark.parametrize("place", ["initializer", "Constant"])
+def test_the_zero_point_moves_with_the_type_and_the_answers_stay(place: str) -> None:
     x = np.array([-99, -1.23, 4.56, 99], np.float32)  # the ends are cut off, at the same numbers
     model = pairs(reader="")
+    if place == "Constant":
+        [zero] = [t for t in model.graph.initializer if t.name == "z"]
+        model.graph.initializer.remove(zero)
+        zero.name = ""
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["z"], value=zero))
     before = answer(model, x)
     assert unsigned(model) == 1
     onnx.checker.check_model(model, full_check=True)

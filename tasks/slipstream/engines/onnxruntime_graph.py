@@ -16,8 +16,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from slipstream.frameworks import onnx_graph
+from slipstream.frameworks.onnx_graph import DEQUANTIZE, QUANTIZE
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+LAST = "last_axis"
+"""Name of the constant that names the last axis."""
 OFFSET = 128
 """What q is in int8, q + 128 is in uint8; the zero point moves as far, so that both stand for the same number."""
 
@@ -43,17 +45,17 @@ def unsigned(model: onnx.ModelProto) -> int:
             continue
         for each in pair:
             name = each.input[2]
-            moved.setdefault(name, _moved(constants[name]))
             each.input[2] = f"{name}_uint8"
+            moved.setdefault(name, _moved(constants[name], each.input[2]))
         changed += 1
     model.graph.initializer.extend(moved.values())
     return changed
 
 
-def _moved(zero: TensorProto) -> TensorProto:
+def _moved(zero: TensorProto, name: str) -> TensorProto:
     """The zero point in uint8."""
     value = numpy_helper.to_array(zero).astype(np.int16) + OFFSET
-    return numpy_helper.from_array(value.astype(np.uint8), f"{zero.name}_uint8")
+    return numpy_helper.from_array(value.astype(np.uint8), name)
 
 
 def rows_first(model: onnx.ModelProto) -> int:
@@ -67,7 +69,7 @@ def rows_first(model: onnx.ModelProto) -> int:
     nodes: list[onnx.NodeProto] = []
     changed = 0
     for node in graph.node:
-        if node.op_type == "Gather" and node.input[0] in tables and _attribute(node, "axis", 0) == 0:
+        if node.op_type == "Gather" and node.input[0] in tables and onnx_graph.attribute(node, "axis") == 0:
             nodes += _taken(node, tables[node.input[0]])
             changed += 1
         else:
@@ -84,16 +86,14 @@ def rows_first(model: onnx.ModelProto) -> int:
     return changed
 
 
-LAST = "last_axis"
-
-
 def _by_rows(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:
-    """Whether it dequantizes a stored int8 table with one scale for each row and zero points of 0."""
+    """Whether it dequantizes a stored int8 matrix with one float32 scale for each row and zero points of 0."""
     values = [constants[name] for name in node.input if name in constants]
-    if len(values) < len(node.input) or values[0].data_type != TensorProto.INT8:
+    if len(values) < len(node.input) or [v.data_type for v in values[:2]] != [TensorProto.INT8, TensorProto.FLOAT]:
         return False
-    rows = list(values[0].dims[:1])
-    if _attribute(node, "axis", 1) != 0 or list(values[1].dims) != rows or _attribute(node, "block_size", 0):
+    if onnx_graph.attribute(node, "axis", 1) != 0 or onnx_graph.attribute(node, "block_size"):
+        return False
+    if len(values[0].dims) != 2 or list(values[1].dims) != [values[0].dims[0]]:
         return False
     return len(values) < 3 or not numpy_helper.to_array(values[2]).any()
 
@@ -108,7 +108,3 @@ def _taken(gather: onnx.NodeProto, table: onnx.NodeProto) -> list[onnx.NodeProto
         helper.make_node("Unsqueeze", [f"{out}_scales", LAST], [f"{out}_column"]),
         helper.make_node("Mul", [f"{out}_numbers", f"{out}_column"], [out], gather.name),
     ]
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == name), default)

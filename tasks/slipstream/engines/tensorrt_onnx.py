@@ -21,10 +21,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slipstream.errors import EngineError
 from slipstream.frameworks import onnx_graph
+from slipstream.frameworks.onnx_graph import DEQUANTIZE, QUANTIZE
 
 log = logging.getLogger(__name__)
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 RANGES = {np.dtype(np.int8): (-128, 127), np.dtype(np.uint8): (0, 255)}
 LARGEST = 127
 LEFT = ("int4", "float8_e4m3fn", "float4_e2m1fn")
@@ -153,7 +153,7 @@ class _Scheme:
         node.input.extend([quantized, made[0][0], made[1][0]])
         if node.op_type == DEQUANTIZE and node.input[0] in constants:
             stored = numpy_helper.to_array(constants[node.input[0]]).astype(np.int32)
-            axis = _attribute(node, "axis", 1)
+            axis = onnx_graph.attribute(node, "axis", 1)
             values = (stored - _along(self.zero.astype(np.int32), axis, stored.ndim)) * _along(
                 self.scale, axis, stored.ndim
             )
@@ -171,7 +171,7 @@ def _zero(
         tensor = constants.get(node.input[2])
         return None if tensor is None else numpy_helper.to_array(tensor)
     if node.op_type == QUANTIZE:
-        dtype = helper.tensor_dtype_to_np_dtype(_attribute(node, "output_dtype") or TensorProto.UINT8)
+        dtype = helper.tensor_dtype_to_np_dtype(onnx_graph.attribute(node, "output_dtype") or TensorProto.UINT8)
         return np.zeros((), dtype)
     stored = constants.get(node.input[0])
     if stored is not None:
@@ -194,14 +194,10 @@ def _unquantized(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -
     if len(parts) != len(node.input):
         raise EngineError(f"tensorrt: {node.op_type} {node.name}: its scale and zero point must be constants")
     stored, scale = parts[0].astype(np.float64), parts[1].astype(np.float64)
-    axis = _attribute(node, "axis", 1) if stored.ndim > 1 else 0
+    axis = onnx_graph.attribute(node, "axis", 1) if stored.ndim > 1 else 0
     zero = parts[2].astype(np.float64) if len(parts) > 2 else np.zeros(())
     values = (stored - _along(zero, axis, stored.ndim)) * _along(scale, axis, stored.ndim)
     return numpy_helper.from_array(values.astype(np.float32), node.output[0])
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: int = 0) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
 
 
 # Precision
@@ -287,7 +283,7 @@ def _weights(model: onnx.ModelProto) -> Iterator[npt.NDArray[Any]]:
                 name = makers[name].input[0]
             if name in constants and constants[name].data_type != TensorProto.INT4:
                 weights = numpy_helper.to_array(constants[name])
-                transposed = node.op_type == "Gemm" and not _attribute(node, "transB")
+                transposed = node.op_type == "Gemm" and not onnx_graph.attribute(node, "transB")
                 axis = 0 if transposed else SPARSE[node.op_type]
                 if weights.ndim > axis:
                     yield np.moveaxis(weights, axis, -1)

@@ -26,7 +26,8 @@ STANDARD = ("", "ai.onnx")
 """Names of the domain of ONNX's own operators."""
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 """Operators with weights, which INT8 makes faster."""
-QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+QUANTIZED = {QUANTIZE, DEQUANTIZE, "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
              "ConvInteger", "MatMulInteger"}  # fmt: skip
 """Operators that only a quantized model has."""
 DTYPES = {
@@ -153,6 +154,11 @@ def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
         if node.op_type == "Constant" and value is not None:
             found[node.output[0]] = value
     return found
+
+
+def attribute(node: onnx.NodeProto, name: str, default: int = 0) -> int:
+    """An integer that a node has as an attribute."""
+    return next((int(a.i) for a in node.attribute if a.name == name), default)
 
 
 def parameters(model: onnx.ModelProto) -> int:
