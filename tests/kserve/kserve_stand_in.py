@@ -332,7 +332,10 @@ class KServeStandIn:
             time.sleep(0.02)
 
     def _start(self, service: Service, revision: Revision) -> None:
-        container = revision.template["predictor"]["containers"][0]
+        if "containers" not in revision.template["predictor"]:
+            revision.failure = "the stand-in has no serving runtimes"
+            return
+        [container] = revision.template["predictor"]["containers"]
         uri = next(e["value"] for e in container["env"] if e["name"] == "STORAGE_URI")
         engine = str(storage.fetch_folder(uri))  # KServe's storage initializer
         revision.port, revision.ready, revision.failure = free_port(), False, None

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,8 +243,9 @@ def test_modes_without_a_canary_are_refused(api_server: ApiServer, tmp_path: Pat
 
 
 def test_somebody_elses_service_is_left_alone(control: KServeController, api_server: ApiServer, tmp_path: Path) -> None:
-    predictor = {"containers": [{"name": "c", "image": "theirs", "args": [], "env": [{"name": "STORAGE_URI"}]}]}
-    api_server.create(KIND, {"metadata": {"name": "net"}, "spec": {"predictor": {"model": predictor}}})
+    theirs = {"modelFormat": {"name": "sklearn"}, "storageUri": "s3://theirs/model"}
+    api_server.create(KIND, {"metadata": {"name": "net"}, "spec": {"predictor": {"model": theirs}}})
+    time.sleep(0.5)  # KServe sees it too
     with pytest.raises(InputError, match="is not slipstream's"):
         control.deploy(A, engine(tmp_path / "v1" / "engine"))
     assert "slipstream" not in str(api_server.get(KIND, "net"))
