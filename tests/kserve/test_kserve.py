@@ -243,9 +243,12 @@ def test_modes_without_a_canary_are_refused(api_server: ApiServer, tmp_path: Pat
 
 
 def test_somebody_elses_service_is_left_alone(control: KServeController, api_server: ApiServer, tmp_path: Path) -> None:
+    deadline = time.monotonic() + 30
     theirs = {"modelFormat": {"name": "sklearn"}, "storageUri": "s3://theirs/model"}
     api_server.create(KIND, {"metadata": {"name": "net"}, "spec": {"predictor": {"model": theirs}}})
-    time.sleep(0.5)  # KServe sees it too
+    while "status" not in api_server.get(KIND, "net"):  # KServe sees it too
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     with pytest.raises(InputError, match="is not slipstream's"):
         control.deploy(A, engine(tmp_path / "v1" / "engine"))
     assert "slipstream" not in str(api_server.get(KIND, "net"))

@@ -151,11 +151,13 @@ class TrafficContract:
                 two.set_routes("net", Routes(weights={"v1": 100 - share, "v2": share}))
                 time.sleep(0.2)  # some requests between one change and the next
 
-        records: list[Record] = []
+        records, loads = list[Record](), 0
         with ThreadPoolExecutor(1) as pool:
             changing = pool.submit(change)
             while not changing.done():  # however long a busy machine takes for the changes
                 records += load(two, 200, rate=300).records
+                loads += 1
         changing.result()
+        assert len(records) == 200 * loads
         assert [r for r in records if r.failed] == []
         assert {r.release for r in records} == {"v1", "v2"}

@@ -77,9 +77,7 @@ def rows_first(model: onnx.ModelProto) -> int:
     if not changed:
         return 0
     graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), LAST))
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    onnx_graph.replace(graph.node, nodes)
     read = {name for node in onnx_graph.nodes(model) for name in node.input} | {o.name for o in graph.output}
     for node in [n for n in graph.node if n.output[0] in tables and n.output[0] not in read]:
         graph.node.remove(node)  # ONNX Runtime would compute it for nobody

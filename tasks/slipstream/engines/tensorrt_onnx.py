@@ -73,9 +73,7 @@ def normalise(model: onnx.ModelProto) -> list[str]:
                 kept.append(_clip(node, ends, added))
         kept.append(node)
     if changed:
-        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
-        del model.graph.node[:]
-        model.graph.node.extend(kept)
+        onnx_graph.replace(model.graph.node, kept)
         model.graph.initializer.extend(added)
     return changed
 

@@ -215,6 +215,8 @@ def _drop_rounding(path: Path) -> None:
     """
     import onnx
 
+    from slipstream.frameworks import onnx_graph
+
     model = onnx.load(path)
     passed: dict[str, str] = {}
     codes: set[str] = set()
@@ -235,9 +237,7 @@ def _drop_rounding(path: Path) -> None:
     used = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
     for field, values in ((model.graph.node, nodes), (model.graph.initializer, kept), (model.graph.value_info, [])):
-        copies = [type(v).FromString(v.SerializeToString()) for v in values]  # emptying the field ends the old ones
-        del field[:]
-        field.extend(copies)
+        onnx_graph.replace(field, values)
     onnx.save(model, path)
 
 

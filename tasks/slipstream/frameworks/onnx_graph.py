@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -154,6 +155,13 @@ def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
         if node.op_type == "Constant" and value is not None:
             found[node.output[0]] = value
     return found
+
+
+def replace(field: Any, values: Iterable[Any]) -> None:
+    """Make a repeated field, such as `graph.node`, hold copies of these, which may be its own."""
+    copies = [type(value).FromString(value.SerializeToString()) for value in values]  # emptying it ends the old ones
+    del field[:]
+    field.extend(copies)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: int = 0) -> int:
