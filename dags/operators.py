@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from airflow.sdk import BaseOperator
@@ -18,6 +19,15 @@ from slipstream.spec import TECHNIQUES, Spec
 OUTPUT = "output"
 """XCom key of a step's OUT document. The return value is only for what Airflow maps over, since it maps over
 nothing else: `check` returns the recipes, `retrain` the cells."""
+
+# A step that was killed or found a service down is tried again after some 15 and 30 s; what is wrong stays wrong
+# and is not (runtimes/).
+RETRIES = {
+    "retries": 2,
+    "retry_delay": timedelta(seconds=15),
+    "retry_exponential_backoff": True,
+    "max_retry_delay": timedelta(minutes=2),
+}
 
 
 @dataclass(frozen=True)
@@ -108,13 +118,16 @@ class StepOperator(BaseOperator):
 
 
 def skip_unless_wanted(run: PipelineRun, task: str, outputs: Sequence[StepOutput]) -> None:
-    """Skip stages that the form left out, and stages 2 and 3 when the best engine already serves."""
+    """Skip stages that the form left out, and the rollout when the best engine already serves.
+
+    The small-scale test runs then too: it tests nothing, but gives the champion what traffic a killed run left split.
+    """
     stage = flow.stage_of(task)
     if stage in run.skipped:
         raise AirflowSkipException(f"{stage.replace('_', ' ')} is skipped: stop_after was chosen in the trigger form")
     select = next((o for o in outputs if o.step == "select"), None)
-    if stage in ("small_scale_test", "full_rollout") and select and select.details.get("already_champion"):
-        raise AirflowSkipException("the best engine is the champion already; there is nothing to test or to roll out")
+    if stage == "full_rollout" and select and select.details.get("already_champion"):
+        raise AirflowSkipException("the best engine is the champion already; there is nothing to roll out")
 
 
 def ask_only_if_wanted(context: Any) -> None:

@@ -11,7 +11,7 @@ from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import DAG, Param, TaskGroup, chain, get_parsing_context, task, task_group
 from airflow.sdk.exceptions import AirflowFailException
 
-from operators import StepOperator, ask_only_if_wanted, settle
+from operators import RETRIES, StepOperator, ask_only_if_wanted, settle
 from slipstream import catalog, flow
 from slipstream.errors import SpecError
 from slipstream.home import Home
@@ -26,15 +26,6 @@ NAMED = {"map_index_template": "{{ task.cell }}"}
 WHOLE_MACHINE: dict[str, Any] = {"pool": "machine", "pool_slots": 2}
 HALF_THE_MACHINE: dict[str, Any] = {"pool": "machine", "pool_slots": 1}
 """What measures, or trains on all cores, runs alone; the other heavy steps run two at a time."""
-
-# A step that was killed or found a service down is tried again after some 15 and 30 s; what is wrong stays wrong
-# and is not (runtimes/).
-RETRIES = {
-    "retries": 2,
-    "retry_delay": timedelta(seconds=15),
-    "retry_exponential_backoff": True,
-    "max_retry_delay": timedelta(minutes=2),
-}
 
 
 def pipeline(spec: Spec) -> DAG:

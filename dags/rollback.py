@@ -7,7 +7,7 @@ from airflow.sdk import DAG, Param
 from airflow.sdk.exceptions import AirflowFailException
 
 import runtimes
-from operators import OUTPUT, StepOperator
+from operators import OUTPUT, RETRIES, StepOperator
 from slipstream import catalog, flow, spec, storage
 from slipstream.contract import StepInput
 from slipstream.home import Home
@@ -50,8 +50,8 @@ with DAG(
     schedule=None,
     start_date=datetime(2026, 1, 1),
     catchup=False,
-    max_active_runs=1,
+    default_args=RETRIES,
     tags=["slipstream"],
 ) as dag:
     # Waits for a rollout under way, and goes before everything else that waits: two must not move traffic at once.
-    RollbackOperator(task_id="rollback", pool="release", priority_weight=1000, retries=2)
+    RollbackOperator(task_id="rollback", pool="release", priority_weight=1000)

@@ -25,6 +25,7 @@ ARTIFACT = "slipstream.artifact"
 KIND = "slipstream.kind"
 SHA256 = "slipstream.sha256"
 PIPELINE_RUN = "slipstream.pipeline_run"
+ROLLED_BACK = "slipstream.rolled_back_at"
 ABSENT_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """What MLflow's stores raise for a missing alias; which one depends on the store and its version."""
 OUTAGE_CODES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")

@@ -1,13 +1,19 @@
+import threading
+from typing import Any
+
 import pytest
 from tests.steps.stages import World, failing
 from tests.steps.test_rollout import Fuse, Killed
 
+from slipstream import traffic
 from slipstream.errors import RegistryError
 from slipstream.registry import drift
-from slipstream.steps.rollback import rollback
+from slipstream.steps import rollback as step
+from slipstream.steps.rollback import JOURNAL, rollback
 from slipstream.tracking import fetch
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
+from slipstream.traffic.releases import moving_alone
 
 
 @pytest.fixture
@@ -47,6 +53,49 @@ def test_there_must_be_something_to_go_back_to(world: World, fake: FakeControlle
     assert "no previous release" in message
     world.registry.set_alias("champion", world.version("only"))
     failing(lambda: rollback(world.model, fake, world.tracking.client, "me"), RegistryError)
+
+
+def test_an_alias_that_was_set_since_counts_more_than_a_rollback_that_never_got_through(
+    world: World, fake: FakeController, two: tuple[str, str]
+) -> None:
+    old, new = two
+    broken = world.version("broken")
+    world.registry.write_journal(JOURNAL, {"state": "started", "from": new, "to": broken, "by": "run-1"})
+    rollback(world.model, fake, world.tracking.client, "run-2")
+    back(world, fake, old, new)
+
+
+def test_traffic_that_a_killed_rollout_left_split_is_whole_before_a_third_release_comes(
+    world: World, fake: FakeController, two: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = two
+    third = world.version("third")
+    fake.deploy(world.registry.release(third), fetch(world.engine("third")))
+    fake.set_routes(world.model, Routes(weights={f"v{new}": 50, f"v{third}": 50}))
+    deploy = fake.deploy
+
+    def at_most_two(*given: Any) -> None:  # as KServe
+        assert len(fake.routes(world.model).weights) == 1
+        deploy(*given)
+
+    monkeypatch.setattr(fake, "deploy", at_most_two)
+    rollback(world.model, fake, world.tracking.client, "me")
+    back(world, fake, old, new)
+
+
+def test_it_waits_for_a_test_or_rollout_under_way(
+    world: World, fake: FakeController, two: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = world.context("rollback", ())
+    monkeypatch.setattr(traffic, "controller", lambda home: fake)
+    other = threading.Thread(target=step.run, args=(context,))
+    with moving_alone(context.home, world.model):
+        other.start()
+        other.join(1.0)
+        assert other.is_alive()
+        assert world.registry.champion() == two[1]
+    other.join(20)
+    back(world, fake, *two)
 
 
 WRITES = 8

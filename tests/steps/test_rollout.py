@@ -9,9 +9,10 @@ import pytest
 from tests.steps.stages import FAIL, World, WorldMaker, failing
 
 from slipstream.contract import StepOutput
-from slipstream.errors import GateFailed, RegistryError, Unavailable
+from slipstream.errors import GateFailed, RegistryError, SlipstreamError, Unavailable
 from slipstream.registry import drift
 from slipstream.steps.base import Context
+from slipstream.steps.rollback import rollback
 from slipstream.steps.rollout import JOURNAL, full_rollout
 from slipstream.tracking import Tracking, fetch
 from slipstream.traffic.base import Release, Routes
@@ -211,7 +212,7 @@ def run_until_killed(ready: Ready, fuse: Fuse) -> None:
     context = ready.context()
     tracking = Tracking(ready.world.spec, fuse.guard(context.tracking.client))
     guarded = Context(context.spec, context.inputs, "rollout", context.identity, tracking, context.run, context.home)
-    with contextlib.suppress(Killed):
+    with contextlib.suppress(Killed, GateFailed):  # a `finally` may turn the one into the other, as no kill -9 would
         full_rollout(guarded, fuse.guard(ready.fake))
     assert fuse.blown
 
@@ -251,6 +252,63 @@ def test_killed_and_then_a_breach_the_next_run_reverts_or_was_released(ready: Re
     else:
         failing(lambda: full_rollout(ready.context(), ready.fake), GateFailed)
         reverted(ready)
+
+
+REFUSED_BY = 7
+"""After this many writes at the latest a refusal is on record."""
+
+
+@pytest.mark.parametrize("writes", range(REFUSED_BY, 10))
+def test_what_was_refused_is_not_rolled_out_by_the_next_attempt(ready: Ready, writes: int) -> None:
+    ready.fake.behaviours[f"v{ready.new}"] = Behaviour(error_rate=0.6)
+    run_until_killed(ready, Fuse(writes))
+    assert ready.world.registry.journal(JOURNAL)["state"] in ("refused", "reverted")
+    ready.fake.misbehave(ready.release(ready.new), Behaviour())  # a second draw might pass
+    assert "requests failed" in failing(lambda: full_rollout(ready.context(), ready.fake), GateFailed)
+    reverted(ready)
+
+
+@pytest.mark.parametrize(("broken", "error"), [("set_routes", Unavailable), ("retire", GateFailed)])
+def test_a_splitter_that_does_not_answer_turns_no_refusal_into_a_release(
+    ready: Ready, monkeypatch: pytest.MonkeyPatch, broken: str, error: type[SlipstreamError]
+) -> None:
+    ready.fake.behaviours[f"v{ready.new}"] = Behaviour(error_rate=0.6)
+    works = getattr(ready.fake, broken)
+
+    def away(*given: Any) -> None:
+        if broken == "set_routes" and given[1].weights.get(f"v{ready.new}"):
+            return works(*given)  # it fails on the way back
+        raise Unavailable("the splitter does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ready.fake, broken, away)
+        failing(lambda: full_rollout(ready.context(), ready.fake), error)
+    ready.fake.misbehave(ready.release(ready.new), Behaviour())
+    failing(lambda: full_rollout(ready.context(), ready.fake), GateFailed)
+    reverted(ready)
+
+
+def test_what_was_rolled_back_meanwhile_is_not_released_again(ready: Ready) -> None:
+    run_until_killed(ready, Fuse(RELEASED_BY))
+    assert ready.world.registry.champion() == ready.new
+    rollback(ready.world.model, ready.fake, ready.world.tracking.client, "a person")
+    assert "rolled back at" in failing(lambda: full_rollout(ready.context(), ready.fake), RegistryError)
+    assert ready.world.registry.champion() == ready.old
+    assert ready.traffic() == {f"v{ready.old}": 100}
+
+
+def test_a_rollback_since_a_killed_rollout_is_where_the_next_refusal_goes_back_to(ready: Ready) -> None:
+    run_until_killed(ready, Fuse(4))
+    rollback(ready.world.model, ready.fake, ready.world.tracking.client, "a person")
+    assert ready.aliases()[:2] == (ready.older, ready.old)
+    another = ready.world.version("another")
+    ready.world.registry.set_alias("challenger", another)
+    chosen = ready.world.selected(another, ready.older)
+    ready.fake.behaviours[f"v{another}"] = Behaviour(error_rate=0.6)
+    context = ready.world.context("rollout", (*ready.outputs[:2], chosen, ready.world.tried()), "run-2")
+    failing(lambda: full_rollout(context, ready.fake), GateFailed)
+    assert ready.aliases() == (ready.older, ready.old, None)
+    assert ready.traffic() == {f"v{ready.older}": 100}
 
 
 @pytest.mark.parametrize("broken", ["set_registered_model_alias", "set_registered_model_tag"])

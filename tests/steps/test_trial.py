@@ -2,14 +2,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
 from tests.steps.stages import World, WorldMaker, failing
 
 from slipstream.contract import StepOutput
 from slipstream.errors import DataError, GateFailed, RegistryError, Unavailable
+from slipstream.steps import base
+from slipstream.steps.base import Context
 from slipstream.steps.trial import small_scale_test
+from slipstream.tracking import Tracking
 from slipstream.traffic.base import Release, Routes
 from slipstream.traffic.fake import Behaviour, FakeController
 
@@ -86,6 +91,34 @@ def test_a_bad_challenger_fails_and_is_gone(world_maker: WorldMaker, fake: FakeC
     answers = ("fail", "inconclusive") if gate == "p99_" else ("fail",)
     assert any(v.gate.startswith(gate) and v.answer in answers for v in recorded.verdicts)
     assert recorded.details["timeline"]
+
+
+def test_a_no_stays_a_no_where_cleaning_up_fails(
+    world: World, fake: FakeController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs, champion, challenger = with_champion(world, fake)
+    fake.behaviours[challenger.name] = Behaviour(error_rate=1.0)
+
+    def away(release: Release) -> None:
+        raise Unavailable("the splitter does not answer")
+
+    monkeypatch.setattr(fake, "retire", away)
+    assert "errors: " in failing(lambda: small_scale_test(world.context("trial", outputs), fake), GateFailed)
+    assert at_rest(world, fake, champion)
+
+
+def test_a_no_stays_a_no_where_mlflow_cannot_be_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refuses:
+        @staticmethod
+        def run(context: Context) -> StepOutput:
+            raise GateFailed("small-scale test: fail")
+
+    def away(*given: object) -> None:
+        raise MlflowException("API request failed: connection refused")
+
+    monkeypatch.setattr(Tracking, "fail", away)
+    context = world.context("trial", ())
+    assert failing(lambda: base._recorded(cast(Any, Refuses), {}, context), GateFailed) == "small-scale test: fail"
 
 
 def test_a_breach_stops_at_once(world: World, fake: FakeController) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.steps.stages import make_spec
 
 from slipstream.data import Split
-from slipstream.traffic.base import Observation, Release
+from slipstream.traffic.base import Observation, Release, Routes
 from slipstream.traffic.fake import Behaviour, FakeController
 from slipstream.traffic.guarded import Guard, Stage, windows
 from slipstream.traffic.load import Record, Sent
@@ -58,6 +58,13 @@ def test_a_request_that_nobody_answered_counts_and_the_champions_does_not(stage:
     assert guard(stage)([record(failed=True, release="v1")] * 10) is None
 
 
+def test_a_failure_that_only_a_user_saw_counts_too(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, users = guard(stage), Observation(400, 20, 100.0)
+    monkeypatch.setattr(stage.controller, "observe", lambda release: users)
+    assert "20 of 400 requests failed" in str(watch([record()] * 20))
+    assert (watch.count.errors, watch.count.requests) == (20, 400)
+
+
 def test_one_hiccup_is_no_breach_of_the_cap_and_many_slow_answers_are(stage: Stage) -> None:
     assert guard(stage)([record(900)] * 5) is None
     assert "limit 250 ms" in str(guard(stage)([record(900)] * 20))
@@ -101,6 +108,14 @@ def test_a_phase_leaves_its_routes_and_put_back_takes_them_away(patient: Stage) 
     assert patient.controller.routes("net") == patient.weights(0)
 
 
+def test_traffic_that_somebody_else_moved_meanwhile_is_left_alone(patient: Stage, tmp_path: Path) -> None:
+    elsewhere = Routes(weights={"v0": 100})
+    patient.controller.deploy(Release(model="net", name="v0"), tmp_path)
+    patient.controller.set_routes("net", elsewhere)
+    patient.put_back()
+    assert patient.controller.routes("net") == elsewhere
+
+
 def test_the_timeline_has_few_points_and_no_percentile_from_too_few_requests() -> None:
     def points(n: int) -> list[dict]:
         records = [Record("r", 0, float(i), 200, "v1", np.zeros((1, 1), np.float32), float(i % 100)) for i in range(n)]
@@ -115,14 +130,14 @@ def test_the_timeline_has_few_points_and_no_percentile_from_too_few_requests() -
 
 
 def test_a_machine_that_carries_the_rate_keeps_it(patient: Stage) -> None:
-    patient.put_back()
+    patient.controller.set_routes("net", patient.weights(0))
     patient.probe(300)
     assert (patient.slowdown, patient.notes) == (1, [])
 
 
 def test_a_machine_that_cannot_carry_the_rate_gets_less(stage: Stage) -> None:
     stage.controller.misbehave(CHAMPION, Behaviour(latency_s=0.4))  # type: ignore[attr-defined]  # the fake has it
-    stage.put_back()
+    stage.controller.set_routes("net", stage.weights(0))
     stage.probe(1600)
     assert stage.slowdown == 8
     assert "200/s" in stage.notes[0]

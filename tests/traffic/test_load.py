@@ -77,6 +77,23 @@ def test_a_guard_that_cannot_look_stops_the_load(control: FakeController) -> Non
         send(load(control.endpoint("net"), requests=10_000), watch, lambda done, total: None)
 
 
+def test_who_cannot_be_told_of_the_progress_holds_up_neither_load_nor_guard(control: FakeController) -> None:
+    looks: list[float] = []
+
+    def tell(done: int, total: int) -> None:
+        time.sleep(1.0)  # as MLflow does when it is away
+        raise Unavailable("MLflow does not answer")
+
+    def watch(records: Sequence[Record]) -> str | None:
+        looks.append(time.monotonic())
+        return None
+
+    sent = send(load(control.endpoint("net"), requests=200), watch, tell)
+    assert len(sent.records) == 200
+    assert len(looks) >= 5  # every quarter of a second of two; held up, it were once in a second
+    assert all(r.stalled_ms == 0 or r.stalled_ms < 900 for r in sent.records)
+
+
 def test_the_sender_mirrors_where_it_is_told_to(control: FakeController, tmp_path: Path) -> None:
     shadow = FakeController(tmp_path / "shadow")
     shadow.folder.mkdir()

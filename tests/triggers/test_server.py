@@ -9,7 +9,9 @@ import httpx
 import pytest
 import uvicorn
 from airflow_stand_in import AirflowStandIn
+from fastapi.testclient import TestClient
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from slipstream.airflow_api import AirflowApi
 from slipstream.home import Home
@@ -85,6 +87,24 @@ def test_while_airflow_is_down_the_delivery_is_put_off(
         server.deliver(Home.from_environment(), client, api, body.encode())
     airflow.down = False
     assert server.deliver(Home.from_environment(), client, api, body.encode()) == ["tiny"]
+
+
+def test_while_the_webhook_is_refused_the_reconciler_goes_on(
+    home: Path,
+    client: MlflowClient,
+    model: str,
+    api: AirflowApi,
+    airflow: AirflowStandIn,
+    published: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object) -> None:
+        raise MlflowException("Invalid webhook URL: it must use https")
+
+    monkeypatch.setattr(server, "ensure_webhook", refused)
+    client.set_registered_model_alias(model, "source", version(client, model))
+    with TestClient(server.create_app(Home.from_environment(), client, api, "http://127.0.0.1:9", SECRET)):
+        until(lambda: ("optimize-tiny", "source-v1") in airflow.runs)
 
 
 def test_registering_the_webhook_again_changes_nothing(client: MlflowClient, receiver: str) -> None:

@@ -225,7 +225,10 @@ def _recorded(module: StepModule, settings: Mapping[str, Any], context: Context)
         output = _work(module, context, settings.get("workers", 1))
     except BaseException as error:
         reason = str(error) if isinstance(error, SlipstreamError) else f"{type(error).__name__}: {error}"
-        tracking.fail(run, reason, getattr(error, "exit_code", EXIT_RETRY))
+        try:
+            tracking.fail(run, reason, getattr(error, "exit_code", EXIT_RETRY))
+        except Exception as lost:  # the step's own error says whether a retry helps
+            log.warning("%s: MLflow could not be told that the step failed: %s", context.step, lost)
         raise
     tracking.finish(run, output, cache=cached and not _undecided(output))
     context.clean_up()

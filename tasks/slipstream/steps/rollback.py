@@ -15,12 +15,13 @@ from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput
 from slipstream.errors import RegistryError
 from slipstream.home import Home
-from slipstream.registry import CHAMPION, PREVIOUS, Registry
+from slipstream.registry import CHAMPION, PREVIOUS, ROLLED_BACK, Registry
 from slipstream.report.find import connect
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
 from slipstream.tracking import fetch
-from slipstream.traffic.base import Routes, TrafficController
+from slipstream.traffic.base import Release, Routes, TrafficController
+from slipstream.traffic.releases import moving_alone
 from slipstream.traffic.termination import terminable
 
 log = logging.getLogger(__name__)
@@ -35,15 +36,17 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 def run(context: Context) -> StepOutput:
     """Put `previous` back. Raises RegistryError when there is none."""
-    controller = traffic.controller(context.home)
-    details = rollback(context.spec.model.name, controller, context.tracking.client, context.inputs.run_key)
+    model = context.spec.model.name
+    with moving_alone(context.home, model):
+        details = rollback(model, traffic.controller(context.home), context.tracking.client, context.inputs.run_key)
     return context.output(details=details)
 
 
 def by_hand(model: str, home: Home) -> dict[str, Any]:
     """What `slipstream rollback MODEL` does, with MLflow and Envoy of the platform in `home`."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return rollback(model, traffic.controller(home), connect(home), f"{getpass.getuser()} at {now}")
+    with moving_alone(home, model):
+        return rollback(model, traffic.controller(home), connect(home), f"{getpass.getuser()} at {now}")
 
 
 def rollback(model: str, controller: TrafficController, client: MlflowClient, by: str) -> dict[str, Any]:
@@ -60,21 +63,32 @@ def rollback(model: str, controller: TrafficController, client: MlflowClient, by
         source, target = _direction(registry, journal)
         registry.write_journal(JOURNAL, {"state": "started", "from": source, "to": target, "by": by})
         release = registry.release(target)
+        _unsplit(controller, registry.release(source), release)
         controller.deploy(release, fetch(registry.artifact(target)))
         controller.set_routes(model, Routes(weights={release.name: 100}))
         registry.set_alias(CHAMPION, target)
         registry.set_alias(PREVIOUS, source)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        registry.tag(source, {"slipstream.rolled_back_at": now, "slipstream.rolled_back_by": by})
+        registry.tag(source, {ROLLED_BACK: now, "slipstream.rolled_back_by": by})
         registry.write_journal(JOURNAL, {"state": "done", "from": source, "to": target, "by": by})
     log.info("rollback: %s serves version %s instead of %s", model, target, source)
     return {"champion": target, "previous": source}
 
 
+def _unsplit(controller: TrafficController, source: Release, target: Release) -> None:
+    """Give `source` all the traffic that a killed rollout left split: KServe takes no third release beside two."""
+    weights = controller.routes(source.model).weights
+    if len(weights) > 1 and source.name in weights and target.name not in weights:
+        controller.set_routes(source.model, Routes(weights={source.name: 100}))
+
+
 def _direction(registry: Registry, journal: dict[str, Any]) -> tuple[str, str]:
-    """Versions (from, to): of a rollback that was stopped half way, or from champion to previous."""
+    """Versions (from, to): of a rollback that was stopped half way, or from champion to previous.
+
+    Where somebody pointed an alias elsewhere since it was stopped, the aliases count.
+    """
     champion, previous = registry.champion(), registry.alias(PREVIOUS)
-    if journal.get("state") == "started" and champion in (journal["from"], journal["to"]):
+    if journal.get("state") == "started" and {champion, previous} <= {journal["from"], journal["to"]}:
         return str(journal["from"]), str(journal["to"])
     if champion is None or previous is None or champion == previous:
         raise RegistryError(

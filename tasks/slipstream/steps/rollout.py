@@ -12,31 +12,36 @@ The order of writes, each of which can be the last before a crash:
 A step that is tried again reads the champion first. Is it the challenger, the rollout finishes from 5. Is it still
 the old one, the traffic goes back, and the rollout starts anew. So champion and traffic agree after either.
 
+A breach puts the traffic back, and then makes the journal `refused`, from which a later attempt does not roll out but
+finishes the refusal. A version that was released and rolled back meanwhile is not released again.
+
 Details: `timeline`, `notes`, `released` (version), `previous` (version or None); or `skipped` with the reason.
 """
 
 import datetime
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput, Verdict, combine
-from slipstream.errors import GateFailed, SlipstreamError
+from slipstream.errors import GateFailed, RegistryError, SlipstreamError
 from slipstream.measure import gates
-from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry, verdict_tags
+from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, ROLLED_BACK, Registry, verdict_tags
 from slipstream.spec import Spec
 from slipstream.steps.base import Context, require_pass
 from slipstream.tracking import fetch
 from slipstream.traffic.base import Release, Routes, TrafficController
-from slipstream.traffic.guarded import Stage, served_ms
+from slipstream.traffic.guarded import Count, Stage, served_ms
 from slipstream.traffic.load import Record
-from slipstream.traffic.releases import Incumbent, incumbent, selected, serve, sweep
+from slipstream.traffic.releases import Incumbent, incumbent, moving_alone, selected, serve, sweep
 from slipstream.traffic.termination import terminable
 
 log = logging.getLogger(__name__)
 
 JOURNAL = "rollout"
+STARTED, REFUSED, REVERTED, DONE = "started", "refused", "reverted", "done"
+"""What the journal says under `state`."""
 EXTRA = 3
 """Repetitions of the last step while a verdict is inconclusive, at most."""
 
@@ -53,7 +58,8 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 def run(context: Context) -> StepOutput:
     """Roll the challenger out. Raises GateFailed after everything was put back, RegistryError on stale evidence."""
-    return full_rollout(context, traffic.controller(context.home))
+    with moving_alone(context.home, context.spec.model.name):
+        return full_rollout(context, traffic.controller(context.home))
 
 
 def full_rollout(context: Context, controller: TrafficController) -> StepOutput:
@@ -99,9 +105,12 @@ class _Rollout:
         if journal.get("to") == self.version == self.registry.champion():
             log.info("rollout: %s is champion already; an earlier attempt was stopped after that", self.release.key)
             return self.context.tracking.output(journal["run_id"])
+        self._require_not_rolled_back()
         self.registry.expect_champion(self.chosen["champion"])
         old = self.incumbent()
         serve(self.controller, old)
+        if journal.get("run_id") == self.context.run.run_id and journal["state"] in (REFUSED, REVERTED):
+            self._revert(self.context.tracking.output(journal["run_id"]).verdicts)
         self._begin(old)
         self.controller.deploy(self.release, fetch(self.registry.artifact(self.version)))
         stage = self._stage(old)
@@ -113,7 +122,6 @@ class _Rollout:
             self._put_back_unless_out(stage)
             raise
         self._refuse(stage, verdicts)
-        raise AssertionError("unreachable: a refusal raises")
 
     def finish(self, trial: tuple[Verdict, ...], verdicts: tuple[Verdict, ...]) -> None:
         """Writes 5 and 6."""
@@ -132,15 +140,16 @@ class _Rollout:
             },
         )
         self.registry.set_alias(CHALLENGER, None)
-        self.registry.write_journal(JOURNAL, self.registry.journal(JOURNAL) | {"state": "done"})
+        self.registry.write_journal(JOURNAL, self.registry.journal(JOURNAL) | {"state": DONE})
         sweep(self.controller, self.registry)
 
     def _begin(self, old: Incumbent) -> None:
         """Write 1. What `previous` named before an attempt that was stopped is kept: 3 may have overwritten it."""
         journal = self.registry.journal(JOURNAL)
-        stopped = journal.get("state") == "started" and journal["to"] != old.version
+        # An attempt that was stopped counts only where it came from what serves now: not before a rollback since.
+        stopped = journal.get("state") in (STARTED, REFUSED) and journal["from"] == old.release.name
         previous = journal["previous"] if stopped else self.registry.alias(PREVIOUS)
-        entry = {"state": "started", "to": self.version, "from": old.release.name, "previous": previous}
+        entry = {"state": STARTED, "to": self.version, "from": old.release.name, "previous": previous}
         entry["run_id"] = self.context.run.run_id
         self.registry.write_journal(JOURNAL, entry)
 
@@ -157,7 +166,7 @@ class _Rollout:
 
     def _steps(self, stage: Stage) -> tuple[Verdict, ...]:
         """Write 2. The verdicts over all requests; ends at once with the first guardrail or failing verdict."""
-        settings, records = stage.spec.rollout, list[Record]()
+        settings, records, count = stage.spec.rollout, list[Record](), Count()
         stage.probe(settings.rate_per_s)
         shares = [*settings.steps, *[settings.steps[-1]] * EXTRA]
         verdicts: tuple[Verdict, ...] = ()
@@ -166,8 +175,8 @@ class _Rollout:
             phase = stage.phase(name, stage.weights(share), settings.requests, settings.rate_per_s)
             if phase.breach is not None:
                 return (phase.breach,)
-            records += phase.records
-            verdicts = _judge(stage, records)
+            records, count = records + phase.records, count + phase.count
+            verdicts = _judge(stage, records, count)
             answer = combine(verdicts)
             if answer == "fail" or (answer == "pass" and number >= len(settings.steps)):
                 break
@@ -192,15 +201,35 @@ class _Rollout:
         if not out:
             stage.put_back()
 
-    def _refuse(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> None:
-        """A breach: traffic first, aliases after, then the server. Raises GateFailed."""
-        stage.put_back()
-        self._record(stage, verdicts)
-        self.registry.set_alias(PREVIOUS, self.registry.journal(JOURNAL)["previous"])
+    def _refuse(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> NoReturn:
+        """A breach: traffic first, then what a later attempt goes by. Raises GateFailed."""
+        try:
+            stage.put_back()
+        finally:  # also when the splitter does not answer: what was refused must not be rolled out by the next attempt
+            self._record(stage, verdicts)
+            self.registry.write_journal(JOURNAL, self.registry.journal(JOURNAL) | {"state": REFUSED})
+        self._revert(verdicts)
+
+    def _revert(self, verdicts: tuple[Verdict, ...]) -> NoReturn:
+        """The rest of a refusal: aliases, then the server. Raises GateFailed."""
+        journal = self.registry.journal(JOURNAL)
+        self.registry.set_alias(PREVIOUS, journal["previous"])
         self.registry.set_alias(CHALLENGER, None)
-        self.registry.write_journal(JOURNAL, self.registry.journal(JOURNAL) | {"state": "reverted"})
-        self.controller.retire(stage.challenger)
-        require_pass("rollout", verdicts)
+        self.registry.write_journal(JOURNAL, journal | {"state": REVERTED})
+        try:
+            self.controller.retire(self.release)
+        finally:  # a server that stays is retired by the next run; the no is final
+            require_pass("rollout", verdicts)
+        raise AssertionError("unreachable: what passes is not refused")
+
+    def _require_not_rolled_back(self) -> None:
+        """An attempt that was stopped after it had released, and was then rolled back, must not release again."""
+        at = self.registry.tags(self.version).get(ROLLED_BACK)
+        if at is not None:
+            raise RegistryError(
+                f"{self.registry.model} version {self.version} was released and rolled back at {at}; start a new run "
+                "to release anything else"
+            )
 
     def _record(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> StepOutput:
         """Write the evidence into this step's MLflow run; nothing is released yet."""
@@ -210,12 +239,11 @@ class _Rollout:
         return output
 
 
-def _judge(stage: Stage, records: list[Record]) -> tuple[Verdict, ...]:
+def _judge(stage: Stage, records: list[Record], count: Count) -> tuple[Verdict, ...]:
     """Errors of the challenger, and the p99 that clients see, over all requests of the rollout so far."""
     limits, sure = stage.spec.guardrails, stage.spec.objective.confidence
-    theirs = [r for r in records if r.release != stage.champion.name]
     return (
-        gates.error_rate(sum(r.failed for r in theirs), len(theirs), limits.max_error_rate, sure),
+        gates.error_rate(count.errors, count.requests, limits.max_error_rate, sure),
         gates.p99_cap(served_ms(records), stage.cap_ms(), sure),
     )
 

@@ -21,7 +21,7 @@ from slipstream.traffic import answers
 from slipstream.traffic.base import TrafficController
 from slipstream.traffic.guarded import Phase, Stage
 from slipstream.traffic.judging import Evidence
-from slipstream.traffic.releases import incumbent, selected, serve, sweep
+from slipstream.traffic.releases import incumbent, moving_alone, selected, serve, sweep
 from slipstream.traffic.termination import terminable
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 def run(context: Context) -> StepOutput:
     """Run the small-scale test. Raises GateFailed when it fails or stays inconclusive."""
-    return small_scale_test(context, traffic.controller(context.home))
+    with moving_alone(context.home, context.spec.model.name):
+        return small_scale_test(context, traffic.controller(context.home))
 
 
 def small_scale_test(context: Context, controller: TrafficController) -> StepOutput:
@@ -75,10 +76,12 @@ def small_scale_test(context: Context, controller: TrafficController) -> StepOut
             stage.put_back()
     output = context.output(verdicts=verdicts, details={"timeline": stage.timeline, **facts, **found})
     if combine(verdicts) != "pass":
-        context.tracking.record(context.run, output)
-        registry.set_alias(CHALLENGER, None)
-        controller.retire(stage.challenger)
-        require_pass("small-scale test", verdicts)
+        try:
+            context.tracking.record(context.run, output)
+            registry.set_alias(CHALLENGER, None)
+            controller.retire(stage.challenger)
+        finally:  # a no stays a no, also where cleaning up fails: the next run does that
+            require_pass("small-scale test", verdicts)
     return output
 
 
@@ -124,4 +127,5 @@ def _canary(stage: Stage, evidence: Evidence, name: str) -> Phase:
     share = max(1, round(settings.share))
     phase = stage.phase(name, stage.weights(share), settings.requests, settings.rate_per_s)
     evidence.canary += phase.records
+    evidence.canary_count += phase.count
     return phase

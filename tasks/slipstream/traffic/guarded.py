@@ -33,12 +33,24 @@ POINTS = 10
 """Points for a phase, at most."""
 
 
+@dataclass(frozen=True)
+class Count:
+    """Requests to the challenger, and how many of them failed: those of this load and, where seen, users' own."""
+
+    errors: int = 0
+    requests: int = 0
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.errors + other.errors, self.requests + other.requests)
+
+
 @dataclass
 class Phase:
     """What a guarded load found."""
 
     name: str
     records: list[Record]
+    count: Count
     breach: Verdict | None
     """The guardrail that stopped it."""
 
@@ -77,8 +89,12 @@ class Stage:
         return Routes(weights={n: w for n, w in weights.items() if w}, mirror=self.challenger.name if mirror else None)
 
     def put_back(self) -> None:
-        """All traffic to the champion, no mirror. Writes nothing when it is so already."""
-        if self.controller.routes(self.model) != self.weights(0):
+        """All traffic to the champion, no mirror. Writes nothing where the challenger has no part in the traffic.
+
+        Then it is so already, or somebody else gave the traffic to a third release meanwhile, such as a rollback.
+        """
+        routes = self.controller.routes(self.model)
+        if self.challenger.name in (*routes.weights, routes.mirror):
             self.controller.set_routes(self.model, self.weights(0))
             log.info("traffic: %s is back at %s", self.model, self.champion.name)
 
@@ -139,7 +155,7 @@ class Stage:
         self.timeline += windows(name, share, sent)
         if guard.breach is not None:
             log.warning("traffic: %s stopped: %s: %s", name, guard.breach.gate, guard.breach.reason)
-        phase = Phase(name, sent.records, guard.breach)
+        phase = Phase(name, sent.records, guard.count, guard.breach)
         self.champion_phases.append(phase.of(self.champion))
         return phase
 
@@ -167,25 +183,34 @@ class Guard:
         self._limits: Guardrails = stage.spec.guardrails
         self._confidence = stage.spec.objective.confidence
         self.breach: Verdict | None = None
+        self.count = Count()
 
     def __call__(self, records: Sequence[Record]) -> str | None:
         so_far = list(records)
         now = self._stage.controller.observe(self._stage.challenger)
-        for verdict in (self._errors(so_far, now), self._slow(so_far), self._memory(now)):
+        self.count = self._counted(so_far, now)
+        for verdict in (self._errors(), self._slow(so_far), self._memory(now)):
             if verdict is not None and verdict.answer == "fail":
                 self.breach = verdict
                 return verdict.reason
         return None
 
-    def _errors(self, records: list[Record], now: Observation) -> Verdict:
-        if self._shadow:  # no client is sent the mirror's answers: the splitter, or the sender, sees them fail
-            copies = [r.mirrored for r in records if r.mirrored is not None]
-            errors = max(now.errors - self._before.errors, sum(c.failed for c in copies), 0)
-            n = max(now.requests - self._before.requests, len(copies), errors)
+    def _counted(self, records: list[Record], now: Observation) -> Count:
+        """What the splitter counted, which includes users' requests, or what the sender saw where that is more.
+
+        A request that reached no server is in the sender's count alone; an answer to a mirrored one that the splitter
+        throws away, or to a user, in the splitter's.
+        """
+        if self._shadow:
+            theirs = [r.mirrored for r in records if r.mirrored is not None]
         else:
             theirs = [r for r in records if r.release != self._stage.champion.name]
-            errors, n = sum(r.failed for r in theirs), len(theirs)
-        return gates.error_rate(errors, max(n, self._planned), self._limits.max_error_rate, self._confidence)
+        errors = max(now.errors - self._before.errors, sum(r.failed for r in theirs), 0)
+        return Count(errors, max(now.requests - self._before.requests, len(theirs), errors))
+
+    def _errors(self) -> Verdict:
+        n = max(self.count.requests, self._planned)
+        return gates.error_rate(self.count.errors, n, self._limits.max_error_rate, self._confidence)
 
     def _slow(self, records: list[Record]) -> Verdict | None:
         """The hard cap on what clients see, with the requests still to come counted as instant."""

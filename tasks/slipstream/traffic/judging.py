@@ -14,7 +14,7 @@ from slipstream.spec import Spec
 from slipstream.traffic import answers
 from slipstream.traffic.answers import Pair
 from slipstream.traffic.base import Release
-from slipstream.traffic.guarded import served_ms
+from slipstream.traffic.guarded import Count, served_ms
 from slipstream.traffic.load import Record
 
 
@@ -33,6 +33,8 @@ class Evidence:
     unanswered: int = 0
     """Mirrored requests that the champion answered and the challenger did not."""
     canary: list[Record] = field(default_factory=list)
+    canary_count: Count = field(default_factory=Count)
+    """Of the challenger in the canary, users' requests included."""
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """One verdict for each question."""
@@ -42,7 +44,7 @@ class Evidence:
         drop = metrics.drop(self.metric, *self._records(), sure, rng)
         found = [
             self._errors(),
-            gates.disagreement(self._different(), len(self.pairs), limits.max_disagreement, sure),
+            gates.disagreement(self._different(), len(self._asked_once()), limits.max_disagreement, sure),
             gates.accuracy_of(drop, limits.max_accuracy_drop, sure),
             self._forgiving(gates.p99_ratio(champion_ms, challenger_ms, limits.max_p99_ratio, sure, rng)),
             gates.p99_cap(served_ms(self.canary), self.cap_ms, sure),
@@ -58,6 +60,7 @@ class Evidence:
         quality = [100 * metrics.value(self.metric, records) for records in self._records()]
         return {
             "pairs": len(self.pairs),
+            "samples": len(self._asked_once()),
             "different": self._different(),
             "unanswered": self.unanswered,
             "canary_requests": len(self.canary),
@@ -76,10 +79,14 @@ class Evidence:
 
     def _records(self) -> tuple[Records, Records]:
         """Those of champion's and challenger's answers."""
-        return answers.records(self.pairs, self.split, self.metric)
+        return answers.records(self._asked_once(), self.split, self.metric)
 
     def _different(self) -> int:
-        return answers.different(self.pairs, self.metric)
+        return answers.different(self._asked_once(), self.metric)
+
+    def _asked_once(self) -> list[Pair]:
+        """One pair for each sample. A short split is asked again and again, and the same answer is no new evidence."""
+        return list({pair.sample: pair for pair in self.pairs}.values())
 
     def _server_ms(self) -> tuple[list[float], list[float]]:
         """Latencies inside the servers, on the same requests at the same time."""
@@ -90,8 +97,8 @@ class Evidence:
 
     def _errors(self) -> Verdict:
         """Unanswered mirrored requests and failed canary requests; one that nobody answered is the challenger's."""
-        errors = self.unanswered + sum(r.failed for r in self._theirs())
-        n = len(self.pairs) + self.unanswered + len(self._theirs())
+        errors = self.unanswered + self.canary_count.errors
+        n = len(self.pairs) + self.unanswered + self.canary_count.requests
         return gates.error_rate(errors, n, self.spec.guardrails.max_error_rate, self.spec.objective.confidence)
 
     def _forgiving(self, verdict: Verdict) -> Verdict:

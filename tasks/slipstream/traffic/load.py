@@ -5,9 +5,11 @@ Latency counts from the intended send time, so that a server that stalls cannot 
 """
 
 import asyncio
+import logging
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +22,12 @@ from slipstream.errors import Unavailable
 from slipstream.serving import client
 from slipstream.traffic.base import Endpoint
 
+log = logging.getLogger(__name__)
+
 REQUEST_TIMEOUT_S = 10.0
 WATCH_EVERY_S = 0.25
 """How often the guard looks: a breach stops the load within this time and what is under way."""
+TELL_EVERY_S = 0.5
 HEARTBEAT_S = 0.01
 STALL_S = 0.03
 """A heartbeat that comes this late shows that this process itself had to wait for the machine."""
@@ -105,7 +110,35 @@ def send(load: Load, watch: Watch, progress: Callable[[int, int], None]) -> Sent
     An exception of the guard stops the load as well, and is raised. Takes at most requests / rate plus the
     request time-out.
     """
-    return asyncio.run(_Sender(load, watch, progress).run())
+    sender = _Sender(load, watch)
+    with _telling(lambda: progress(len(sender.sent.records), load.requests)):
+        return asyncio.run(sender.run())
+
+
+@contextmanager
+def _telling(tell: Callable[[], None]) -> Iterator[None]:
+    """Call `tell` now and then, from a thread of its own, and once more at the end.
+
+    It may wait for MLflow for minutes, and fail: neither may hold up the sending or the guard.
+    """
+    over = threading.Event()
+
+    def run() -> None:
+        ended = False
+        while not ended:
+            ended = over.wait(TELL_EVERY_S)
+            try:
+                tell()
+            except Exception as error:
+                log.warning("traffic: nobody could be told how far the load is: %s", error)
+
+    thread = threading.Thread(target=run, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(TELL_EVERY_S)
 
 
 @dataclass(frozen=True)
@@ -119,8 +152,8 @@ class _Begin:
 
 
 class _Sender:
-    def __init__(self, load: Load, watch: Watch, progress: Callable[[int, int], None]) -> None:
-        self.load, self.watch, self.progress = load, watch, progress
+    def __init__(self, load: Load, watch: Watch) -> None:
+        self.load, self.watch = load, watch
         self.sent = Sent()
         self.stalls: list[tuple[float, float]] = []
         self.last_beat = time.perf_counter()
@@ -165,7 +198,6 @@ class _Sender:
     ) -> None:
         record, *copies = await asyncio.gather(*(self._ask(http, i, sample, content, begin) for http in clients))
         self.sent.records.append(replace(record, mirrored=copies[0]) if copies else record)
-        self.progress(len(self.sent.records), self.load.requests)
 
     async def _ask(self, http: httpx.AsyncClient, i: int, sample: int, content: bytes, begin: _Begin) -> Record:
         name = f"{self.load.run}-{self.load.phase}-{i}"

@@ -1,12 +1,15 @@
 """Which release serves now, and keeping servers and traffic in line with the registry."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from slipstream import flow
 from slipstream.contract import Artifact, Cell, StepInput
 from slipstream.errors import DataError
+from slipstream.home import Home, alone
 from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
 from slipstream.spec import BASELINE
 from slipstream.tracking import fetch
@@ -23,6 +26,16 @@ class Incumbent:
     """Registry version; None before the first release."""
     release: Release
     artifact: Artifact
+
+
+@contextmanager
+def moving_alone(home: Home, model: str) -> Iterator[None]:
+    """Whoever tests, rolls out or rolls back a model does it alone: here by a lock that ends with the process.
+
+    On a cluster Airflow's pool `release` sees to it. Two at a time would undo each other's traffic.
+    """
+    with alone(home.work / f"release-{model}.lock", f"a test or a rollout of {model} is under way"):
+        yield
 
 
 def selected(inputs: StepInput) -> dict[str, Any]:

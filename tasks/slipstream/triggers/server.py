@@ -57,9 +57,17 @@ def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, url: s
     registered = threading.Event()
 
     def once() -> None:
+        try:
+            register()
+        finally:  # what no webhook tells, the reconciler finds
+            look()
+
+    def register() -> None:
         if not registered.is_set():
             ensure_webhook(client, url.rstrip("/") + PATH, secret)
             registered.set()
+
+    def look() -> None:
         reconcile(home, client, airflow)
         if knows_traffic(home):
             report_drift(home, client, traffic.controller(home))
