@@ -1,4 +1,4 @@
-"""Data sets that a spec names by file: beside the user's code, or in S3."""
+"""Data sets that a spec names by file, beside the user's code or in S3."""
 
 from pathlib import Path
 
@@ -55,3 +55,30 @@ def test_what_is_no_data_set_is_named_by_its_uri(files: Path, bucket: str) -> No
         data.load(parse(SPEC.format(train=f"{bucket}/train.npz", test="data/test.npz"), "test"))
     with pytest.raises(DataError, match=rf"{bucket}/none\.npz: there is no such object"):
         data.load(parse(SPEC.format(train=f"{bucket}/none.npz", test="data/test.npz"), "test"))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int8", "bool", ">f4"])
+def test_inputs_that_engines_do_not_take_are_refused_with_the_mend(files: Path, dtype: str) -> None:
+    np.savez(files / "test.npz", inputs=np.zeros((20, 3, 4, 4), dtype), labels=np.arange(20))
+    said = rf"^data: inputs of split test are {dtype}, .*float32, int64, int32, uint8.*inputs\.astype\('float32'\)$"
+    with pytest.raises(DataError, match=said):
+        data.load(parse(SPEC.format(train="data/train.npz", test="data/test.npz"), "test"))
+
+
+@pytest.mark.parametrize("dtype", data.INPUT_DTYPES)
+def test_inputs_that_engines_take_are_loaded(files: Path, dtype: str) -> None:
+    np.savez(files / "test.npz", inputs=np.zeros((20, 3, 4, 4), dtype), labels=np.arange(20))
+    loaded = data.load(parse(SPEC.format(train="data/train.npz", test="data/test.npz"), "test"))
+    assert loaded.test.inputs.dtype == dtype
+
+
+def test_a_text_is_the_same_however_far_it_is_padded() -> None:
+    train = np.array([[5, 7, 0], [5, 0, 7], [7, 5, 0], [0, 0, 0]], np.int64)
+    test = np.array([[5, 7, 0, 0, 0], [0, 0, 0, 0, 0]], np.int64)
+    labels = np.arange(4)
+    texts = data.Data(data.Split(train, labels), data.Split(test, labels[:2]))
+    assert texts.calibration(2, seed=0).tolist() == [1, 2]
+    assert len(set(texts.train.sample_digests())) == 4
+    numbers = data.Split(train.astype(np.int32), labels)
+    padded = data.Split(test.astype(np.int32), labels[:2])  # int32 are no token ids, and so have no padding
+    assert data.Data(numbers, padded).calibration(4, seed=0).tolist() == [0, 1, 2, 3]

@@ -1,9 +1,6 @@
 """Data sets: the splits that the user's loader returns, their identity, and the calibration draw."""
 
 import hashlib
-import importlib
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,18 +9,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipstream import digests, storage
-from slipstream.errors import DataError, SpecError
+from slipstream import storage, tokens
+from slipstream.errors import DataError
 from slipstream.home import Home
 from slipstream.spec import Call, Spec
+from slipstream.user_code import user_function
+
+INPUT_DTYPES = ("float32", "int64", "int32", "uint8")
+"""What inputs may be: what all engines take."""
 
 
 @dataclass(frozen=True)
 class Split:
     """Samples with labels.
 
-    `inputs` is (N, …) in the dtype and layout that the model takes at batch N; `labels` is (N, …), numbers in the form
-    that the metric takes: (N,) int64 classes, (N, M, 5) float32 boxes, (N, H, W) int64 maps (measure/metrics).
+    `inputs` is (N, …) in the dtype, one of INPUT_DTYPES, and layout that the model takes at batch N; `labels` is
+    (N, …), numbers in the form that the metric takes: (N,) int64 classes, (N, M, 5) float32 boxes, (N, H, W) int64
+    maps (measure/metrics).
     """
 
     inputs: npt.NDArray[Any]
@@ -42,9 +44,13 @@ class Split:
         return total.hexdigest()
 
     def sample_digests(self) -> list[bytes]:
-        """A 16-byte digest for each sample's input, to tell whether two splits share one."""
+        """A 16-byte digest for each sample's input, to tell whether two splits share one.
+
+        A text's padding does not count: the same text may be padded to another length in the other split.
+        """
         rows = np.ascontiguousarray(self.inputs).reshape(len(self), -1)
-        return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
+        ends = tokens.lengths(rows) if tokens.holds(self.inputs) else [rows.shape[1]] * len(rows)
+        return [hashlib.blake2b(row[:end].data, digest_size=16).digest() for row, end in zip(rows, ends, strict=True)]
 
     def take(self, indices: npt.NDArray[np.intp]) -> "Split":
         """The samples at `indices`, in that order."""
@@ -81,33 +87,6 @@ class Data:
                 "also in the test split; lower quantize.samples or give more training data"
             )
         return np.sort(np.random.default_rng(seed).choice(own, samples, replace=False))
-
-
-def user_function(call: Call) -> Callable[..., Any]:
-    """Import a function from the user's code. Raises SpecError when it is not there."""
-    module_name, _, name = call.function.partition(":")
-    code = str(Home.from_environment().code)
-    if code not in sys.path:
-        sys.path.insert(0, code)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SpecError(f"{call.function}: cannot import {module_name} from {code}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise SpecError(f"{call.function}: {module_name} has no function {name}")
-    found: Callable[..., Any] = function
-    return found
-
-
-def user_code_digest(call: Call | None) -> str | None:
-    """Digest of the file that a user function lies in, with its parameters; part of a step's identity."""
-    if call is None:
-        return None
-    module = sys.modules[user_function(call).__module__]
-    return hashlib.sha256(
-        f"{digests.file(Path(str(module.__file__)))}{sorted(call.params.items())}".encode()
-    ).hexdigest()
 
 
 def load(spec: Spec) -> Data:
@@ -150,6 +129,11 @@ def _check(name: str, split: Split) -> None:
         raise DataError(f"data: split {name} is empty")
     if len(split.inputs) != len(split.labels):
         raise DataError(f"data: split {name} has {len(split.inputs)} inputs but {len(split.labels)} labels")
+    if str(split.inputs.dtype) not in INPUT_DTYPES:
+        raise DataError(
+            f"data: inputs of split {name} are {split.inputs.dtype}, which not every engine takes; give one of "
+            f"{', '.join(INPUT_DTYPES)}, such as inputs.astype('{INPUT_DTYPES[0]}')"
+        )
     if not any(np.issubdtype(split.labels.dtype, kind) for kind in (np.integer, np.floating)):
         raise DataError(f"data: labels of split {name} must be numbers, not {split.labels.dtype}")
     for what, array in (("inputs", split.inputs), ("labels", split.labels)):

@@ -17,7 +17,7 @@ def bench(*subjects: Subject, crowded: bool = False, clean: int = 8) -> Bench:
         framework="torch",
         metric="map",
         confidence=0.95,
-        engines={"server": "openvino", "edge": "litert"},
+        engines={"server": "openvino", "edge": "litert", "torch": "torch"},
         machine={},
         hardware="A CPU, 2 cores",
         versions={"openvino": "1.2.3"},
@@ -50,6 +50,7 @@ def test_the_overview_names_the_fastest_recipe_that_passed_or_says_that_none_did
                 subject("tiny@server", 0.1, "rejected"),
                 subject("baseline@edge", 0.5, "reference"),
                 subject("int8@edge", 0.4, "inconclusive"),
+                subject("baseline@torch", 0.6, "reference"),
             )
         ]
     )
@@ -59,8 +60,9 @@ def test_the_overview_names_the_fastest_recipe_that_passed_or_says_that_none_did
         "1.47 (1.40 to 1.61)", "94 kB", "31", "passed",
     ]  # fmt: skip
     assert overview[2][2:4] == ["litert (edge)", "baseline (no recipe passed)"]
+    assert overview[3][2:4] == ["torch (torch)", "baseline"]  # none was tried
     names = [row[0] for row in rows(text.split("## ")[1])][1:]
-    assert names[:2] == ["torch eager FP32", "baseline@server"] and names[-1] == "int8@edge" and len(names) == 7
+    assert names[:2] == ["torch eager FP32", "baseline@server"] and names[-2] == "int8@edge" and len(names) == 8
 
 
 def test_it_says_how_quiet_the_machine_was() -> None:

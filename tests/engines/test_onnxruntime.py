@@ -1,12 +1,15 @@
 import onnx
 import pytest
+from onnx import TensorProto, helper
 from tests.engines.contract import EngineContract, fp32, int8  # noqa: F401 (fixtures)
 from tests.engines.images import samples
 
+from slipstream.data import INPUT_DTYPES
 from slipstream.engines.base import build_engine
-from slipstream.engines.onnxruntime import ENGINE, OPTIMISED
+from slipstream.engines.onnxruntime import DTYPES, ENGINE, OPTIMISED
 from slipstream.engines.peak import peak_memory_mib
 from slipstream.errors import EngineError
+from slipstream.frameworks.base import INPUT, OUTPUT
 from slipstream.spec import Target
 
 
@@ -32,6 +35,23 @@ def test_an_engine_that_does_not_load_has_no_peak_but_a_reason(fp32, target, tmp
     with pytest.raises(EngineError, match=r"cannot be run: .*model\.onnx") as raised:
         peak_memory_mib(tmp_path / "engine", samples(1))
     assert "Traceback" not in str(raised.value)
+
+
+def test_each_type_that_data_may_have_is_known_and_no_other():
+    assert set(DTYPES.values()) == set(INPUT_DTYPES)
+
+
+def test_a_model_that_takes_another_type_is_refused_when_it_is_loaded(target, tmp_path):
+    graph = helper.make_graph(
+        [helper.make_node("Cast", [INPUT], [OUTPUT], to=TensorProto.FLOAT)],
+        "double",
+        [helper.make_tensor_value_info(INPUT, TensorProto.DOUBLE, ["batch", 3])],
+        [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", 3])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / OPTIMISED)
+    with pytest.raises(EngineError, match=r"input is tensor\(double\); .*float32, int64, int32, uint8"):
+        ENGINE.load(tmp_path, target)
 
 
 def test_bf16_is_refused():

@@ -10,14 +10,14 @@ import numpy as np
 import onnx
 import openvino as ov
 import pytest
-from tests.frameworks.contract import FrameworkContract, Stopped, Stopping, channels_last, squares
+from tests.frameworks.contract import FrameworkContract, Recorder, Stopped, Stopping, channels_last, squares
 
-from slipstream.data import Data
+from slipstream.data import Data, Split
 from slipstream.errors import ModelError, SpecError
 from slipstream.frameworks import keras_compression, keras_files
 from slipstream.frameworks.base import ONNX, CandidateManifest, Job, Schedule, SoftTargets, read_manifest
 from slipstream.frameworks.keras import FRAMEWORK, _set_threads
-from slipstream.frameworks.keras_losses import distillation_loss, ends_in_softmax, regression_loss
+from slipstream.frameworks.keras_losses import cross_entropy, distillation_loss, ends_in_softmax, regression_loss
 from slipstream.frameworks.keras_runtime import keras, tf
 from slipstream.frameworks.keras_training import OneCycle, Training
 from slipstream.spec import Call, Cluster, Prune, Quantize
@@ -42,8 +42,6 @@ class TestKeras(FrameworkContract):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    from tests.frameworks.contract import Recorder
-
     data = Data(channels_last(squares(400, 1)), channels_last(squares(100, 2)))
     return Job(data, seed=5, folder=tmp_path_factory.mktemp("job"), progress=Recorder())
 
@@ -260,6 +258,33 @@ def test_losses_by_hand() -> None:
     # Off by 0.5 and by 2 deviations: 0.5 · 0.5² and 2 − 0.5, each in one of four numbers.
     off = answers + np.array([[0.5, 20.0], [0.0, 0.0]], np.float32)
     assert float(regression(off, None, answers)) == pytest.approx(0.5 * (0.125 + 1.5) / 4 + 3.5)
+
+
+def test_maps_are_trained_and_distilled_like_as_many_samples() -> None:
+    """(N, classes, H, W) gives what the same places give as N·H·W samples; places labelled -1 are not judged."""
+    rng = np.random.default_rng(0)
+    student, teacher = (rng.normal(size=(2, 3, 4, 5)) * k for k in (1, 2))
+    labels = rng.integers(-1, 3, (2, 4, 5))
+    places = [np.moveaxis(x, 1, 3).reshape(-1, 3) for x in (student, teacher)]
+    judged = labels.ravel() >= 0
+    exponents = np.exp(places[0])
+    shares = (exponents / exponents.sum(1, keepdims=True))[judged, labels.ravel()[judged]]
+    assert float(cross_entropy(student, labels)) == pytest.approx(-np.log(shares).mean())
+    whole = distillation_loss(4.0, 0.7)(student, labels, teacher)
+    assert float(whole) == pytest.approx(float(distillation_loss(4.0, 0.7)(places[0], labels.ravel(), places[1])))
+
+
+def test_a_network_of_maps_learns_from_labels_and_from_a_teacher(job: Job, tmp_path: Path) -> None:
+    """Which pixels are bright: the mean IoU of the held-out part, as the metric has it, rises."""
+    splits = [Split(s.inputs, (s.inputs[:, ::2, :, 0] > 0.5).astype(np.int64)) for s in (job.data.train, job.data.test)]
+    reports = [Recorder(), Recorder()]
+    jobs = [Job(Data(*splits), 0, tmp_path, report, metric="miou") for report in reports]
+    teacher, student = (FRAMEWORK.build(call("maps"), seed) for seed in (0, 1))
+    FRAMEWORK.fit(teacher, jobs[0], Schedule(4, 0.3, batch_size=32), "teacher")
+    soft = SoftTargets(FRAMEWORK.logits(teacher, splits[0].inputs), temperature=4, weight=0.9)
+    FRAMEWORK.fit(student, jobs[1], Schedule(4, 0.3, batch_size=32), "student", soft)
+    assert [report.epochs[3]["miou"] > 90 for report in reports] == [True, True]
+    FRAMEWORK.save(teacher, call("maps"), splits[1], tmp_path / "candidate")
 
 
 def test_the_rate_goes_up_and_down_as_pytorch_s_does() -> None:

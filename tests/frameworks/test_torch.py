@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from tests.frameworks.contract import ChannelPruningContract, Recorder, squares
 
+from slipstream.agreement.reference import reference
 from slipstream.errors import DataError, ModelError
 from slipstream.frameworks import torch_training
-from slipstream.frameworks.base import Job, Schedule
+from slipstream.frameworks.base import ONNX, WEIGHTS, Job, Schedule
 from slipstream.frameworks.torch import FRAMEWORK
 from slipstream.frameworks.torch_training import Checkpoint, Training
 from slipstream.spec import Call
@@ -37,6 +39,30 @@ class TestTorch(ChannelPruningContract):
             network[0].weight[0, 0, 0, 0] = float("inf")
         with pytest.raises(ModelError, match=r"NaN or infinity in 0\.weight"):
             FRAMEWORK.save(network, self.call, squares(8, 0), tmp_path / "candidate")
+
+    def test_a_mask_of_infinity_is_no_divergence(self, job: Job, tmp_path: Path) -> None:
+        network, data = FRAMEWORK.build(call("causal"), 0), job.data
+        FRAMEWORK.fit(network, job, Schedule(1, 0.01), "causal")
+        FRAMEWORK.save(network, call("causal"), data.test, tmp_path / "candidate")
+        loaded = FRAMEWORK.load(tmp_path / "candidate")
+        assert torch.equal(loaded.mask, network.mask) and loaded.mask.isinf().any()
+        inputs = data.test.inputs
+        np.testing.assert_array_equal(FRAMEWORK.logits(network, inputs), FRAMEWORK.logits(loaded, inputs))
+        np.testing.assert_allclose(
+            reference(tmp_path / "candidate" / ONNX, inputs), FRAMEWORK.logits(network, inputs), rtol=1e-4, atol=1e-5
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("mask", "nan"), ("normalize.running_var", "inf"), ("answer.bias", "-inf")]
+    )
+    def test_weights_that_diverged_are_neither_saved_nor_loaded(self, name: str, value: str, tmp_path: Path) -> None:
+        network = FRAMEWORK.build(call("causal"), 0)
+        network.state_dict()[name].view(-1)[0] = float(value)
+        with pytest.raises(ModelError, match=f"NaN or infinity in {name};"):
+            FRAMEWORK.save(network, call("causal"), squares(8, 0), tmp_path / "candidate")
+        safetensors.torch.save_file(network.state_dict(), tmp_path / WEIGHTS)
+        with pytest.raises(ModelError, match=f"NaN or infinity in {name};"):
+            FRAMEWORK.load_weights(tmp_path / WEIGHTS, call("causal"))
 
     def test_shared_weights_survive(self, tmp_path: Path) -> None:
         network, data = FRAMEWORK.build(call("tied"), 0), squares(8, 0)

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -7,13 +8,14 @@ from tests.engines.candidates import network, quantized, write
 from tests.engines.images import CLASSES, samples
 from tests.steps.pipeline import inputs, logged, small_spec
 
+from slipstream import digests
 from slipstream.contract import Cell
 from slipstream.engines.base import build_engine, load_engine, read_manifest
 from slipstream.errors import DataError, EngineError
 from slipstream.frameworks.base import ONNX
 from slipstream.spec import Target
 from slipstream.steps import build
-from slipstream.steps.base import run_step
+from slipstream.steps.base import identity, run_step
 from slipstream.tracking import fetch
 
 
@@ -92,6 +94,22 @@ def inputs_of(cell: Cell):
     from slipstream.contract import StepInput
 
     return StepInput(run_key="r", pipeline_run_id="p", cell=cell)
+
+
+@pytest.mark.parametrize("step", ["build", "validate"])
+@pytest.mark.parametrize("module", ["frameworks/onnx_graph.py", "frameworks/torch.py", "engines/onnxruntime_graph.py"])
+def test_other_code_behind_an_engine_or_its_baseline_is_another_result(step, module, tmp_path, monkeypatch):
+    """Engines are built by way of the frameworks' modules, and the baseline runs in its own."""
+    shutil.copytree(digests.PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(digests, "PACKAGE", tmp_path / "package")
+    found = set()
+    for text in ("", "# changed"):
+        with (tmp_path / "package" / module).open("a") as file:
+            file.write(text)
+        digests.source.cache_clear()
+        found.add(identity(step, {}, inputs_of(Cell(recipe="int8", target="server"))))
+    digests.source.cache_clear()
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])

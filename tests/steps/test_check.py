@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from tests.steps.training import document, spec_of, step
 
-from slipstream.errors import EngineError, ModelError, SpecError
+from slipstream.errors import EngineError, ModelError, SpecError, Unavailable
 from slipstream.spec import Target
 
 pytestmark = pytest.mark.usefixtures("mlflow_server", "home")
@@ -203,4 +203,32 @@ def test_a_loader_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
     written = document("loader")
     written["data"] = "broken_loader:data"
     with pytest.raises(Exception, match="data: the loader failed: IndexError"):
+        step("check", spec_of(written))
+
+
+AWAY = """
+from slipstream.errors import Unavailable
+
+def data():
+    raise Unavailable("s3://bucket/train.npz: no answer")
+
+def network():
+    data()
+"""
+
+
+@pytest.mark.parametrize("field", ["data", "architecture"])
+def test_a_service_that_is_away_is_no_fault_of_what_was_given(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the step is tried again: a DataError or a ModelError would end the run."""
+    (tmp_path / "away_case.py").write_text(AWAY)
+    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    written = document("away")
+    if field == "data":
+        written["data"] = "away_case:data"
+    else:
+        written["model"]["architecture"] = "away_case:network"
+    with pytest.raises(Unavailable, match=r"^s3://bucket/train\.npz: no answer$"):
         step("check", spec_of(written))

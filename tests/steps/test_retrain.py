@@ -65,6 +65,31 @@ def test_unchanged_training_is_reused_and_another_seed_is_not() -> None:
     assert not other.reused and other.artifact.sha256 != first.artifact.sha256
 
 
+LOSS = """
+from torch.nn import functional
+
+def loss(outputs, labels):
+    return {factor} * functional.cross_entropy(outputs, labels)
+"""
+
+
+def test_training_with_another_loss_is_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A train function that gives `fit` no loss trains with the spec's."""
+    (tmp_path / "loss_case.py").write_text(LOSS.format(factor=1))
+    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    written = document("with-loss", limit=60)
+    plain = step("retrain", spec_of(written))
+    written["model"]["loss"] = "loss_case:loss"
+    first = step("retrain", spec_of(written))
+    assert not first.reused and step("retrain", spec_of(written)).reused
+    version = step("retrain", spec_of(written), source_version=plain.details["version"])
+    (tmp_path / "loss_case.py").write_text(LOSS.format(factor=2))
+    assert not step("retrain", spec_of(written)).reused
+    again = step("retrain", spec_of(written), source_version=plain.details["version"])
+    assert again.reused and again.run_id == version.run_id  # nothing is trained
+
+
 def test_a_version_is_taken_from_the_registry_without_training() -> None:
     trained = step("retrain", spec_of(document("taken")))
     asked = step("retrain", spec_of(document("taken")), source_version="1")

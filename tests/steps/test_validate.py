@@ -20,7 +20,6 @@ from slipstream import digests, evidence
 from slipstream import spec as specs
 from slipstream.bench import measure
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput
-from slipstream.data import user_function
 from slipstream.engines.base import build_engine
 from slipstream.errors import DataError, InputError
 from slipstream.frameworks.base import framework_for
@@ -30,6 +29,7 @@ from slipstream.spec import Call
 from slipstream.steps import validate
 from slipstream.steps.base import run_step
 from slipstream.tracking import Tracking
+from slipstream.user_code import user_function
 
 CODE = '''
 import numpy as np

@@ -39,7 +39,7 @@ def _overview(bench: Bench) -> list[tuple[str, ...]]:
         best = min(passed, key=lambda s: s.latency.p50_ms, default=None)
         shown = best or next((s for s in here if cell_of(s.name).recipe == BASELINE), None)
         if shown is not None:
-            recipe = cell_of(shown.name).recipe + ("" if best else " (no recipe passed)")
+            recipe = cell_of(shown.name).recipe + ("" if best or len(here) == 1 else " (no recipe passed)")
             lines.append((bench.spec, wording.metric(bench.metric), f"{engine} ({target})", recipe, *_figures(shown)))
     return lines
 

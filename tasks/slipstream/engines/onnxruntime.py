@@ -19,6 +19,7 @@ OPTIMISED = "model.onnx"
 PROVIDERS = {"CPU": "CPUExecutionProvider"}
 """Device in a spec → execution provider. Another device also needs its facts in the fingerprint."""
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(uint8)": "uint8"}
+"""ONNX Runtime's name of an input's type → NumPy's, for each of data.INPUT_DTYPES."""
 ERRORS_ONLY = 3
 X86 = ("x86_64", "AMD64")
 """Machines whose fast integer kernels take uint8 activations."""
@@ -32,9 +33,14 @@ class OnnxRuntimeRunner:
     """A session. ONNX Runtime plans its memory for each batch size, and each length, by itself."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
+        """Raises EngineError for a model whose input is of a type that data cannot have."""
         self._session = session
         port = session.get_inputs()[0]
         self._shape = tuple(d if isinstance(d, int) else -1 for d in port.shape[1:])
+        if port.type not in DTYPES:
+            raise EngineError(
+                f"onnxruntime: the model's input is {port.type}; export it with one of {', '.join(DTYPES.values())}"
+            )
         self._dtype = np.dtype(DTYPES[port.type])
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -18,12 +18,12 @@ from tf_keras.src.saving.serialization_lib import SafeModeScope
 
 from slipstream.agreement.bounds import EXACT, objection
 from slipstream.agreement.reference import reference
-from slipstream.data import user_function
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import INPUT, ONNX, OUTPUT
 from slipstream.frameworks.keras_runtime import keras, tf
 from slipstream.frameworks.keras_training import outputs
 from slipstream.spec import Call
+from slipstream.user_code import user_function
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.data import user_function
 from slipstream.frameworks.base import Job, SoftTargets
 from slipstream.frameworks.keras_runtime import keras, tf
+from slipstream.user_code import user_function
 
 Loss = Callable[..., Any]
 """(outputs, labels) → mean loss; with soft targets (outputs, labels, teacher's outputs) → mean loss."""
@@ -34,11 +34,12 @@ def loss_of(network: Any, job: Job, given: Loss | None, soft: SoftTargets | None
 def distillation_loss(temperature: float, weight: float) -> Loss:
     """Hinton et al. 2015: weight · T² · KL(teacher ‖ student at temperature T) + (1 − weight) · cross entropy.
 
-    Logits are (N, classes). T² keeps the gradient of the soft part in proportion when T changes (their section 2).
+    T² keeps the gradient of the soft part in proportion when T changes (their section 2). Logits are (N, classes), or
+    (N, classes, …) for maps of classes, where both parts are means over all places.
     """
 
     def loss(logits: Any, labels: Any, teacher: Any) -> Any:
-        student, wanted = (tf.nn.log_softmax(x / temperature) for x in (logits, teacher))
+        student, wanted = (tf.nn.log_softmax(classes_last(x) / temperature) for x in (logits, teacher))
         divergence = tf.reduce_mean(tf.reduce_sum(tf.exp(wanted) * (wanted - student), axis=-1))
         return weight * temperature**2 * divergence + (1 - weight) * cross_entropy(logits, labels)
 
@@ -63,11 +64,16 @@ def regression_loss(own: Loss, teacher: npt.NDArray[np.float32], weight: float) 
 
 
 def cross_entropy(logits: Any, labels: Any) -> Any:
-    """Mean over samples of logits (N, classes), or over the places of maps (N, …, classes); -1 is not judged."""
-    labels = tf.cast(labels, tf.int64)
+    """Mean over samples of logits (N, classes), or over the places of maps (N, classes, …); -1 is not judged."""
+    logits, labels = classes_last(logits), tf.cast(labels, tf.int64)
     judged = tf.cast(labels >= 0, logits.dtype)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
     return tf.reduce_sum(losses * judged) / tf.maximum(tf.reduce_sum(judged), 1)
+
+
+def classes_last(logits: Any) -> Any:
+    """Logits (N, classes, …), as the metrics take them, as (N, …, classes), as TensorFlow does; (N, classes) stay."""
+    return tf.transpose(logits, [0, *range(2, len(logits.shape)), 1])
 
 
 def logarithm(probabilities: Any) -> Any:

@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.inliner import inline_local_functions
 
+from slipstream.data import INPUT_DTYPES
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import INPUT, OUTPUT
 
@@ -31,12 +32,7 @@ QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 QUANTIZED = {QUANTIZE, DEQUANTIZE, "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
              "ConvInteger", "MatMulInteger"}  # fmt: skip
 """Operators that only a quantized model has."""
-DTYPES = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.INT64: "int64",
-    TensorProto.INT32: "int32",
-    TensorProto.UINT8: "uint8",
-}
+DTYPES = {helper.np_dtype_to_tensor_dtype(np.dtype(name)): name for name in INPUT_DTYPES}
 """Types that an input may have."""
 BATCH = "batch"
 NAMED = 5

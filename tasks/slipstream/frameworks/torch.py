@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from slipstream import tokens
-from slipstream.data import Split, user_function
+from slipstream.data import Split
 from slipstream.errors import ModelError
 from slipstream.frameworks import torch_agreement, torch_distributed, torch_pruner, torch_training
 from slipstream.frameworks.base import (
@@ -35,6 +35,7 @@ from slipstream.frameworks.base import (
 )
 from slipstream.frameworks.launched import Place
 from slipstream.spec import Call
+from slipstream.user_code import user_function
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ T = TypeVar("T")
 OPSET = 20
 NAMED = 5
 """How many misfitting weights an error lists."""
+RUNNING = ("running_mean", "running_var")
+"""Buffers of norms that follow the training."""
 
 
 class TorchEager:
@@ -161,7 +164,7 @@ def save(
     network = network.eval().to(memory_format=torch.contiguous_format)
     folder.mkdir(parents=True)
     state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in network.state_dict().items()}
-    _require_finite(state, "the trained network")
+    _require_sound(network, state, "the trained network")
     safetensors.torch.save_file(state, folder / WEIGHTS)
     inputs = samples.inputs[:8]
     outputs = torch_training.logits(network, inputs)
@@ -203,7 +206,7 @@ def load_state(network: Any, path: Path, architecture: Call) -> None:
             f"{path}: the weights do not fit {architecture.function}: {'; '.join(found)}; name the architecture "
             "that they were trained in, with its parameters, under model.architecture"
         )
-    _require_finite(given, str(path))
+    _require_sound(network, given, str(path))
     network.load_state_dict(given)
 
 
@@ -211,8 +214,12 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
 
 
-def _require_finite(state: Mapping[str, Any], where: str) -> None:
-    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+def _require_sound(network: Any, state: Mapping[str, Any], where: str) -> None:
+    """Raise ModelError for NaN, and for infinity in what training changes: elsewhere it may be a mask."""
+    trained = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    trained |= {name for name in state if name.endswith(RUNNING)}
+    floating = {name: values for name, values in state.items() if values.is_floating_point()}
+    bad = [k for k, v in floating.items() if v.isnan().any() or (k in trained and v.isinf().any())]
     if bad:
         raise ModelError(f"{where}: NaN or infinity in {_list(bad)}; the training diverged, so nothing is built on it")
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slipstream.data import user_function
 from slipstream.errors import ModelError, SlipstreamError
 from slipstream.frameworks.base import trainer_for
 from slipstream.init.facts import Facts, Question, Reply
 from slipstream.spec import Call
+from slipstream.user_code import user_function
 
 
 def onnx_file(question: Question) -> Facts:

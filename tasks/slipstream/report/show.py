@@ -43,14 +43,15 @@ def show(reference: str, *, as_json: bool) -> None:
 def pages(home: Home, places: Addresses, report: Report, *, reveal: bool) -> dict[str, str]:
     """Addresses of the run's pages, and the log-in; its password only when `reveal`."""
     run = f"{places.mlflow}/#/experiments/{report.experiment_id}/runs/{report.pipeline_run_id}"
+    view = "?workflowType=machine_learning"  # else MLflow's pages open in their view of language-model traces
     secrets = addresses.load_secrets(home)
     password = secrets.airflow_password if reveal else "(shown on a terminal, and by `slipstream up`)"
     return {
         "Airflow": f"{places.airflow}/dags/optimize-{report.spec}/runs/{quote(report.run_key, safe='')}",
         "log-in": f"{secrets.airflow_user} / {password}",
-        "MLflow run": run,
-        "report": f"{run}/artifacts/{PAGE}",
-        "registry": f"{places.mlflow}/#/models/{quote(report.model, safe='')}",
+        "MLflow run": run + view,
+        "report": f"{run}/artifacts/{PAGE}{view}",
+        "registry": f"{places.mlflow}/#/models/{quote(report.model, safe='')}{view}",
     }
 
 

@@ -21,7 +21,7 @@ class StepInfo:
     environment: str
     """Environment (containers/NAME) that the step needs."""
     sources: tuple[str, ...] = ()
-    """Parts of this package, beside its own module, that decide its result."""
+    """Parts of this package, beside its own module, that decide its result. What `data` gives counts by its digests."""
     cached: bool = True
     """Whether an equal identity means an equal result; false for steps that act on the world."""
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -43,8 +43,8 @@ STEPS: dict[str, StepInfo] = {
     "cluster": StepInfo(FRAMEWORK, MAKES_CANDIDATES, variables=TRAINING),
     "simplify": StepInfo(FRAMEWORK, MAKES_CANDIDATES),
     "quantize": StepInfo(FRAMEWORK, (*MAKES_CANDIDATES, "quantization")),
-    "build": StepInfo(FRAMEWORK, ("engines", "agreement", "tokens.py")),
-    "validate": StepInfo(FRAMEWORK, ("engines", "measure", "data.py", "tokens.py")),
+    "build": StepInfo(FRAMEWORK, ("engines", "frameworks", "agreement", "tokens.py")),
+    "validate": StepInfo(FRAMEWORK, ("engines", "frameworks", "measure", "data.py", "tokens.py")),
     "select": StepInfo("serve", cached=False),
     "trial": StepInfo("serve", cached=False),
     "rollout": StepInfo("serve", cached=False),

@@ -15,9 +15,9 @@ from mlflow import MlflowClient
 
 from slipstream import hardware, text_checks
 from slipstream.contract import StepInput, StepOutput
-from slipstream.data import Data, user_function
+from slipstream.data import Data
 from slipstream.engines.inquiry import Finding, inquire
-from slipstream.errors import DataError, EngineError, ModelError, SlipstreamError, SpecError
+from slipstream.errors import DataError, EngineError, ModelError, SlipstreamError, SpecError, Unavailable
 from slipstream.frameworks.base import Framework, framework_for, trainer_for
 from slipstream.measure.metrics import METRICS
 from slipstream.measure.metrics.base import BATCH, metric_for
@@ -25,6 +25,7 @@ from slipstream.spec import Call, Spec, Target
 from slipstream.steps.base import Context
 from slipstream.steps.rehearsal import rehearse
 from slipstream.steps.retrain import from_file, require_version, version_to_load
+from slipstream.user_code import user_function
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,8 @@ def _networks_and_data(spec: Spec, context: Context, buildable: Mapping[str, Tar
     except (DataError, ModelError) as error:
         yield error
         return
+    except Unavailable:  # nothing is wrong with the data: the step is tried again
+        raise
     except Exception as error:
         yield DataError(f"data: the loader failed: {type(error).__name__}: {error}")
         return
@@ -151,6 +154,8 @@ def _network(
         outputs = framework.logits(network, loaded.train.inputs[:2])
     except ModelError as error:
         return None, [ModelError(f"{field}: {error}")]
+    except Unavailable:
+        raise
     except Exception as error:
         shape, dtype = loaded.train.inputs.shape[1:], loaded.train.inputs.dtype
         reason = f"{type(error).__name__}: {error}"

@@ -8,10 +8,10 @@ from typing import Any
 
 from slipstream import candidates
 from slipstream.contract import StepInput, StepOutput
-from slipstream.data import user_code_digest
 from slipstream.frameworks.base import Schedule, toolchain
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
+from slipstream.user_code import user_code_digest
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:

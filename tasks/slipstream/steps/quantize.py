@@ -17,7 +17,7 @@ import onnx
 from slipstream import candidates, digests
 from slipstream.agreement.bounds import QUANTIZED, measure, objection
 from slipstream.contract import StepInput, StepOutput, digest
-from slipstream.data import Data, user_code_digest
+from slipstream.data import Data
 from slipstream.errors import DataError, ModelError
 from slipstream.frameworks import FRAMEWORKS, onnx_graph
 from slipstream.frameworks.base import ONNX, Schedule, read_manifest, toolchain
@@ -26,6 +26,7 @@ from slipstream.quantization import Request, scheme_for
 from slipstream.quantization.coverage import require_quantized
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
+from slipstream.user_code import user_code_digest
 
 log = logging.getLogger(__name__)
 

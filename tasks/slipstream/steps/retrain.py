@@ -16,7 +16,6 @@ from mlflow.exceptions import MlflowException
 
 from slipstream import candidates, storage
 from slipstream.contract import Artifact, StepInput, StepOutput
-from slipstream.data import user_code_digest
 from slipstream.digests import file as file_digest
 from slipstream.digests import folder as folder_digest
 from slipstream.errors import DataError, ModelError
@@ -26,6 +25,7 @@ from slipstream.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Regist
 from slipstream.spec import Model, Spec
 from slipstream.steps.base import Context, workers
 from slipstream.tracking import connected
+from slipstream.user_code import user_code_digest
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
     version = version_to_load(spec, inputs, connected())
     return {
         "architecture": user_code_digest(spec.model.architecture),
-        "train": user_code_digest(spec.model.train) if version is None else None,
         "seed": spec.seed,
         "model": spec.model.name,
         "version": version,
@@ -48,8 +47,11 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 
 def _anew(spec: Spec) -> dict[str, Any]:
-    """For the settings of a run that makes a version: the file's content, or how many processes train."""
-    return {"file": _digest(given_file(spec.model))} if spec.model.file is not None else workers(spec)
+    """For the settings of a run that makes a version: the file's content, or how it is trained."""
+    if spec.model.file is not None:
+        return {"file": _digest(given_file(spec.model))}
+    # The loss of a train function that gives `fit` none of its own.
+    return {"train": user_code_digest(spec.model.train), "loss": user_code_digest(spec.model.loss)} | workers(spec)
 
 
 def run(context: Context) -> StepOutput:

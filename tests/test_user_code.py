@@ -1,0 +1,117 @@
+"""What the digest of a function that a spec names covers."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slipstream.spec import Call
+from slipstream.user_code import user_code_digest
+
+CODE = {
+    # A folder without __init__.py, as examples/ is.
+    "mine/networks.py": """
+import json
+from mine import layers as parts
+from .blocks import block
+
+def network(width=4):
+    import toolbox.deep.inner as inside
+
+def student():
+    pass
+""",
+    "mine/layers.py": "from toolbox import shapes\n",
+    "mine/blocks.py": "import mine.networks\ndef block():\n    from . import late\n",
+    "mine/late.py": "try:\n    import newer\nexcept ImportError:\n    from .... import beyond\n",
+    "newer.py": "match = 1 +\n",
+    "toolbox/__init__.py": "",
+    "toolbox/shapes.py": "",
+    "toolbox/deep/__init__.py": "",
+    "toolbox/deep/inner.py": "from ..sizes import SIZE\n",
+    "toolbox/sizes.py": "SIZE = 3\n",
+    "toolbox/unused.py": "",
+    "mine/unused.py": "",
+}
+UNUSED = ("toolbox/unused.py", "mine/unused.py")
+NETWORK = Call(function="mine.networks:network")
+
+
+@pytest.fixture
+def code(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's code: modules that import one another."""
+    for name, text in CODE.items():
+        path = tmp_path / "code" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    use(tmp_path / "code", monkeypatch)
+    yield tmp_path / "code"
+    forget()
+
+
+def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the user's code from a folder."""
+    forget()
+    monkeypatch.setenv("SLIPSTREAM_CODE", str(folder))
+    monkeypatch.syspath_prepend(folder)
+
+
+def forget() -> None:
+    """Unload the user's code."""
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("mine", "toolbox", "newer", "installed")]:
+        del sys.modules[name]
+
+
+def test_a_functions_name_and_parameters_are_part_of_its_digest(code: Path) -> None:
+    calls: list[dict[str, Any]] = [
+        {"function": "mine.networks:network"},
+        {"function": "mine.networks:student"},
+        {"function": "mine.networks:network", "params": {"width": 8}},
+    ]
+    assert len({user_code_digest(Call(**call)) for call in calls}) == 3
+    assert user_code_digest(NETWORK) == user_code_digest(NETWORK)
+    assert user_code_digest(None) is None
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_all_code_that_a_function_reaches_counts_and_no_other(code: Path, name: str) -> None:
+    before = user_code_digest(NETWORK)
+    with (code / name).open("a") as file:
+        file.write("# changed\n")
+    assert (user_code_digest(NETWORK) == before) == (name in UNUSED)
+
+
+def test_nothing_is_imported_for_a_digest(code: Path) -> None:
+    user_code_digest(NETWORK)
+    assert not {"mine.late", "newer", "toolbox.deep"} & set(sys.modules)
+
+
+def test_the_same_code_elsewhere_has_the_same_digest(
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = user_code_digest(NETWORK)
+    shutil.copytree(code, tmp_path / "elsewhere" / "code")
+    shutil.rmtree(code)
+    use(tmp_path / "elsewhere" / "code", monkeypatch)
+    assert user_code_digest(NETWORK) == before
+
+
+def test_an_installed_function_counts_under_whichever_name(
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages" / "installed"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from installed.inner import network\n")
+    (package / "inner.py").write_text("def network():\n    pass\n")
+    (code / "mine" / "given.py").write_text("from installed import network\n")
+    monkeypatch.syspath_prepend(package.parent)
+    for function in ("installed:network", "mine.given:network"):
+        digests = set()
+        for text in ("# one\n", "# two\n"):
+            with (package / "inner.py").open("a") as file:
+                file.write(text)
+            digests.add(user_code_digest(Call(function=function)))
+        assert len(digests) == 2, function
