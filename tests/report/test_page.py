@@ -126,6 +126,25 @@ def test_plots_follow_the_theme_and_the_same_report_gives_the_same_plots() -> No
     assert plots.draw(made_up.report()) == {}
 
 
+@pytest.mark.parametrize("apart", [1.02, 1.3, 8.0])
+def test_an_axis_of_any_length_can_be_read_and_all_names_are_in_the_plot(apart: float) -> None:
+    pytest.importorskip("matplotlib", reason="needs the environment serve")
+    from slipstream.report import plots
+
+    outputs = []
+    for number, output in enumerate(sample.validate_outputs()):
+        evidence = sample.evidence(list(sample.MADE_UP)[number], 1)
+        near = evidence.model_copy(update={"latency": sample.latency(0.05 * apart ** (number / 7), 1)})
+        outputs.append(output.model_copy(update={"details": {"evidence": near.model_dump(mode="json")}}))
+    figure = plots.draw(made_up.report(*outputs))["pareto"]
+    figure.canvas.draw()
+    [axes] = figure.axes
+    low, high = axes.get_xlim()
+    assert 3 <= sum(low <= tick <= high for tick in axes.get_xticks()) <= 15
+    places = [text.get_window_extent() for text in axes.texts]
+    assert all(axes.bbox.x0 <= place.x0 and place.x1 <= axes.bbox.x1 for place in places)
+
+
 def test_a_latency_without_p99_is_drawn_at_its_p50() -> None:
     pytest.importorskip("matplotlib", reason="needs the environment serve")
     from slipstream.report import plots

@@ -68,10 +68,17 @@ def _axes(height_in: float, rows: int = 1, ratios: Sequence[float] = (1,)) -> tu
     return figure, figure.subplots(rows, 1, sharex=True, gridspec_kw={"height_ratios": list(ratios)})
 
 
-def _plain_log_ticks(axis: Any, digits: str = "g") -> None:
-    """1, 2, 5 … 10 instead of powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{digits}}"))
+TICKS = ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9))
+"""Where a decade of a logarithmic axis may have its ticks, sparsest first."""
+
+
+def _plain_log_ticks(axis: Any) -> None:
+    """1, 2, 5 … 10 instead of powers of ten, or more where an axis is so short that it would show fewer than three."""
+    low, high = axis.get_view_interval()
+    places = [LogLocator(subs=subs) for subs in TICKS]
+    shown = [sum(low <= tick <= high for tick in place.tick_values(low, high)) for place in places]
+    axis.set_major_locator(next((p for p, n in zip(places, shown, strict=True) if n >= 3), places[-1]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
@@ -195,8 +202,9 @@ def _legend(axes: Any, palette: dict[str, str], rows: Sequence[Row]) -> None:
 
 
 def _labels(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
-    """Recipe names beside the points, each at the first of eight places where it covers neither point nor name."""
+    """Recipe names beside the points, each at the first of eight places in the plot where it covers nothing."""
     figure.canvas.draw()
+    left, right = axes.bbox.x0, axes.bbox.x1
     taken = [_box(axes.transData.transform(_place(r)), 10, 10) for r in rows]
     scale = figure.dpi / 72
     for row in sorted(rows, key=lambda r: (not r.release, r.status != "passed")):
@@ -206,7 +214,8 @@ def _labels(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
         spots = [(half + 11, 0), (-half - 11, 0), (half + 8, 11), (-half - 8, 11), (half + 8, -11), (-half - 8, -11),
                  (0, 17), (0, -17)]  # fmt: skip
         boxes = [(dx, dy, _box((x + dx * 1.0, y + dy * scale), half, 6 * scale)) for dx, dy in spots]
-        dx, dy, box = next((b for b in boxes if not any(_overlap(b[2], t) for t in taken)), boxes[0])
+        inside = [b for b in boxes if left <= b[2][0] and b[2][2] <= right] or boxes
+        dx, dy, box = next((b for b in inside if not any(_overlap(b[2], t) for t in taken)), inside[0])
         taken.append(box)
         axes.annotate(text, _place(row), xytext=(dx / scale, dy), textcoords="offset points", ha="center",
                       va="center", fontsize=8.5, fontweight="bold" if row.release else "normal",
