@@ -5,6 +5,7 @@ same as with processes. The container runs as the owner of SLIPSTREAM_HOME, with
 root file system.
 """
 
+import hashlib
 import os
 from functools import cached_property, partial
 from typing import Any
@@ -146,9 +147,12 @@ def _operator(job: Job, context: Any) -> _Container:
 
 
 def _name(job: Job, context: Any) -> str:
-    """Container name: the same for every attempt at a task, so that a left-over one is found."""
-    ti = context["ti"]
-    given = f"slipstream-{ti.dag_id}-{job.inputs.run_key}-{job.name}"
+    """Container name: the same for every attempt at a task, so that a left-over one is found.
+
+    And another one for another home: runs that a schedule or a promotion starts are called the same in all of them.
+    """
+    ti, home = context["ti"], hashlib.sha256(str(job.home.root).encode()).hexdigest()[:8]
+    given = f"slipstream-{home}-{ti.dag_id}-{job.inputs.run_key}-{job.name}"
     return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "-" for c in given)
 
 

@@ -37,9 +37,7 @@ class TrainJob:
         """Create it, or find it, and follow it to its end. Raises as `Runtime.run` does."""
         self._sweep()
         self._create()
-        while (ended := self._ended()) is None:
-            self._follow_log()
-            time.sleep(POLL_S)
+        ended = self._await_end()
         self._follow_log()
         if ended == "Complete":
             self.delete()
@@ -48,6 +46,24 @@ class TrainJob:
         if leader is not None:
             pods.explain(self.job, leader, container=trainjob.NODE)
         raise AirflowException(f"step {self.job.step}: TrainJob {self.name} failed: {self._reason()}")
+
+    def _await_end(self) -> str:
+        """`Complete` or `Failed`. Raises AirflowException when it is deleted, or does not start in time."""
+        began, patience = time.monotonic(), self.job.settings.kubernetes.start_timeout_s
+        while (ended := self._ended()) is None:
+            if self._read() is None:
+                raise AirflowException(f"step {self.job.step}: TrainJob {self.name} was deleted by somebody")
+            leader = self._leader()
+            waits = leader is None or leader.status.phase == "Pending"
+            if waits and time.monotonic() - began > patience:
+                self.delete()
+                why = "; ".join(_reasons(leader)) or "the cluster does not say why"
+                raise AirflowException(
+                    f"step {self.job.step}: TrainJob {self.name} did not start within {patience} s: {why}"
+                )
+            self._follow_log()
+            time.sleep(POLL_S)
+        return ended
 
     def delete(self) -> None:
         """Remove it with its pods; fine when it is gone."""
@@ -147,6 +163,19 @@ class TrainJob:
                 failed = condition["type"] == "Failed" and condition["status"] == "True"
                 if failed and datetime.fromisoformat(condition["lastTransitionTime"]) < oldest:
                     yield item["metadata"]["name"]
+
+
+def _reasons(pod: Any) -> Iterator[str]:
+    """Why a pod waits, as the scheduler and the node say it."""
+    if pod is None:
+        yield "no pod was made for it; is Kubeflow Trainer running?"
+        return
+    for condition in pod.status.conditions or ():
+        if condition.status == "False" and condition.message:
+            yield f"{condition.reason}: {condition.message}"
+    for container in pod.status.container_statuses or ():
+        if container.state.waiting is not None:
+            yield f"{container.state.waiting.reason}: {container.state.waiting.message}"
 
 
 def _unless_gone(call: Callable[[], Any]) -> Any:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from slipstream.errors import Unavailable
+
 log = logging.getLogger(__name__)
 
 ENVIRONMENTS = ("airflow", "torch", "tensorflow", "tensorrt", "serve", "kubeflow")
@@ -83,13 +85,18 @@ class Home:
 
 
 @contextmanager
-def alone(path: Path, why: str | None = None) -> Iterator[None]:
-    """Hold the lock `path`, one process of this machine at a time; it goes with the process. `why` tells who waits."""
+def alone(path: Path, why: str | None = None, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock `path`, one process of this machine at a time; it goes with the process. `why` tells who waits.
+
+    Raises Unavailable where another one holds it and `wait` is false.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise Unavailable(why or f"{path} is held by another process") from None
             if why is not None:
                 log.info("%s on this machine; waiting for it", why)
             fcntl.flock(file, fcntl.LOCK_EX)

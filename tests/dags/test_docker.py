@@ -3,6 +3,7 @@
 A tier of its own (`make test-docker`).
 """
 
+import hashlib
 import io
 import json
 import os
@@ -163,10 +164,11 @@ def test_stopping_ends_the_container(daemon: Any, run: Run) -> None:
 
 
 def test_what_a_killed_task_left_is_replaced(daemon: Any, run: Run) -> None:
+    home = hashlib.sha256(os.environ["SLIPSTREAM_HOME"].encode()).hexdigest()[:8]
     left = daemon.containers.run(
         IMAGE,
         detach=True,
-        name="slipstream-optimize-fashion-r-select",
+        name=f"slipstream-{home}-optimize-fashion-r-select",
         environment={"BODY": "time.sleep(60)"},
         labels={"slipstream.run": "r"},
     )

@@ -1,7 +1,9 @@
 """The pod that a step becomes, and what is made of its end. Pods in a real cluster: `make test-k8s`."""
 
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +95,40 @@ def test_the_command_is_the_one_of_every_runtime(job: Any) -> None:
     ]
     assert container["image"] == "registry/torch:1"
     assert "command" not in container or not container["command"]
+
+
+LATE = SimpleNamespace(reason="Unschedulable", status="False", message="0/3 nodes have nvidia.com/gpu")
+WAITING = SimpleNamespace(phase="Pending", conditions=[LATE], container_statuses=None)
+
+
+@pytest.mark.parametrize(
+    ("found", "leader", "says"),
+    [
+        ({}, SimpleNamespace(status=WAITING), "did not start within 0 s: Unschedulable: 0/3 nodes have nvidia.com/gpu"),
+        ({}, None, "is Kubeflow Trainer running"),
+        (None, None, "was deleted by somebody"),
+    ],
+    ids=["no node", "no pod", "deleted"],
+)
+def test_a_train_job_that_does_not_start_ends_its_task(
+    job: Any, monkeypatch: pytest.MonkeyPatch, found: Any, leader: Any, says: str
+) -> None:
+    from airflow.sdk.exceptions import AirflowException
+
+    from runtimes.training import TrainJob
+
+    given = job("distill")
+    hasty = given.settings.kubernetes.model_copy(update={"start_timeout_s": 0})
+    given = replace(given, settings=given.settings.model_copy(update={"kubernetes": hasty}))
+    made, deleted = TrainJob(ApiClient(), given, {"ti": SimpleNamespace(dag_id="d")}), []
+    for name in ("_sweep", "_create"):
+        monkeypatch.setattr(made, name, lambda: None)
+    monkeypatch.setattr(made, "_read", lambda: found)
+    monkeypatch.setattr(made, "_leader", lambda: leader)
+    monkeypatch.setattr(made, "delete", lambda: deleted.append(made.name))
+    with pytest.raises(AirflowException, match=re.escape(says)):
+        made.run()
+    assert len(deleted) == (found is not None)
 
 
 def test_a_pod_passes_the_restricted_profile(job: Any) -> None:

@@ -1,6 +1,8 @@
 import json
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from slipstream.serving.answers import AnswerLog, read_output
 
@@ -34,6 +36,25 @@ def test_a_restarted_server_appends(tmp_path):
         log.write(name, 1, np.zeros((1, 1)))
         log.close()
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b"]
+
+
+def test_a_log_that_cannot_be_written_costs_no_answer_and_comes_back(tmp_path, caplog):
+    full = Path("/dev/full")  # every write to it says that there is no space left
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    path = tmp_path / "answers.jsonl"
+    path.symlink_to(full)
+    log = AnswerLog(path, "m--v1")
+    for name in ("lost", "lost too"):
+        log.write(name, 1, np.zeros((1, 1)))
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "answers are not logged: [Errno 28] No space left on device"
+    ]
+    path.unlink()
+    for name in ("opens the file again", "kept"):
+        log.write(name, 1, np.zeros((1, 1)))
+    log.close()
+    assert "kept" in [json.loads(line)["id"] for line in path.read_text().splitlines()]
 
 
 def test_the_file_is_rotated_and_one_old_one_is_kept(tmp_path):

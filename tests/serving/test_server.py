@@ -1,5 +1,6 @@
 """The real server, as its own process. Runs in the serve environment; the candidate comes from the torch one."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -141,6 +143,7 @@ REFUSED = {
     "no batch": (changed(shape=[0, *SHAPE], data=[]), "at least 1"),
     "too few values": (changed(data=[0.5] * 10), "data"),
     "text": (changed(data=["a"] * 256), "data"),
+    "no shape": (changed(shape=5), "not an Open Inference Protocol V2 request"),
     "NaN": (changed(data=[float("nan")] * 256), "not an Open Inference Protocol V2 request"),
     "beyond float32": (changed(data=[1e300] * 256), "NaN or infinity"),
 }
@@ -157,6 +160,56 @@ def test_a_bad_request_gets_400_and_is_not_an_answer(server: Running, content: b
     assert server.lines(f"after-{name}")
     assert name not in [json.loads(line)["id"] for line in server.answers.read_text().splitlines()]
     assert "Traceback" not in server.log.read_text()
+
+
+def binary(tensor: object, **document: object) -> tuple[bytes, dict[str, str]]:
+    """A request with binary tensors, and its headers."""
+    head = json.dumps({"inputs": [tensor], **document}).encode()
+    return head + b"\x05\x00\x00", {"inference-header-content-length": str(len(head))}
+
+
+TENSOR = {"name": "input", "datatype": "FP32", "shape": [1, *SHAPE]}
+RAW = {"parameters": {"binary_data_size": 3}}
+BROKEN = {
+    "no tensor": binary("x"),
+    "torn bytes": binary(TENSOR | RAW | {"datatype": "BYTES", "shape": [1]}),
+    "torn numbers": binary(TENSOR | RAW),
+    "a number as datatype": binary(TENSOR | RAW | {"datatype": 5}),
+    "a number as shape": binary(TENSOR | {"shape": 5, "data": [0.5]}),
+    "texts as shape": binary(TENSOR | {"shape": ["1", "1", "16", "16"], "data": [0.5] * 256}),
+    "parameters that are none": binary(TENSOR | {"data": [0.5] * 256}, parameters=5),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_binary_request_gets_400_too(server: Running, case: str) -> None:
+    content, headers = BROKEN[case]
+    response = server.post(content, **headers)
+    assert (response.status_code, response.json().keys()) == (400, {"error"})
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", f"/v2/repository/models/{MODEL}/unload"),
+        ("POST", f"/v2/repository/models/{MODEL}/load"),
+        ("POST", f"/v2/models/{MODEL}/versions/1/infer"),
+        ("GET", f"/v2/models/{MODEL}/versions/1"),
+        ("POST", f"/v1/models/{MODEL}:predict"),
+        ("GET", "/docs"),
+    ],
+)
+def test_only_the_protocol_is_answered_and_no_client_unloads_the_model(server: Running, method: str, path: str) -> None:
+    assert server.http.request(method, path, content=client.body(samples(1))).status_code == 404
+    assert server.post(client.body(samples(1))).status_code == 200
+
+
+def test_a_request_that_is_too_large_is_refused_unread(server: Running) -> None:
+    response = server.post(b" " * (65 * 2**20))
+    assert response.status_code == 413
+    assert "64 MiB" in response.json()["error"]
+    assert server.post(client.body(samples(1))).status_code == 200
 
 
 def test_a_bad_request_is_a_data_error_for_the_client(server: Running) -> None:
@@ -195,6 +248,29 @@ def test_concurrent_requests_get_their_own_answers(server: Running) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(190)))
     assert all(len(server.lines(f"many-{i}")) == 1 for i in range(190))
+
+
+def test_a_request_that_waited_too_long_is_refused_and_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slipstream.serving import server as module
+
+    ran: list[int] = []
+
+    class Slow:
+        def run(self, batch: np.ndarray) -> np.ndarray:
+            ran.append(1)
+            time.sleep(0.2)
+            return batch
+
+    monkeypatch.setattr(module, "MOST_WAIT_S", 0.3)
+    model = module.EngineModel(MODEL, cast(Any, None), Slow(), cast(Any, None))
+    model._ms_per_value = 1e6  # so that it runs beside the event loop
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*(model._run(np.zeros(1)) for _ in range(6)), return_exceptions=True)
+
+    refused = [r for r in asyncio.run(ask()) if isinstance(r, module.Refused)]
+    assert {r.status for r in refused} == {503}
+    assert 1 <= len(refused) == 6 - len(ran) <= 5
 
 
 def test_it_listens_on_one_address_and_stays_quiet(server: Running) -> None:

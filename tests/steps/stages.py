@@ -23,6 +23,7 @@ from slipstream.registry import Registry
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
 from slipstream.tracking import Tracking
+from slipstream.traffic import guarded
 from slipstream.traffic.fake import FakeController
 
 PASS = Verdict(gate="accuracy", answer="pass", reason="drop 0.1 points, at most 0.4", n=1000)
@@ -171,6 +172,13 @@ def fake(tmp_path: Path) -> Iterator[FakeController]:
     control = FakeController(tmp_path)
     yield control
     control.close()
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine counts as quiet, whatever it is."""
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(guarded, "NOISY", 1.1)
 
 
 def failing(run: Callable[[], object], error: type[SlipstreamError]) -> str:

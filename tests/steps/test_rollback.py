@@ -6,10 +6,10 @@ from tests.steps.stages import World, failing
 from tests.steps.test_rollout import Fuse, Killed
 
 from slipstream import traffic
-from slipstream.errors import RegistryError
+from slipstream.errors import RegistryError, Unavailable
 from slipstream.registry import drift
 from slipstream.steps import rollback as step
-from slipstream.steps.rollback import JOURNAL, rollback
+from slipstream.steps.rollback import JOURNAL, by_hand, rollback
 from slipstream.tracking import fetch
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
@@ -60,7 +60,7 @@ def test_an_alias_that_was_set_since_counts_more_than_a_rollback_that_never_got_
 ) -> None:
     old, new = two
     broken = world.version("broken")
-    world.registry.write_journal(JOURNAL, {"state": "started", "from": new, "to": broken, "by": "run-1"})
+    world.registry.write_journal(JOURNAL, {"state": "started", "from": new, "to": broken, "by": ["run-1"]})
     rollback(world.model, fake, world.tracking.client, "run-2")
     back(world, fake, old, new)
 
@@ -96,6 +96,30 @@ def test_it_waits_for_a_test_or_rollout_under_way(
         assert world.registry.champion() == two[1]
     other.join(20)
     back(world, fake, *two)
+
+
+def test_by_hand_it_does_not_wait_but_says_what_to_do(
+    world: World, fake: FakeController, two: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traffic, "controller", lambda home: fake)
+    monkeypatch.setattr(step, "connect", lambda home: world.tracking.client)
+    home = world.context("rollback", ()).home
+    with moving_alone(home, world.model):
+        assert "mark that task as failed in Airflow" in failing(lambda: by_hand(world.model, home), Unavailable)
+    assert by_hand(world.model, home) == {"champion": two[0], "previous": two[1]}
+    back(world, fake, *two)
+
+
+@pytest.mark.parametrize("writes", [3, 5])
+def test_who_was_stopped_half_way_does_not_undo_what_another_finished(
+    world: World, fake: FakeController, two: tuple[str, str], writes: int
+) -> None:
+    fuse = Fuse(writes)
+    with pytest.raises(Killed):
+        rollback(world.model, fuse.guard(fake), fuse.guard(world.tracking.client), "run-1")
+    for who in ("run-2", "run-1", "run-2"):
+        rollback(world.model, fake, world.tracking.client, who)
+        back(world, fake, *two)
 
 
 WRITES = 8

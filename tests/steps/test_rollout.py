@@ -15,8 +15,10 @@ from slipstream.steps.base import Context
 from slipstream.steps.rollback import rollback
 from slipstream.steps.rollout import JOURNAL, full_rollout
 from slipstream.tracking import Tracking, fetch
+from slipstream.traffic import guarded
 from slipstream.traffic.base import Release, Routes
 from slipstream.traffic.fake import Behaviour, FakeController
+from slipstream.traffic.guarded import Stage
 
 
 @dataclass
@@ -268,6 +270,48 @@ def test_what_was_refused_is_not_rolled_out_by_the_next_attempt(ready: Ready, wr
     reverted(ready)
 
 
+def test_a_rollback_that_was_begun_is_not_crossed(ready: Ready) -> None:
+    run_until_killed(ready, Fuse(RELEASED_BY))
+    fuse = Fuse(4)  # stopped after the traffic moved and before the aliases did
+    with contextlib.suppress(Killed):
+        rollback(ready.world.model, fuse.guard(ready.fake), fuse.guard(ready.world.tracking.client), "a person")
+    assert (ready.world.registry.champion(), ready.traffic()) == (ready.new, {f"v{ready.old}": 100})
+    assert "rollback was begun" in failing(lambda: full_rollout(ready.context(), ready.fake), RegistryError)
+    assert ready.traffic() == {f"v{ready.old}": 100}
+    rollback(ready.world.model, ready.fake, ready.world.tracking.client, "the same person")
+    assert ready.aliases()[:2] == (ready.old, ready.new)
+
+
+def test_a_refusal_is_final_where_its_evidence_cannot_be_kept(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready.fake.behaviours[f"v{ready.new}"] = Behaviour(error_rate=0.6)
+
+    def away(*given: object, **named: object) -> None:
+        raise OSError("the artefact store does not answer")
+
+    monkeypatch.setattr(Tracking, "record", away)
+    failing(lambda: full_rollout(ready.context(), ready.fake), GateFailed)
+    reverted(ready)
+
+
+def test_a_neighbours_burst_stops_no_rollout_but_a_slow_challenger_does(
+    world_maker: WorldMaker, fake: FakeController, quiet: None
+) -> None:
+    ready = ready_in(world_maker(guardrails={"max_p99_ms": 700}, rollout={"steps": [100], "requests": 230}), fake)
+    slow, good = Behaviour(latency_s=1.5), Behaviour()
+    ready.fake.behaviours[f"v{ready.new}"] = slow
+    once_more = Stage.once_more
+
+    def over(stage: Stage, *given: Any) -> None:
+        ready.fake.misbehave(ready.release(ready.new), good)
+        once_more(stage, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "once_more", over)
+        output = full_rollout(ready.context(), ready.fake)
+    released(ready)
+    assert any("tested once more, since p99" in note for note in output.details["notes"])
+
+
 @pytest.mark.parametrize(("broken", "error"), [("set_routes", Unavailable), ("retire", GateFailed)])
 def test_a_splitter_that_does_not_answer_turns_no_refusal_into_a_release(
     ready: Ready, monkeypatch: pytest.MonkeyPatch, broken: str, error: type[SlipstreamError]
@@ -282,6 +326,7 @@ def test_a_splitter_that_does_not_answer_turns_no_refusal_into_a_release(
 
     with monkeypatch.context() as patch:
         patch.setattr(ready.fake, broken, away)
+        patch.setattr(guarded, "PUT_BACK_PAUSE_S", 0.01)
         failing(lambda: full_rollout(ready.context(), ready.fake), error)
     ready.fake.misbehave(ready.release(ready.new), Behaviour())
     failing(lambda: full_rollout(ready.context(), ready.fake), GateFailed)

@@ -1,6 +1,8 @@
+import itertools
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +17,7 @@ from slipstream.steps import base
 from slipstream.steps.base import Context
 from slipstream.steps.trial import small_scale_test
 from slipstream.tracking import Tracking
+from slipstream.traffic import guarded
 from slipstream.traffic.base import Release, Routes
 from slipstream.traffic.fake import Behaviour, FakeController
 
@@ -105,6 +108,49 @@ def test_a_no_stays_a_no_where_cleaning_up_fails(
     monkeypatch.setattr(fake, "retire", away)
     assert "errors: " in failing(lambda: small_scale_test(world.context("trial", outputs), fake), GateFailed)
     assert at_rest(world, fake, champion)
+
+
+def test_a_no_stays_a_no_where_the_traffic_cannot_be_put_back(
+    world: World, fake: FakeController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs, champion, challenger = with_champion(world, fake)
+    fake.behaviours[challenger.name] = Behaviour(error_rate=1.0)
+    works, monkey = fake.set_routes, {"left": 1}
+
+    def away(model: str, routes: Routes) -> None:
+        if routes.mirror is None and fake.routes(model).mirror is not None and monkey["left"]:
+            monkey["left"] -= 1  # once; the second try gets through
+            raise Unavailable("the splitter does not answer")
+        works(model, routes)
+
+    monkeypatch.setattr(fake, "set_routes", away)
+    monkeypatch.setattr(guarded, "PUT_BACK_PAUSE_S", 0.01)
+    failing(lambda: small_scale_test(world.context("trial", outputs), fake), GateFailed)
+    assert at_rest(world, fake, champion)
+    monkey["left"] = 99
+    failing(
+        lambda: small_scale_test(world.context("trial", upstream(world, champion.name[1:]), "run-2"), fake), GateFailed
+    )
+
+
+def test_a_neighbours_burst_fails_no_challenger(world_maker: WorldMaker, fake: FakeController, quiet: None) -> None:
+    world = world_maker(guardrails={"max_p99_ms": 700})
+    outputs, champion, _ = with_champion(world, fake)
+    fake.behaviours[champion.name] = Behaviour(answer=slow_between(210, 270))  # the probe asks 200 times before
+    output = small_scale_test(world.context("trial", outputs), fake)
+    assert {v.answer for v in output.verdicts} == {"pass"}
+    assert any("tested once more, since p99" in note for note in output.details["notes"])
+
+
+def slow_between(first: int, last: int) -> Callable[[np.ndarray], np.ndarray]:
+    asked = itertools.count()
+
+    def answer(batch: np.ndarray) -> np.ndarray:
+        if first <= next(asked) < last:
+            time.sleep(1.5)
+        return np.asarray(batch)[:, :10]
+
+    return answer
 
 
 def test_a_no_stays_a_no_where_mlflow_cannot_be_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

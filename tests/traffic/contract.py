@@ -51,7 +51,7 @@ class TrafficContract:
         return control
 
     def test_nothing_is_routed_before_the_first_deployment(self, control: TrafficController) -> None:
-        assert control.deployed("net") == set()
+        assert control.deployed("net") == control.releases("net") == set()
         assert control.routes("net") == Routes(weights={})
         try:
             control.endpoint("net")
@@ -61,7 +61,7 @@ class TrafficContract:
             assert {r.status for r in load(control, 5).records} == {404}
 
     def test_a_release_answers_once_it_has_traffic(self, two: TrafficController) -> None:
-        assert two.deployed("net") == {"v1", "v2"}
+        assert two.deployed("net") == two.releases("net") == {"v1", "v2"}
         sent = load(two, 40)
         assert shares(sent) == {"v1": 100}
         data = split()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slipstream.data import Split
-from slipstream.errors import EngineError
+from slipstream.errors import DataError, EngineError
 from slipstream.measure.metrics.base import value
 from slipstream.measure.metrics.classification import TOP1, TOP5
 from slipstream.measure.metrics.segmentation import MIOU
@@ -51,12 +51,29 @@ def test_a_log_that_was_rotated_meanwhile_loses_nothing(path: Path) -> None:
     assert set(answers.read(mark)) == {f"r{i}" for i in range(8)}
 
 
+def test_a_log_that_was_rotated_too_often_is_an_error_and_no_silence(path: Path) -> None:
+    log = AnswerLog(path, "net--v1", limit_bytes=600)
+    write(log, "a")
+    mark = answers.mark(path)
+    write(log, *(f"r{i}" for i in range(80)))
+    with pytest.raises(DataError, match="more room than the log has"):
+        answers.read(mark)
+
+
+def test_a_torn_line_is_passed_over(path: Path) -> None:
+    write(AnswerLog(path, "net--v1"), "a")
+    with path.open("a") as file:
+        file.write('{"id": "b", "late\n')
+    write(AnswerLog(path, "net--v1"), "c")
+    assert set(answers.read(answers.Mark(path, 0, b""))) == {"a", "c"}
+
+
 def test_half_a_line_is_not_read_yet(path: Path) -> None:
     log = AnswerLog(path, "net--v1")
     write(log, "a")
     with path.open("a") as file:
         file.write('{"id": "b", "late')
-    assert set(answers.read(answers.Mark(path, 0, path.stat().st_ino))) == {"a"}
+    assert set(answers.read(answers.Mark(path, 0, b""))) == {"a"}
 
 
 def test_waiting_ends_when_all_are_there_or_the_time_is_up(path: Path) -> None:
@@ -70,7 +87,7 @@ def test_pairs_are_made_by_id_and_missing_answers_counted(path: Path, tmp_path: 
     other = tmp_path / "other.jsonl"
     write(AnswerLog(path, "net--v1"), "a", "b", "c")
     write(AnswerLog(other, "net--v2"), "c", "a", output=(0, 1, 0))
-    both = [answers.read(answers.Mark(p, 0, None)) for p in (path, other)]
+    both = [answers.read(answers.Mark(p, 0, b"")) for p in (path, other)]
     pairs, unanswered = answers.pair([record("a", 4), record("b"), record("c", 2), record("unknown")], *both)
     assert [p.sample for p in pairs] == [4, 2]
     assert unanswered == 1
@@ -138,7 +155,7 @@ def test_answers_that_cannot_be_to_these_labels_are_an_error() -> None:
 def test_maps_keep_their_shape_on_the_way_through_the_log(path: Path) -> None:
     maps = np.random.default_rng(0).normal(size=(1, 3, 24, 24)).astype(np.float32)
     AnswerLog(path, "net--v1").write("a", 2.5, maps)
-    found = answers.read(answers.Mark(path, 0, None))["a"].output
+    found = answers.read(answers.Mark(path, 0, b""))["a"].output
     np.testing.assert_array_equal(found, maps[0])
     split = Split(np.zeros((1, 1), np.float32), maps.argmax(1))
     pairs = [answers.Pair(0, answers.Answered(1.0, found), answers.Answered(1.0, -found))]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,29 @@ def test_a_killed_server_comes_back_at_its_port(
         time.sleep(0.05)
     assert supervisor.state(envoy_home[0], "server-net--v1").pid != pid
     assert shares(load(toy_envoy, 10)) == {"v1": 100}
+
+
+def test_releases_that_do_not_answer_are_brought_back_or_named(
+    toy_envoy: EnvoyController, envoy_home: tuple[Home, str, str], tmp_path: Path
+) -> None:
+    home = envoy_home[0]
+    for release in (A, B):
+        toy_envoy.deploy(release, engine(tmp_path / release.name / "engine"))
+    toy_envoy.set_routes("net", Routes(weights={"v1": 100}))
+    assert toy_envoy.bring_back() == {}
+    for release in (A, B):
+        supervisor.stop(home, f"server-{release.key}")
+    (home.releases / B.key / "engine" / "behaviour.json").write_text('{"broken": true}')
+    port = json.loads((home.releases / A.key / "deployment.json").read_text())["port"]
+    with socket.socket() as stranger:  # took the port meanwhile
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        stranger.bind(("127.0.0.1", port))
+        stranger.listen()
+        lost = toy_envoy.bring_back()
+        assert shares(load(toy_envoy, 10)) == {"v1": 100}
+    assert list(lost) == [B.key]
+    assert toy_envoy.deployed("net") == {"v1"}
+    assert toy_envoy.releases("net") == {"v1", "v2"}
 
 
 def test_request_ids_of_clients_are_kept_and_missing_ones_made(toy_envoy: EnvoyController, tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False, profile: Profile
     """Start what does not run, and return when everything answers; `watch` is told how far it is.
 
     Profile, ports and secrets are made at the first call and remembered. Raises Unavailable when a port is taken
-    (`new_ports` chooses others instead), a program is not installed, or a service does not come up; InputError when
-    the home holds the data of another profile.
+    (`new_ports` chooses others instead), a program is not installed, or a service or a release does not come up;
+    InputError when the home holds the data of another profile.
     """
     with _locked(home):
         chosen = _profile(home, profile)
@@ -53,6 +53,9 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False, profile: Profile
             supervisor.start(home, program)
         _await_healthy(home, found, watch)
         airflow.ensure_pools(home)
+        lost = envoy.controller(home).bring_back()
+        if lost:
+            raise Unavailable("the platform is up, but not every release:\n" + "\n".join(lost.values()))
         return found
 
 

@@ -115,13 +115,6 @@ def ensure_running(home: Home) -> None:
         _ensure_running(home)
 
 
-def restart(home: Home, name: str) -> None:
-    """Start a program that stopped or gave up; nothing changes when it is up. Raises Unavailable."""
-    with _locked(home), _calls(home) as call:
-        if state(home, name).state not in ALIVE:
-            call.startProcess(name, False)
-
-
 def shutdown(home: Home, first: tuple[str, ...] = (), last: tuple[str, ...] = (), wait_s: float = 60) -> None:
     """Stop the programs, those of `first` before the others, those of `last` after them, then supervisord.
 

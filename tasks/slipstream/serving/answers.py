@@ -7,12 +7,16 @@ the server, and the outputs (N, …): nested lists rounded to six decimals or, b
 
 import base64
 import json
+import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+log = logging.getLogger(__name__)
 
 LIMIT_BYTES = 64 * 2**20
 DECIMALS = 6
@@ -34,12 +38,16 @@ def read_output(entry: Any) -> npt.NDArray[np.float32]:
 
 
 class AnswerLog:
-    """Appends lines to a file. Past `limit_bytes` the file becomes `NAME.1`, which replaces an older one."""
+    """Appends lines to a file. Past `limit_bytes` the file becomes `NAME.1`, which replaces an older one.
+
+    A line that cannot be written, as on a full disk, is lost, and said once: answers matter more than their log.
+    """
 
     def __init__(self, path: Path, release: str, limit_bytes: int = LIMIT_BYTES) -> None:
         self._path = path
         self._release = release
         self._limit = limit_bytes
+        self._failing = False
         path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
 
@@ -56,7 +64,20 @@ class AnswerLog:
             "latency_ms": round(latency_ms, 4),
             "output": _written(output),
         }
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        try:
+            self._append(json.dumps(line, separators=(",", ":")) + "\n")
+            self._failing = False
+        except (OSError, ValueError) as error:  # ValueError: a file that could not be opened again
+            if not self._failing:
+                log.warning("%s: answers are not logged: %s", self._path, error)
+            self._failing = True
+            with suppress(OSError, ValueError):
+                self._file.close()
+            with suppress(OSError):
+                self._open()
+
+    def _append(self, line: str) -> None:
+        self._file.write(line)
         if self._file.tell() > self._limit:
             self._file.close()
             self._path.replace(self._path.with_name(self._path.name + ".1"))

@@ -45,7 +45,7 @@ class Inputs:
             same = (tensor.name, tensor.datatype) == (kind["name"], kind["datatype"])
             if same and _fits(tensor.shape, kind["shape"]):
                 return self._tokens(tensor) if kind["name"] == TEXT else self._values(tensor)
-        got = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+        got = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
         raise BadRequest(f"inputs[0]: {wanted} is expected, where -1 is any size of at least 1; got {got}")
 
     def _values(self, tensor: InferInput) -> npt.NDArray[Any]:
@@ -72,8 +72,8 @@ class Inputs:
         return self._tokenizer.encode(texts)
 
 
-def _fits(shape: list[int], wanted: list[int]) -> bool:
-    """Whether a shape is the wanted one, where -1 stands for any size of at least 1."""
-    if len(shape) != len(wanted):
+def _fits(shape: Any, wanted: list[int]) -> bool:
+    """Whether a shape, as a client gave it, is the wanted one, where -1 stands for any size of at least 1."""
+    if not isinstance(shape, list) or len(shape) != len(wanted) or not all(isinstance(n, int) for n in shape):
         return False
     return all(n >= 1 if w == -1 else n == w for n, w in zip(shape, wanted, strict=True))

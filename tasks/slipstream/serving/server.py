@@ -2,6 +2,9 @@
 
 `python -m slipstream.serving.server --model NAME --release KEY --engine DIR --port P --answers FILE`
 
+Only the paths of `PATHS` are answered: the SDK would also let any client unload the model, and fails (501) where a path
+names a version.
+
 `/metrics` has, beside the SDK's own figures, `slipstream_requests_total{status="2xx"}` of the inference endpoint and
 the process's `process_resident_memory_bytes`, in the text format of Prometheus.
 """
@@ -9,6 +12,7 @@ the process's `process_resident_memory_bytes`, in the text format of Prometheus.
 import argparse
 import asyncio
 import logging
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -47,6 +51,12 @@ WARM_UP = 20
 WARM_UP_LENGTH = 16
 """Tokens of the warm-up's text where the target has no lengths."""
 GRACE_S = 10
+PATHS = re.compile(r"/|/metrics|/v2(/health/(live|ready)|/models(/[^/]+(/(ready|infer))?)?)?")
+MOST_BYTES = 64 * 2**20
+"""Of a request's body; what is larger is refused (413) before it is read to its end."""
+MOST_WAIT_S = 10.0
+"""A request that waited longer for the engine is refused (503): whoever asked has given up, as Envoy does by then, and
+answering it would keep the others waiting."""
 INLINE_MS = 5.0
 """Inferences up to about this long run in the event loop: a hop to a thread and back costs more than they take."""
 
@@ -121,10 +131,21 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
         )
 
     async def _run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        asked = time.monotonic()
         async with self._turn:  # a runner serves one thread at a time
+            if time.monotonic() - asked > MOST_WAIT_S:
+                raise Refused(503, f"the request waited for more than {MOST_WAIT_S:g} s; send fewer at a time")
             if self._ms_per_value * batch.size <= INLINE_MS:
                 return self._runner.run(batch)
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, batch)
+
+
+class Refused(Exception):
+    """Answered with this status and reason."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class Releases:
@@ -153,8 +174,10 @@ class Releases:
                 message["headers"] = [*message.get("headers", ()), self._header, took]
             await send(message)
 
+        known = PATHS.fullmatch(scope["path"])
+        unknown = JSONResponse({"error": "not here; a model is asked at POST /v2/models/NAME/infer"}, 404)
         try:
-            await self._application(scope, receive, named)
+            await (self._application if known else unknown)(scope, receive, named)
         finally:
             if scope["path"].endswith("/infer"):
                 REQUESTS.labels(f"{status // 100}xx").inc()
@@ -180,11 +203,11 @@ class Server(ModelServer):  # type: ignore[misc]  # kserve has no type informati
             logging.getLogger(chatty).propagate = False
 
     async def infer(self, model_name: str, request: Request) -> Response:
-        """Answer an inference request, in JSON or with binary tensors. Raises BadRequest, ModelNotFound."""
-        headers = dict(request.headers)
+        """Answer an inference request, in JSON or with binary tensors. Raises BadRequest, Refused, ModelNotFound."""
+        headers, body = dict(request.headers), await _body(request)
         if not await self.dataplane.model_ready(model_name, disable_predictor_health_check=True):
             raise ModelNotReady(model_name)
-        decoded = self._decode(await request.body(), headers, model_name)
+        decoded = self._decode(body, headers, model_name)
         response, extra = await self.dataplane.infer(model_name=model_name, request=decoded, headers=headers)
         encoded, more = self.dataplane.encode(model_name, response, headers, req_attributes={})
         if isinstance(encoded, bytes):
@@ -196,7 +219,8 @@ class Server(ModelServer):  # type: ignore[misc]  # kserve has no type informati
         try:
             content = body if binary else InferenceRequest.model_validate(orjson.loads(body))
             decoded, _ = self.dataplane.decode(content, headers, PredictorProtocol.REST_V2.value, model_name)
-        except (ValueError, KeyError, TypeError) as error:
+            _ = decoded.use_binary_outputs  # fails where parameters are no object
+        except Exception as error:  # KServe's decoder raises what it stumbles over: AttributeError, struct.error, …
             raise BadRequest(f"not an Open Inference Protocol V2 request: {error}") from error
         return decoded
 
@@ -210,9 +234,20 @@ class Server(ModelServer):  # type: ignore[misc]  # kserve has no type informati
         await super()._serve()
 
 
+async def _body(request: Request) -> bytes:
+    """The request's body. Raises Refused as soon as it is too large."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MOST_BYTES:
+            raise Refused(413, f"the request is larger than {MOST_BYTES >> 20} MiB; send fewer samples at a time")
+        parts.append(part)
+    return b"".join(parts)
+
+
 async def refused(request: Request, error: Exception) -> JSONResponse:
-    """Status 400 for a BadRequest."""
-    return JSONResponse({"error": str(error)}, 400)
+    """Status 400 for a BadRequest, its own for a Refused."""
+    return JSONResponse({"error": str(error)}, error.status if isinstance(error, Refused) else 400)
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -224,7 +259,8 @@ def serve(arguments: argparse.Namespace) -> None:
     log = AnswerLog(arguments.answers, arguments.release) if arguments.answers else None
     server = Server(arguments.host, arguments.port)
     app.add_middleware(Releases, release=arguments.release, log=log)
-    app.add_exception_handler(BadRequest, refused)
+    for kind in (BadRequest, Refused):
+        app.add_exception_handler(kind, refused)
     try:
         server.start([model])
     finally:

@@ -27,6 +27,8 @@ from slipstream.traffic.termination import terminable
 log = logging.getLogger(__name__)
 
 JOURNAL = "rollback"
+STARTED, DONE = "started", "done"
+"""What the journal says under `state`."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -43,9 +45,12 @@ def run(context: Context) -> StepOutput:
 
 
 def by_hand(model: str, home: Home) -> dict[str, Any]:
-    """What `slipstream rollback MODEL` does, with MLflow and Envoy of the platform in `home`."""
+    """What `slipstream rollback MODEL` does, with MLflow and Envoy of the platform in `home`.
+
+    It does not wait for a test or rollout under way, whose end may change what there is to go back from: Unavailable.
+    """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with moving_alone(home, model):
+    with moving_alone(home, model, wait=False):
         return rollback(model, traffic.controller(home), connect(home), f"{getpass.getuser()} at {now}")
 
 
@@ -57,20 +62,23 @@ def rollback(model: str, controller: TrafficController, client: MlflowClient, by
     """
     registry = Registry(model, client)
     journal = registry.journal(JOURNAL)
-    if journal.get("state") == "done" and journal.get("by") == by:
+    if journal.get("state") == DONE and by in journal["by"]:
         return {"champion": journal["to"], "previous": journal["from"]}
     with terminable():
-        source, target = _direction(registry, journal)
-        registry.write_journal(JOURNAL, {"state": "started", "from": source, "to": target, "by": by})
+        under_way = _under_way(registry, journal)
+        source, target = (journal["from"], journal["to"]) if under_way else _back(registry)
+        # All who asked for this one: who was stopped half way, and tries again, must not turn it around.
+        entry = {"from": source, "to": target, "by": [*(journal["by"] if under_way else ()), by]}
+        registry.write_journal(JOURNAL, entry | {"state": STARTED})
         release = registry.release(target)
         _unsplit(controller, registry.release(source), release)
         controller.deploy(release, fetch(registry.artifact(target)))
         controller.set_routes(model, Routes(weights={release.name: 100}))
-        registry.set_alias(CHAMPION, target)
-        registry.set_alias(PREVIOUS, source)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         registry.tag(source, {ROLLED_BACK: now, "slipstream.rolled_back_by": by})
-        registry.write_journal(JOURNAL, {"state": "done", "from": source, "to": target, "by": by})
+        registry.set_alias(CHAMPION, target)
+        registry.set_alias(PREVIOUS, source)
+        registry.write_journal(JOURNAL, entry | {"state": DONE})
     log.info("rollback: %s serves version %s instead of %s", model, target, source)
     return {"champion": target, "previous": source}
 
@@ -82,14 +90,15 @@ def _unsplit(controller: TrafficController, source: Release, target: Release) ->
         controller.set_routes(source.model, Routes(weights={source.name: 100}))
 
 
-def _direction(registry: Registry, journal: dict[str, Any]) -> tuple[str, str]:
-    """Versions (from, to): of a rollback that was stopped half way, or from champion to previous.
+def _under_way(registry: Registry, journal: dict[str, Any]) -> bool:
+    """Whether a rollback was stopped half way, and nobody pointed an alias elsewhere since."""
+    aliases = {registry.champion(), registry.alias(PREVIOUS)}
+    return journal.get("state") == STARTED and aliases <= {journal["from"], journal["to"]}
 
-    Where somebody pointed an alias elsewhere since it was stopped, the aliases count.
-    """
+
+def _back(registry: Registry) -> tuple[str, str]:
+    """Versions (from, to): champion and previous. Raises RegistryError where there is nothing to go back to."""
     champion, previous = registry.champion(), registry.alias(PREVIOUS)
-    if journal.get("state") == "started" and {champion, previous} <= {journal["from"], journal["to"]}:
-        return str(journal["from"]), str(journal["to"])
     if champion is None or previous is None or champion == previous:
         raise RegistryError(
             f"{registry.model}: there is no previous release to go back to (champion {champion}, previous {previous}); "

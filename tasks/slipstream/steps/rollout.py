@@ -29,10 +29,11 @@ from slipstream.errors import GateFailed, RegistryError, SlipstreamError
 from slipstream.measure import gates
 from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, ROLLED_BACK, Registry, verdict_tags
 from slipstream.spec import Spec
+from slipstream.steps import rollback
 from slipstream.steps.base import Context, require_pass
 from slipstream.tracking import fetch
 from slipstream.traffic.base import Release, Routes, TrafficController
-from slipstream.traffic.guarded import Count, Stage, served_ms
+from slipstream.traffic.guarded import CAP, Count, Stage, served_ms
 from slipstream.traffic.load import Record
 from slipstream.traffic.releases import Incumbent, incumbent, moving_alone, selected, serve, sweep
 from slipstream.traffic.termination import terminable
@@ -84,6 +85,8 @@ class _Rollout:
     controller: TrafficController
     registry: Registry
     chosen: dict[str, Any]
+    promoting: bool = False
+    """Whether the champion alias may have moved: until then the registry need not be asked on the way back."""
 
     @property
     def version(self) -> str:
@@ -101,6 +104,7 @@ class _Rollout:
 
     def move(self) -> StepOutput:
         """Writes 1 to 4, and the evidence; that of an earlier attempt when it got that far."""
+        self._require_no_rollback()
         journal = self.registry.journal(JOURNAL)
         if journal.get("to") == self.version == self.registry.champion():
             log.info("rollout: %s is champion already; an earlier attempt was stopped after that", self.release.key)
@@ -110,7 +114,7 @@ class _Rollout:
         old = self.incumbent()
         serve(self.controller, old)
         if journal.get("run_id") == self.context.run.run_id and journal["state"] in (REFUSED, REVERTED):
-            self._revert(self.context.tracking.output(journal["run_id"]).verdicts)
+            self._revert(tuple(Verdict.model_validate(v) for v in journal["verdicts"]))
         self._begin(old)
         self.controller.deploy(self.release, fetch(self.registry.artifact(self.version)))
         stage = self._stage(old)
@@ -119,12 +123,15 @@ class _Rollout:
             if combine(verdicts) == "pass":
                 return self._promote(old, stage, verdicts)
         except BaseException:
-            self._put_back_unless_out(stage)
+            if not (self.promoting and self._is_out()):
+                stage.put_back()
             raise
         self._refuse(stage, verdicts)
 
     def finish(self, trial: tuple[Verdict, ...], verdicts: tuple[Verdict, ...]) -> None:
         """Writes 5 and 6."""
+        self._require_no_rollback()
+        self.registry.expect_champion(self.version)
         wanted = Routes(weights={self.release.name: 100})
         self.controller.deploy(self.release, fetch(self.registry.artifact(self.version)))
         if self.controller.routes(self.release.model) != wanted:
@@ -165,9 +172,17 @@ class _Rollout:
         )
 
     def _steps(self, stage: Stage) -> tuple[Verdict, ...]:
-        """Write 2. The verdicts over all requests; ends at once with the first guardrail or failing verdict."""
+        """Write 2. The verdicts over all requests; where the cap was broken, those of a second attempt."""
+        stage.probe(stage.spec.rollout.rate_per_s)
+        verdicts = self._climb(stage)
+        if len(verdicts) == 1 and verdicts[0].gate == CAP:
+            stage.once_more(verdicts[0], stage.spec.rollout.rate_per_s)
+            verdicts = self._climb(stage)
+        return verdicts
+
+    def _climb(self, stage: Stage) -> tuple[Verdict, ...]:
+        """Step by step to all the traffic; ends at once with the first guardrail, alone, or failing verdict."""
         settings, records, count = stage.spec.rollout, list[Record](), Count()
-        stage.probe(settings.rate_per_s)
         shares = [*settings.steps, *[settings.steps[-1]] * EXTRA]
         verdicts: tuple[Verdict, ...] = ()
         for number, share in enumerate(shares, start=1):
@@ -184,31 +199,35 @@ class _Rollout:
 
     def _promote(self, old: Incumbent, stage: Stage, verdicts: tuple[Verdict, ...]) -> StepOutput:
         """Writes 3 and 4. Before them the evidence is recorded, for an attempt that only has to finish."""
-        self.registry.expect_champion(old.version)
         evidence = self._record(stage, verdicts)
+        self._require_no_rollback()
+        self.registry.expect_champion(old.version)
         if old.version is not None:
             self.registry.set_alias(PREVIOUS, old.version)
+        self.promoting = True
         self.registry.set_alias(CHAMPION, self.version)
         return evidence
 
-    def _put_back_unless_out(self, stage: Stage) -> None:
-        """After an error between writes: the traffic goes where the champion alias points."""
+    def _is_out(self) -> bool:
+        """After an error around write 4: whether it got through. The traffic goes where the champion alias points."""
         try:
-            out = self.registry.champion() == self.version
+            return self.registry.champion() == self.version
         except SlipstreamError as error:
             log.warning("rollout: the registry does not say who is champion (%s); the next attempt will see", error)
-            out = False
-        if not out:
-            stage.put_back()
+            return False
 
     def _refuse(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> NoReturn:
         """A breach: traffic first, then what a later attempt goes by. Raises GateFailed."""
         try:
             stage.put_back()
         finally:  # also when the splitter does not answer: what was refused must not be rolled out by the next attempt
+            refused = [{"gate": v.gate, "answer": v.answer, "reason": v.reason[:500]} for v in verdicts]
+            journal = self.registry.journal(JOURNAL)
+            self.registry.write_journal(JOURNAL, journal | {"state": REFUSED, "verdicts": refused})
+        try:
             self._record(stage, verdicts)
-            self.registry.write_journal(JOURNAL, self.registry.journal(JOURNAL) | {"state": REFUSED})
-        self._revert(verdicts)
+        finally:
+            self._revert(verdicts)
 
     def _revert(self, verdicts: tuple[Verdict, ...]) -> NoReturn:
         """The rest of a refusal: aliases, then the server. Raises GateFailed."""
@@ -221,6 +240,13 @@ class _Rollout:
         finally:  # a server that stays is retired by the next run; the no is final
             require_pass("rollout", verdicts)
         raise AssertionError("unreachable: what passes is not refused")
+
+    def _require_no_rollback(self) -> None:
+        """What is being rolled back goes on going back. On a cluster a rollout may live on without its pool's slot."""
+        if self.registry.journal(rollback.JOURNAL).get("state") == rollback.STARTED:
+            raise RegistryError(
+                f"{self.registry.model}: a rollback was begun and is not done; let it finish, or ask for it again"
+            )
 
     def _require_not_rolled_back(self) -> None:
         """An attempt that was stopped after it had released, and was then rolled back, must not release again."""

@@ -19,7 +19,7 @@ from slipstream.steps.base import Context, require_pass
 from slipstream.tracking import fetch
 from slipstream.traffic import answers
 from slipstream.traffic.base import TrafficController
-from slipstream.traffic.guarded import Phase, Stage
+from slipstream.traffic.guarded import CAP, Phase, Stage
 from slipstream.traffic.judging import Evidence
 from slipstream.traffic.releases import incumbent, moving_alone, selected, serve, sweep
 from slipstream.traffic.termination import terminable
@@ -72,21 +72,23 @@ def small_scale_test(context: Context, controller: TrafficController) -> StepOut
         sweep(controller, registry, stage.champion, stage.challenger)
         try:
             verdicts, found = _test(stage)
-        finally:
+        except BaseException:
             stage.put_back()
-    output = context.output(verdicts=verdicts, details={"timeline": stage.timeline, **facts, **found})
-    if combine(verdicts) != "pass":
+            raise
+        output = context.output(verdicts=verdicts, details={"timeline": stage.timeline, **facts, **found})
         try:
-            context.tracking.record(context.run, output)
-            registry.set_alias(CHALLENGER, None)
-            controller.retire(stage.challenger)
+            stage.put_back()
+            if combine(verdicts) != "pass":
+                context.tracking.record(context.run, output)
+                registry.set_alias(CHALLENGER, None)
+                controller.retire(stage.challenger)
         finally:  # a no stays a no, also where cleaning up fails: the next run does that
             require_pass("small-scale test", verdicts)
     return output
 
 
 def _test(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
-    """Rounds of shadow and canary until every verdict is conclusive; a breach ends it at once."""
+    """Rounds of shadow and canary until every verdict is conclusive; a breach ends it at once, the cap's the round."""
     stage.probe(stage.spec.small_scale_test.rate_per_s)
     evidence = Evidence(stage.spec, stage.split, stage.challenger, stage.cap_ms())
     verdicts: tuple[Verdict, ...] = ()
@@ -95,6 +97,10 @@ def _test(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
         phase = _shadow(stage, evidence, f"shadow{suffix}")
         if phase.breach is None:
             phase = _canary(stage, evidence, f"canary{suffix}")
+        if phase.breach is not None and phase.breach.gate == CAP and number < ROUNDS:
+            stage.once_more(phase.breach, stage.spec.small_scale_test.rate_per_s)
+            evidence = Evidence(stage.spec, stage.split, stage.challenger, stage.cap_ms())
+            continue
         if phase.breach is not None:
             notes = [*stage.adapted(), f"stopped in {phase.name}"]
             return (phase.breach,), {"figures": evidence.figures(), "notes": notes}

@@ -1,7 +1,6 @@
 """What two servers said to the same requests: from their answer logs, or from what the sender itself mirrored."""
 
 import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from slipstream.data import Split
+from slipstream.errors import DataError
 from slipstream.measure.metrics.base import Metric, Records, finite
 from slipstream.serving.answers import read_output
 from slipstream.traffic.base import Release, TrafficController
 from slipstream.traffic.load import REQUEST_TIMEOUT_S, Record
+
+HEAD_BYTES = 300
+"""As many of a log's first bytes tell it from every other: an id and a time are among them."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Mark:
 
     path: Path
     offset: int
-    inode: int | None
-    """Which file it was; None when there was none yet."""
+    head: bytes
+    """The file's first bytes, by which it is known again (inodes are given anew); none when there was nothing yet."""
 
 
 @dataclass(frozen=True)
@@ -90,26 +93,36 @@ class FromRecords:
 def mark(path: Path) -> Mark:
     """The end of a log as it is now."""
     if not path.exists():
-        return Mark(path, 0, None)
-    found = path.stat()
-    return Mark(path, found.st_size, found.st_ino)
+        return Mark(path, 0, b"")
+    with path.open("rb") as log:
+        return Mark(path, path.stat().st_size, log.read(HEAD_BYTES))
 
 
 def read(since: Mark) -> dict[str, Answered]:
-    """Request id → answer for all whole lines since a mark, also when the server has rotated its log meanwhile."""
+    """Request id → answer for all whole lines since a mark, also when the server has rotated its log meanwhile.
+
+    Raises DataError where it was rotated so often that answers since then are gone.
+    """
     rotated = since.path.with_name(f"{since.path.name}.1")  # as serving/answers.py names it
+    kept = [path for path in (rotated, since.path) if path.exists()]
+    marked = next((i for i, path in enumerate(kept) if _head(path, len(since.head)) == since.head), None)
+    if marked is None and since.head:
+        raise DataError(
+            f"{since.path}: the answers of this phase take more room than the log has, so that they cannot be "
+            "compared; let the model answer with fewer numbers, or lower small_scale_test.shadow"
+        )
     found: dict[str, Answered] = {}
-    for path in (rotated, since.path):
-        if not path.exists():
-            continue
+    for i, path in enumerate(kept[marked or 0 :]):
         with path.open("rb") as log:
-            marked = os.fstat(log.fileno()).st_ino == since.inode
-            if path == rotated and not marked:
-                continue
-            log.seek(since.offset if marked else 0)
+            log.seek(since.offset if i == 0 else 0)
             lines = log.read().split(b"\n")[:-1]
-        found |= dict(_parse(line) for line in lines if line)
+        found |= dict(parsed for line in lines if (parsed := _parse(line)) is not None)
     return found
+
+
+def _head(path: Path, size: int) -> bytes:
+    with path.open("rb") as log:
+        return log.read(size)
 
 
 def wait_for(since: Mark, ids: Iterable[str], seconds: float) -> dict[str, Answered]:
@@ -167,6 +180,10 @@ def _answered(record: Record | None, other: Record | None) -> Answered | None:
     return Answered(record.server_ms, record.output[0])
 
 
-def _parse(line: bytes) -> tuple[str, Answered]:
-    entry: dict[str, Any] = json.loads(line)
+def _parse(line: bytes) -> tuple[str, Answered] | None:
+    """None for what is no whole line: a full disk may have torn one."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
     return str(entry["id"]), Answered(float(entry["latency_ms"]), read_output(entry["output"])[0])

@@ -78,6 +78,10 @@ class TrafficController(Protocol):
         """Names of the model's deployed releases that answer as ready."""
         ...
 
+    def releases(self, model: str) -> set[str]:
+        """Names of all the model's releases that were deployed and not retired, whether they answer or not."""
+        ...
+
     def routes(self, model: str) -> Routes:
         """The traffic as it is now: what the splitter has really loaded, not what was last asked for."""
         ...

@@ -19,7 +19,7 @@ import yaml
 from slipstream import digests
 from slipstream.contract import Document
 from slipstream.engines.base import server_environment
-from slipstream.errors import RegistryError, Unavailable
+from slipstream.errors import RegistryError, SlipstreamError, Unavailable
 from slipstream.home import Home, alone, write_atomically
 from slipstream.platform import addresses, supervisor
 from slipstream.platform.addresses import is_free
@@ -118,6 +118,24 @@ class EnvoyController:
         """See the protocol."""
         found = (d for d in self._deployments() if d.release.model == model)
         return {d.release.name for d in found if _ready(d)}
+
+    def releases(self, model: str) -> set[str]:
+        """See the protocol."""
+        return {d.release.name for d in self._deployments() if d.release.model == model}
+
+    def bring_back(self) -> dict[str, str]:
+        """Deploy what does not answer once more: after a restart its port may be taken, or its environment elsewhere.
+
+        Key → reason of each release that does not come back.
+        """
+        lost = {}
+        for deployment in self._deployments():
+            if not _ready(deployment):
+                try:
+                    self.deploy(deployment.release, self._folder(deployment.release) / "engine")
+                except SlipstreamError as error:
+                    lost[deployment.release.key] = str(error)
+        return lost
 
     def routes(self, model: str) -> Routes:
         """See the protocol."""

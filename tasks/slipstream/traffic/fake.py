@@ -100,6 +100,10 @@ class FakeController:
         """See the protocol."""
         return set(self._deployed.get(model, {}))
 
+    def releases(self, model: str) -> set[str]:
+        """See the protocol."""
+        return self.deployed(model)
+
     def routes(self, model: str) -> Routes:
         """See the protocol."""
         return self._routes.get(model, Routes(weights={}))

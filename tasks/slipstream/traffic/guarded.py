@@ -6,6 +6,7 @@ a guess from the first odd request, and stops the load at once.
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from slipstream.contract import Verdict
 from slipstream.data import Split
+from slipstream.errors import Unavailable
 from slipstream.measure import gates, stats
 from slipstream.spec import Guardrails, Spec
 from slipstream.traffic.base import Observation, Release, Routes, TrafficController
@@ -29,6 +31,9 @@ SLOWEST = 8
 """The rate is lowered to an eighth at most; slower still, and a test would never end."""
 NOISY = 0.02
 """Share of requests during which the sender itself was stalled, from which on the machine counts as noisy."""
+CAP = "p99_cap"
+"""The guardrail that a neighbour can break."""
+PUT_BACK_TRIES, PUT_BACK_PAUSE_S = 3, 2.0
 POINTS = 10
 """Points for a phase, at most."""
 
@@ -89,14 +94,25 @@ class Stage:
         return Routes(weights={n: w for n, w in weights.items() if w}, mirror=self.challenger.name if mirror else None)
 
     def put_back(self) -> None:
-        """All traffic to the champion, no mirror. Writes nothing where the challenger has no part in the traffic.
+        """All traffic to the champion, no mirror; unless somebody gave it to a third release, as a rollback does.
 
-        Then it is so already, or somebody else gave the traffic to a third release meanwhile, such as a rollback.
+        It is also set where it seems to be so: what was written last may not be loaded yet. Raises Unavailable.
         """
-        routes = self.controller.routes(self.model)
-        if self.challenger.name in (*routes.weights, routes.mirror):
-            self.controller.set_routes(self.model, self.weights(0))
-            log.info("traffic: %s is back at %s", self.model, self.champion.name)
+        for left in reversed(range(PUT_BACK_TRIES)):
+            try:
+                serving = set(self.controller.routes(self.model).weights)
+                if serving and not serving & {self.champion.name, self.challenger.name}:
+                    log.warning("traffic: %s is left where it went meanwhile: %s", self.model, ", ".join(serving))
+                    return
+                self.controller.set_routes(self.model, self.weights(0))
+            except Unavailable as error:
+                if not left:
+                    raise
+                log.warning("traffic: %s cannot be put back yet: %s", self.model, error)
+                time.sleep(PUT_BACK_PAUSE_S)
+            else:
+                log.info("traffic: %s is back at %s", self.model, self.champion.name)
+                return
 
     def probe(self, rate_per_s: float) -> None:
         """Ask the champion, alone, what this machine carries now: halve the rate until it keeps up.
@@ -142,6 +158,17 @@ class Stage:
         if cap <= asked:
             return self.notes
         return [*self.notes, f"this machine is noisy: the cap on p99 was {cap:.0f} ms instead of {asked:g} ms"]
+
+    def once_more(self, breach: Verdict, rate_per_s: float) -> None:
+        """The cap was broken: put the traffic back, and find out anew what this machine carries.
+
+        A neighbour's burst slows everybody down, and may be over before a load average shows it. So the cap alone is
+        tested again, once; whoever is slow himself breaks it again.
+        """
+        self.put_back()
+        self.notes.append(f"tested once more, since {breach.reason}")
+        log.warning("traffic: %s", self.notes[-1])
+        self.probe(rate_per_s)
 
     def phase(self, name: str, routes: Routes, requests: int, rate_per_s: float) -> Phase:
         """Set routes, send the load, and watch it. Leaves the routes as they are."""

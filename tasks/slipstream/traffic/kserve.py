@@ -107,6 +107,11 @@ class KServeController:
         names = {*service.weights, *([service.release] if service.release and service.ready else [])}
         return {name for name in names if any(_is_ready(pod) for pod in self._pods(service, name))}
 
+    def releases(self, model: str) -> set[str]:
+        """See the protocol."""
+        service = self._find(model)
+        return set() if service is None else {*service.weights, *([service.release] if service.release else [])}
+
     def routes(self, model: str) -> Routes:
         """See the protocol. The mirror is that of this process."""
         service = self._find(model)

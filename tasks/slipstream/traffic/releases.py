@@ -29,12 +29,18 @@ class Incumbent:
 
 
 @contextmanager
-def moving_alone(home: Home, model: str) -> Iterator[None]:
+def moving_alone(home: Home, model: str, *, wait: bool = True) -> Iterator[None]:
     """Whoever tests, rolls out or rolls back a model does it alone: here by a lock that ends with the process.
 
-    On a cluster Airflow's pool `release` sees to it. Two at a time would undo each other's traffic.
+    On a cluster Airflow's pool `release` sees to it. Two at a time would undo each other's traffic. Raises Unavailable
+    where somebody else does and `wait` is false.
     """
-    with alone(home.work / f"release-{model}.lock", f"a test or a rollout of {model} is under way"):
+    busy = f"a test or a rollout of {model} is under way"
+    if not wait:
+        busy += (
+            "; wait for its end, or mark that task as failed in Airflow, which puts the traffic back; then ask again"
+        )
+    with alone(home.work / f"release-{model}.lock", busy, wait=wait):
         yield
 
 
@@ -70,11 +76,14 @@ def serve(controller: TrafficController, who: Incumbent) -> None:
 
 
 def sweep(controller: TrafficController, registry: Registry, *also: Release) -> None:
-    """Retire releases that no alias names and nobody uses. `previous` stays, so that a rollback is instant."""
+    """Retire releases that no alias names and nobody uses, those too that do not answer any more.
+
+    `previous` stays, so that a rollback is instant.
+    """
     versions = {registry.alias(a) for a in (CHAMPION, PREVIOUS, CHALLENGER)} - {None}
     keep = {registry.release(str(v)).name for v in versions} | {r.name for r in also}
     routes = controller.routes(registry.model)
     keep |= set(routes.weights) | {routes.mirror or ""}
-    for name in sorted(controller.deployed(registry.model) - keep):
+    for name in sorted(controller.releases(registry.model) - keep):
         controller.retire(Release(model=registry.model, name=name))
         log.info("traffic: %s %s is retired", registry.model, name)
