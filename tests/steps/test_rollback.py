@@ -98,6 +98,22 @@ def test_it_waits_for_a_test_or_rollout_under_way(
     back(world, fake, *two)
 
 
+def test_one_whose_target_does_not_start_is_given_up_and_stands_in_no_ones_way(
+    world: World, fake: FakeController, two: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any) -> None:
+        raise Unavailable("this engine cannot be loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake, "deploy", broken)
+        failing(lambda: rollback(world.model, fake, world.tracking.client, "me"), Unavailable)
+    assert world.registry.journal(JOURNAL)["state"] == "given up"
+    assert fake.routes(world.model) == Routes(weights={f"v{two[1]}": 100})
+    assert world.registry.champion() == two[1]
+    rollback(world.model, fake, world.tracking.client, "me")
+    back(world, fake, *two)
+
+
 def test_by_hand_it_does_not_wait_but_says_what_to_do(
     world: World, fake: FakeController, two: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

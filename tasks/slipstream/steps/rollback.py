@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput
-from slipstream.errors import RegistryError
+from slipstream.errors import RegistryError, SlipstreamError
 from slipstream.home import Home
 from slipstream.registry import CHAMPION, PREVIOUS, ROLLED_BACK, Registry
 from slipstream.report.find import connect
@@ -27,7 +27,7 @@ from slipstream.traffic.termination import terminable
 log = logging.getLogger(__name__)
 
 JOURNAL = "rollback"
-STARTED, DONE = "started", "done"
+STARTED, DONE, GIVEN_UP = "started", "done", "given up"
 """What the journal says under `state`."""
 
 
@@ -71,8 +71,13 @@ def rollback(model: str, controller: TrafficController, client: MlflowClient, by
         entry = {"from": source, "to": target, "by": [*(journal["by"] if under_way else ()), by]}
         registry.write_journal(JOURNAL, entry | {"state": STARTED})
         release = registry.release(target)
-        _unsplit(controller, registry.release(source), release)
-        controller.deploy(release, fetch(registry.artifact(target)))
+        try:
+            _unsplit(controller, registry.release(source), release)
+            controller.deploy(release, fetch(registry.artifact(target)))
+        except SlipstreamError:
+            if not under_way:  # nothing has moved yet: it must not stand in the way of every rollout to come
+                registry.write_journal(JOURNAL, entry | {"state": GIVEN_UP})
+            raise
         controller.set_routes(model, Routes(weights={release.name: 100}))
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         registry.tag(source, {ROLLED_BACK: now, "slipstream.rolled_back_by": by})
