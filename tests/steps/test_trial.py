@@ -1,8 +1,6 @@
-import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,24 +131,28 @@ def test_a_no_stays_a_no_where_the_traffic_cannot_be_put_back(
     )
 
 
-def test_a_neighbours_burst_fails_no_challenger(world_maker: WorldMaker, fake: FakeController, quiet: None) -> None:
+def test_a_neighbours_burst_fails_no_challenger(
+    world_maker: WorldMaker, fake: FakeController, quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = world_maker(guardrails={"max_p99_ms": 700})
     outputs, champion, _ = with_champion(world, fake)
-    fake.behaviours[champion.name] = Behaviour(answer=slow_between(210, 270))  # the probe asks 200 times before
+    probe, once_more, over = guarded.Stage.probe, guarded.Stage.once_more, []
+
+    def then_it_begins(stage: guarded.Stage, rate_per_s: float) -> None:
+        probe(stage, rate_per_s)
+        if not over:
+            fake.misbehave(champion, Behaviour(latency_s=1.5))
+
+    def and_is_over(stage: guarded.Stage, *given: Any) -> None:
+        over.append(True)
+        fake.misbehave(champion, Behaviour())
+        once_more(stage, *given)
+
+    monkeypatch.setattr(guarded.Stage, "probe", then_it_begins)
+    monkeypatch.setattr(guarded.Stage, "once_more", and_is_over)
     output = small_scale_test(world.context("trial", outputs), fake)
     assert {v.answer for v in output.verdicts} == {"pass"}
     assert any("tested once more, since p99" in note for note in output.details["notes"])
-
-
-def slow_between(first: int, last: int) -> Callable[[np.ndarray], np.ndarray]:
-    asked = itertools.count()
-
-    def answer(batch: np.ndarray) -> np.ndarray:
-        if first <= next(asked) < last:
-            time.sleep(1.5)
-        return np.asarray(batch)[:, :10]
-
-    return answer
 
 
 def test_a_no_stays_a_no_where_mlflow_cannot_be_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
