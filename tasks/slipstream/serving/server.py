@@ -52,6 +52,7 @@ WARM_UP_LENGTH = 16
 """Tokens of the warm-up's text where the target has no lengths."""
 GRACE_S = 10
 PATHS = re.compile(r"/|/metrics|/v2(/health/(live|ready)|/models(/[^/]+(/(ready|infer))?)?)?")
+NOT_HERE = JSONResponse({"error": "not here; a model is asked at POST /v2/models/NAME/infer"}, 404)
 MOST_BYTES = 64 * 2**20
 """Of a request's body; what is larger is refused (413) before it is read to its end."""
 MOST_WAIT_S = 10.0
@@ -174,10 +175,9 @@ class Releases:
                 message["headers"] = [*message.get("headers", ()), self._header, took]
             await send(message)
 
-        known = PATHS.fullmatch(scope["path"])
-        unknown = JSONResponse({"error": "not here; a model is asked at POST /v2/models/NAME/infer"}, 404)
+        application = self._application if PATHS.fullmatch(scope["path"]) else NOT_HERE
         try:
-            await (self._application if known else unknown)(scope, receive, named)
+            await application(scope, receive, named)
         finally:
             if scope["path"].endswith("/infer"):
                 REQUESTS.labels(f"{status // 100}xx").inc()
