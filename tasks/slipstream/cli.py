@@ -94,7 +94,10 @@ def run(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show the run live until it ends.")] = False,
     param: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A choice of the trigger form: max_drop, recipes, stop_after, …"),
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="A choice of the trigger form: max_drop, recipes (a,b or a JSON list), stop_after, …",
+        ),
     ] = None,
 ) -> None:
     """Publish a spec and start a run of it in Airflow; prints the run's id."""
@@ -184,7 +187,7 @@ def compile_(
 
     from slipstream.home import Home
 
-    python = Home.from_environment().python("kubeflow")
+    python = Home.from_environment().require_python("kubeflow", "`slipstream compile`")
     command = [str(python), "-m", "slipstream.kubeflow", str(spec), str(kfp), "--stop-after", stop_after]
     if code := subprocess.run(command, check=False).returncode:
         raise typer.Exit(code)

@@ -3,14 +3,23 @@
 import fcntl
 import logging
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
-from slipstream.errors import Unavailable
+from slipstream.errors import InputError, Unavailable
 
 log = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parent
+DAG = "optimize.py"
+"""A file that is in slipstream's DAG folder and in no other."""
+PRIVATE = 0o700
+"""Mode of the home: it holds addresses, published specs and logs, which are for its owner alone."""
 
 ENVIRONMENTS = ("airflow", "torch", "tensorflow", "tensorrt", "serve", "kubeflow")
 """Environments beside the core; each has a folder under containers/ and a virtual environment under .envs/."""
@@ -32,13 +41,15 @@ class Home:
     def from_environment(cls) -> "Home":
         """Read SLIPSTREAM_HOME, SLIPSTREAM_ENVS, SLIPSTREAM_CODE, SLIPSTREAM_SPECS and SLIPSTREAM_RUNS.
 
-        The first three are folders, by default in the current folder. The last two are folders or s3:// prefixes, by
-        default in SLIPSTREAM_HOME: where steps do not share a file system they are in S3.
+        The first three are folders, by default in the current folder; the environments are otherwise those of the
+        checkout that slipstream runs from. The last two are folders or s3:// prefixes, by default in SLIPSTREAM_HOME:
+        where steps do not share a file system they are in S3.
         """
         here = Path.cwd()
+        envs = next((f / ".envs" for f in (here, checkout()) if f and (f / ".envs").is_dir()), here / ".envs")
         return cls(
             root=Path(os.environ.get("SLIPSTREAM_HOME", here / ".slipstream")).resolve(),
-            envs=Path(os.environ.get("SLIPSTREAM_ENVS", here / ".envs")).resolve(),
+            envs=Path(os.environ.get("SLIPSTREAM_ENVS", envs)).resolve(),
             code=Path(os.environ.get("SLIPSTREAM_CODE", here)).resolve(),
             shared_specs=_absolute(os.environ.get("SLIPSTREAM_SPECS")),
             shared_runs=_absolute(os.environ.get("SLIPSTREAM_RUNS")),
@@ -79,9 +90,67 @@ class Home:
         """Interpreter of an environment."""
         return self.envs / environment / "bin" / "python"
 
+    def require_python(self, environment: str, purpose: str) -> Path:
+        """Interpreter of an environment. Raises InputError, naming the purpose, where it is not installed."""
+        python = self.python(environment)
+        if not python.exists():
+            raise InputError(
+                f"{purpose} needs the environment {environment}, but {python} does not exist; `make setup` in a "
+                "checkout installs the environments, and SLIPSTREAM_ENVS names their folder"
+            )
+        return python
+
+    def prepare(self) -> None:
+        """Make the folder, for its owner alone. One that others may read is closed to them if it is a home or empty.
+
+        Raises InputError when it cannot be made or written to, or holds other files that others may read now.
+        """
+        try:
+            self.root.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+            if stat.S_IMODE(self.root.stat().st_mode) & 0o077:
+                if not self._is_home():
+                    raise InputError(
+                        f"SLIPSTREAM_HOME={self.root} holds other files, and others may read it; name an empty or new "
+                        f"folder, or close this one with `chmod 700 {self.root}`"
+                    )
+                self.root.chmod(PRIVATE)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"SLIPSTREAM_HOME={self.root} cannot be used: {error.strerror or error}; name a folder that you own "
+                "and may write to"
+            ) from error
+
+    def _is_home(self) -> bool:
+        """Whether slipstream's files lie here, or none: never close a folder such as /tmp to its other users."""
+        names = {entry.name for entry in self.root.iterdir()}
+        return not names or bool(names & {"platform.json", "platform.lock", "specs", "settings.yaml"})
+
     def addresses_file(self) -> Path:
         """Ports and addresses of the embedded platform, written by `slipstream up`."""
         return self.root / "platform.json"
+
+
+def checkout() -> Path | None:
+    """The checkout that this package runs from; None when it was installed from a wheel."""
+    root = PACKAGE.parent.parent
+    return root if (root / "dags" / DAG).is_file() and (root / "pyproject.toml").is_file() else None
+
+
+def dags_folder() -> Path:
+    """Folder of slipstream's DAGs: of the checkout, else the one that the wheel installed. Raises Unavailable.
+
+    Never a folder of the user's: SLIPSTREAM_CODE holds the functions that specs name, and nothing of Airflow's.
+    """
+    if (root := checkout()) is not None:
+        return root / "dags"
+    # pyproject.toml lists dags/ under data-files; where an installer puts those differs, and its record says it.
+    files = metadata.files("slipstream") or []
+    for file in files:
+        if file.parts[-4:] == ("share", "slipstream", "dags", DAG):
+            return Path(str(file.locate())).resolve().parent
+    raise Unavailable("this installation of slipstream has no DAGs; install its wheel, or run it from a checkout")
 
 
 @contextmanager

@@ -132,6 +132,11 @@ def test_choices_are_the_trigger_forms() -> None:
         "source_version": "7",
         "stop_after": "none",
     }
+    for text in ('["a","b"]', "a,b", "[a, b]", '["a", "b" ]', "'a','b'"):
+        assert choices([f"recipes={text}"]) == {"recipes": ["a", "b"]}
+    assert choices(['recipes=["int8"]']) == {"recipes": ["int8"]}
+    with pytest.raises(InputError, match="as a,b or as a JSON list"):
+        choices(["recipes=[]"])
     for wrong in ("max_drop", "speed=3"):
         with pytest.raises(InputError, match="KEY=VALUE"):
             choices([wrong])

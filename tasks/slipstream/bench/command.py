@@ -43,7 +43,7 @@ def _measure_one(home: Home, file: Path, folder: Path, run: str, uri: str) -> bo
     spec = specs.load(file)
     environments = {spec.environment_of("validate", target) for target in spec.targets}
     special = environments - {spec.environment_of("retrain", None)}  # an engine's own has the framework's too
-    python = home.python(min(special or environments))
+    python = home.require_python(min(special or environments), f"bench of {spec.name}")
     out = folder / f"{spec.name}.json"
     command = [str(python), "-m", "slipstream.bench.measure", str(file), "--run", run, "--out", str(out)]
     code = subprocess.run(command, env=os.environ | {"MLFLOW_TRACKING_URI": uri}, check=False).returncode

@@ -100,9 +100,7 @@ def _plan(home: Home, source: Source, out: Path, data: str | None, architecture:
 def _look(home: Home, question: Question) -> Facts:
     """What the model's framework says of it, in a process in its environment. Raises ModelError."""
     environment = ENVIRONMENT.get(question.kind) or FRAMEWORKS[question.framework].environment
-    python = home.python(environment)
-    if not python.exists():
-        raise ModelError(f"to look at the model, the environment {environment} is needed; set it up with scripts/setup")
+    python = home.require_python(environment, "looking at the model")
     command = [str(python), "-m", "slipstream.init.inspect", question.model_dump_json()]
     settings = os.environ | {"SLIPSTREAM_CODE": str(home.code), "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=settings, check=False)

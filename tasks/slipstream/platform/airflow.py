@@ -10,7 +10,7 @@ from pathlib import Path
 
 from slipstream.airflow_api import AirflowApi
 from slipstream.errors import Unavailable
-from slipstream.home import Home, write_atomically
+from slipstream.home import Home, dags_folder, write_atomically
 from slipstream.platform import postgresql, supervisor
 from slipstream.platform.addresses import Addresses, Secrets, port_of
 from slipstream.platform.supervisor import Program
@@ -35,7 +35,7 @@ def settings(home: Home, addresses: Addresses, secrets: Secrets) -> dict[str, st
     """Airflow's configuration, as environment variables."""
     return {
         "AIRFLOW_HOME": str(home.root / "airflow"),
-        "AIRFLOW__CORE__DAGS_FOLDER": str(home.code / "dags"),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(dags_folder()),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
         "AIRFLOW__CORE__PARALLELISM": "4",  # 32 would be 28 idle workers more

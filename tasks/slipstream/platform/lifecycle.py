@@ -202,6 +202,6 @@ def _why(home: Home, service: ServiceStatus) -> str:
 @contextmanager
 def _locked(home: Home) -> Iterator[None]:
     """One `up` or `down` at a time; a second one waits."""
-    home.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    home.prepare()
     with alone(home.root / "platform.lock"):
         yield

@@ -28,17 +28,26 @@ class Started:
 
 
 def choices(parameters: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` pairs as the trigger form's fields; a list is `a,b`. Raises InputError."""
+    """`KEY=VALUE` pairs as the trigger form's fields; a list is `a,b` or JSON (`["a","b"]`). Raises InputError."""
     chosen: dict[str, Any] = {}
     for pair in parameters:
         key, equals, text = pair.partition("=")
         if not equals or key not in CHOICES:
             raise InputError(f"--param {pair}: must be KEY=VALUE with a KEY of {', '.join(CHOICES)}")
         if key == "recipes":
-            chosen[key] = [name.strip() for name in text.strip("[] ").split(",") if name.strip()]
+            chosen[key] = _names(pair, text)
         else:
             chosen[key] = yaml.safe_load(text) if key == "max_drop" else text
     return chosen
+
+
+def _names(pair: str, text: str) -> list[str]:
+    """Names in `a,b`, `[a, b]` or JSON: none holds a comma or a quote. Raises InputError when there are none."""
+    inner = text.strip().removeprefix("[").removesuffix("]")
+    names = [stripped for name in inner.split(",") if (stripped := name.strip(" \"'"))]
+    if not names:
+        raise InputError(f'--param {pair}: write names as a,b or as a JSON list, ["a","b"]')
+    return names
 
 
 def check_choices(wanted: Spec, chosen: Mapping[str, Any]) -> None:
