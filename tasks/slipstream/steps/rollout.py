@@ -26,15 +26,14 @@ from typing import Any, NoReturn
 from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput, Verdict, combine
 from slipstream.errors import GateFailed, RegistryError, SlipstreamError
-from slipstream.measure import gates
 from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, ROLLED_BACK, Registry, verdict_tags
 from slipstream.spec import Spec
 from slipstream.steps import rollback
 from slipstream.steps.base import Context, require_pass
 from slipstream.tracking import fetch
+from slipstream.traffic import stepwise
 from slipstream.traffic.base import Release, Routes, TrafficController
-from slipstream.traffic.guarded import CAP, Count, Stage, served_ms
-from slipstream.traffic.load import Record
+from slipstream.traffic.guarded import Stage
 from slipstream.traffic.releases import Incumbent, incumbent, moving_alone, selected, serve, sweep
 from slipstream.traffic.termination import terminable
 
@@ -43,8 +42,6 @@ log = logging.getLogger(__name__)
 JOURNAL = "rollout"
 STARTED, REFUSED, REVERTED, DONE = "started", "refused", "reverted", "done"
 """What the journal says under `state`."""
-EXTRA = 3
-"""Repetitions of the last step while a verdict is inconclusive, at most."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -119,7 +116,7 @@ class _Rollout:
         self.controller.deploy(self.release, fetch(self.registry.artifact(self.version)))
         stage = self._stage(old)
         try:
-            verdicts = self._steps(stage)
+            verdicts = stepwise.measure(stage)
             if combine(verdicts) == "pass":
                 return self._promote(old, stage, verdicts)
         except BaseException:
@@ -170,32 +167,6 @@ class _Rollout:
             run_key=self.context.inputs.run_key,
             progress=self.context.run.progress,
         )
-
-    def _steps(self, stage: Stage) -> tuple[Verdict, ...]:
-        """Write 2. The verdicts over all requests; where the cap was broken, those of a second attempt."""
-        stage.probe(stage.spec.rollout.rate_per_s)
-        verdicts = self._climb(stage)
-        if len(verdicts) == 1 and verdicts[0].gate == CAP:
-            stage.once_more(verdicts[0], stage.spec.rollout.rate_per_s)
-            verdicts = self._climb(stage)
-        return verdicts
-
-    def _climb(self, stage: Stage) -> tuple[Verdict, ...]:
-        """Step by step to all the traffic; ends at once with the first guardrail, alone, or failing verdict."""
-        settings, records, count = stage.spec.rollout, list[Record](), Count()
-        shares = [*settings.steps, *[settings.steps[-1]] * EXTRA]
-        verdicts: tuple[Verdict, ...] = ()
-        for number, share in enumerate(shares, start=1):
-            name = f"{share}%" if number <= len(settings.steps) else f"{share}%-{number - len(settings.steps) + 1}"
-            phase = stage.phase(name, stage.weights(share), settings.requests, settings.rate_per_s)
-            if phase.breach is not None:
-                return (phase.breach,)
-            records, count = records + phase.records, count + phase.count
-            verdicts = _judge(stage, records, count)
-            answer = combine(verdicts)
-            if answer == "fail" or (answer == "pass" and number >= len(settings.steps)):
-                break
-        return verdicts
 
     def _promote(self, old: Incumbent, stage: Stage, verdicts: tuple[Verdict, ...]) -> StepOutput:
         """Writes 3 and 4. Before them the evidence is recorded, for an attempt that only has to finish."""
@@ -263,15 +234,6 @@ class _Rollout:
         output = self.context.output(verdicts=verdicts, details=details)
         self.context.tracking.record(self.context.run, output)
         return output
-
-
-def _judge(stage: Stage, records: list[Record], count: Count) -> tuple[Verdict, ...]:
-    """Errors of the challenger, and the p99 that clients see, over all requests of the rollout so far."""
-    limits, sure = stage.spec.guardrails, stage.spec.objective.confidence
-    return (
-        gates.error_rate(count.errors, count.requests, limits.max_error_rate, sure),
-        gates.p99_cap(served_ms(records), stage.cap_ms(), sure),
-    )
 
 
 def _passed_trial(inputs: StepInput) -> StepOutput:

@@ -7,27 +7,19 @@ Details: `timeline` (a point for each window of requests), `champion` (version o
 `challenger` (version), `figures`, `notes`; or `skipped` with the reason.
 """
 
-import logging
 from typing import Any
 
 from slipstream import traffic
-from slipstream.contract import StepInput, StepOutput, Verdict, combine
-from slipstream.measure import gates
+from slipstream.contract import StepInput, StepOutput, combine
 from slipstream.registry import CHALLENGER, Registry
 from slipstream.spec import Spec
 from slipstream.steps.base import Context, require_pass
 from slipstream.tracking import fetch
-from slipstream.traffic import answers
+from slipstream.traffic import small_scale
 from slipstream.traffic.base import TrafficController
-from slipstream.traffic.guarded import CAP, Phase, Stage
-from slipstream.traffic.judging import Evidence
+from slipstream.traffic.guarded import Stage
 from slipstream.traffic.releases import incumbent, moving_alone, selected, serve, sweep
 from slipstream.traffic.termination import terminable
-
-log = logging.getLogger(__name__)
-
-ROUNDS = 2
-"""Shadow and canary are repeated while a verdict is inconclusive, at most this often in all."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -71,7 +63,7 @@ def small_scale_test(context: Context, controller: TrafficController) -> StepOut
         controller.deploy(stage.challenger, fetch(registry.artifact(chosen["version"])))
         sweep(controller, registry, stage.champion, stage.challenger)
         try:
-            verdicts, found = _test(stage)
+            verdicts, found = small_scale.measure(stage)
         except BaseException:
             stage.put_back()
             raise
@@ -85,53 +77,3 @@ def small_scale_test(context: Context, controller: TrafficController) -> StepOut
         finally:  # a no stays a no, also where cleaning up fails: the next run does that
             require_pass("small-scale test", verdicts)
     return output
-
-
-def _test(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
-    """Rounds of shadow and canary until every verdict is conclusive; a breach ends it at once, the cap's the round."""
-    stage.probe(stage.spec.small_scale_test.rate_per_s)
-    evidence = Evidence(stage.spec, stage.split, stage.challenger, stage.cap_ms())
-    verdicts: tuple[Verdict, ...] = ()
-    for number in range(1, ROUNDS + 1):
-        suffix = "" if number == 1 else f"-{number}"
-        phase = _shadow(stage, evidence, f"shadow{suffix}")
-        if phase.breach is None:
-            phase = _canary(stage, evidence, f"canary{suffix}")
-        if phase.breach is not None and phase.breach.gate == CAP and number < ROUNDS:
-            stage.once_more(phase.breach, stage.spec.small_scale_test.rate_per_s)
-            evidence = Evidence(stage.spec, stage.split, stage.challenger, stage.cap_ms())
-            continue
-        if phase.breach is not None:
-            notes = [*stage.adapted(), f"stopped in {phase.name}"]
-            return (phase.breach,), {"figures": evidence.figures(), "notes": notes}
-        evidence.noisy = evidence.noisy or stage.noisy()
-        evidence.cap_ms = stage.cap_ms()
-        verdicts = evidence.verdicts()
-        if combine(verdicts) != "inconclusive":
-            break
-        open_ones = ", ".join(v.gate for v in verdicts if v.answer == "inconclusive")
-        log.info("trial: round %d of %d leaves %s inconclusive", number, ROUNDS, open_ones)
-    verdicts, notes = gates.settle(verdicts, noisy=evidence.noisy, ratio="p99_ratio")
-    return verdicts, {"figures": evidence.figures(), "notes": [*stage.adapted(), *notes]}
-
-
-def _shadow(stage: Stage, evidence: Evidence, name: str) -> Phase:
-    """Mirror every request to the challenger, and pair the answers by request id."""
-    settings = stage.spec.small_scale_test
-    pairing = answers.pairing(stage.controller, stage.champion, stage.challenger)
-    phase = stage.phase(name, stage.weights(0, mirror=True), settings.shadow, settings.rate_per_s)
-    if phase.breach is None:
-        pairs, unanswered = pairing.pairs(phase.records)
-        evidence.pairs += pairs
-        evidence.unanswered += unanswered
-    return phase
-
-
-def _canary(stage: Stage, evidence: Evidence, name: str) -> Phase:
-    """Let the challenger answer a small share of the requests."""
-    settings = stage.spec.small_scale_test
-    share = max(1, round(settings.share))
-    phase = stage.phase(name, stage.weights(share), settings.requests, settings.rate_per_s)
-    evidence.canary += phase.records
-    evidence.canary_count += phase.count
-    return phase
