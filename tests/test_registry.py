@@ -54,6 +54,33 @@ def test_a_version_of_somebody_else_is_no_engine(world: World) -> None:
         world.registry.artifact(str(theirs.version))
 
 
+def test_what_a_version_deploys_cannot_be_changed_in_the_registry(world: World) -> None:
+    registry, client = world.registry, MlflowClient()
+    honest, other = world.version("int8"), world.version("other")
+    theirs, ours = registry.tags(other), registry.artifact(honest)
+    changed = ours.model_copy(update={"sha256": "0" * 64})
+    cases: list[tuple[dict[str, str], str]] = [
+        ({"slipstream.artifact": changed.model_dump_json()}, "changed after slipstream wrote it"),
+        ({"slipstream.artifact": "not JSON"}, "changed after slipstream wrote it"),
+        ({"slipstream.artifact": theirs["slipstream.artifact"]}, "changed after slipstream wrote it"),
+        ({"slipstream.artifact_signature": ""}, "not signed"),
+    ]
+    genuine = registry.tags(honest)
+    for tags, how in cases:
+        registry.tag(honest, genuine | tags)
+        with pytest.raises(RegistryError, match=f"version {honest}: tag slipstream.artifact is {how}.*security.md"):
+            registry.artifact(honest)
+    registry.tag(honest, genuine)
+    assert registry.artifact(honest) == ours
+    elsewhere = Registry(f"{world.model}-elsewhere", client)  # the same tags, on a version of another model
+    elsewhere.ensure_model()
+    copied = client.create_model_version(
+        elsewhere.model, f"models:/{ours.model_id}", tags=genuine, model_id=ours.model_id
+    )
+    with pytest.raises(RegistryError, match="is changed after slipstream wrote it"):
+        elsewhere.artifact(str(copied.version))
+
+
 def test_a_champion_that_moved_stops_the_rollout(world: World) -> None:
     a, b = world.version("a"), world.version("b")
     world.registry.expect_champion(None)

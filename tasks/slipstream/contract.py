@@ -79,6 +79,16 @@ class StepOutput(Document):
     verdicts: tuple[Verdict, ...] = ()
     details: dict[str, Any] = {}
     """Small, step-specific facts, documented in the step's module."""
+    signature: str = ""
+    """By the platform's key over all other fields (signing.py), made when the output is recorded."""
+
+    def signed_part(self) -> dict[str, Any]:
+        """What the signature covers: as JSON, so that reading the document back gives the same.
+
+        Without defaults: a field that a later version adds does not invalidate earlier signatures.
+        """
+        part: dict[str, Any] = json.loads(self.model_dump_json(exclude_defaults=True, exclude={"signature"}))
+        return part
 
 
 class StepInput(Document):

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from slipstream import flow, storage
+from slipstream import flow, signing, storage
 from slipstream.contract import Document, StepInput, StepOutput
 from slipstream.errors import InputError
 from slipstream.spec import Spec
@@ -14,17 +14,20 @@ T = TypeVar("T", bound=Document)
 
 
 def read(uri: str) -> StepInput:
-    """An IN document. Raises InputError when it is none, DataError when it is not there."""
-    return _read(uri, StepInput, "IN")
+    """An IN document. Raises InputError when it is none, DataError when it is missing or holds an unsigned output."""
+    inputs = _read(uri, StepInput, "IN")
+    for output in inputs.upstream:
+        signing.require_signed(output, uri)
+    return inputs
 
 
 def gather(step: str, spec: Spec, run_key: str, cell: str, outputs: Iterable[str]) -> StepInput:
     """The IN document of a step from the URIs of OUT documents; those that the step does not build on are left out.
 
-    Raises InputError when one is missing or none.
+    Raises InputError when one is missing or none, DataError when this platform did not sign it.
     """
     chosen = flow.cell_of(cell) if cell else None
-    found = [_read(uri, StepOutput, "OUT") for uri in outputs]
+    found = [signing.require_signed(_read(uri, StepOutput, "OUT"), uri) for uri in outputs]
     return StepInput(run_key=run_key, cell=chosen, upstream=flow.upstream(step, spec, chosen, found))
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from pydantic import ValidationError
 
+from slipstream import signing
 from slipstream.contract import Artifact, Verdict
 from slipstream.errors import RegistryError, SlipstreamError, Unavailable
 from slipstream.traffic.base import Release, TrafficController
@@ -22,6 +24,7 @@ log = logging.getLogger(__name__)
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 ARTIFACT = "slipstream.artifact"
+ARTIFACT_SIGNATURE = "slipstream.artifact_signature"
 KIND = "slipstream.kind"
 SHA256 = "slipstream.sha256"
 PIPELINE_RUN = "slipstream.pipeline_run"
@@ -100,6 +103,7 @@ class Registry:
                 "slipstream.cell": cell,
                 PIPELINE_RUN: pipeline_run_id,
                 ARTIFACT: artifact.model_dump_json(),
+                ARTIFACT_SIGNATURE: signing.sign(signing.VERSION_ARTIFACT, self._signed(artifact)),
                 **verdict_tags("validate", verdicts),
             }
             source = f"models:/{artifact.model_id}"
@@ -107,14 +111,33 @@ class Registry:
             return str(made.version)
 
     def artifact(self, version: str) -> Artifact:
-        """The engine of a version. Raises RegistryError when slipstream did not register it."""
-        text = self.tags(version).get(ARTIFACT)
+        """The engine of a version. Raises RegistryError unless slipstream registered it, which its signature proves.
+
+        Whoever reaches the registry can set tags, and this one decides what is deployed.
+        """
+        tags = self.tags(version)
+        text = tags.get(ARTIFACT)
         if text is None:
             raise RegistryError(
                 f"{self.model} version {version} is not an engine that slipstream registered (no tag {ARTIFACT}); "
                 "move the alias to one that is"
             )
-        return Artifact.model_validate_json(text)
+        signature = tags.get(ARTIFACT_SIGNATURE, "")
+        try:
+            artifact = Artifact.model_validate_json(text)
+        except ValidationError:
+            artifact = None
+        if artifact is None or not signing.verify(signing.VERSION_ARTIFACT, self._signed(artifact), signature):
+            how = "changed after slipstream wrote it, or signed with another key" if signature else "not signed"
+            raise RegistryError(
+                f"{self.model} version {version}: tag {ARTIFACT} is {how}, so its engine is not deployed; release the "
+                "model with a new run, or see `Signatures` in docs/security.md"
+            )
+        return artifact
+
+    def _signed(self, artifact: Artifact) -> dict[str, Any]:
+        """What a version's signature covers: the model too, so that no other model's engine passes for one of it."""
+        return {"model": self.model, "artifact": artifact.model_dump(mode="json", exclude_defaults=True)}
 
     def release(self, version: str) -> Release:
         """The release under which a version is deployed."""

@@ -27,11 +27,13 @@ from mlflow.entities import (
     RunTag,
 )
 from mlflow.exceptions import MlflowException
+from pydantic import ValidationError
 
-from slipstream import digests, hardware
+from slipstream import digests, hardware, signing
 from slipstream.contract import Artifact, Cell, StepOutput
 from slipstream.data import Data
-from slipstream.errors import EXIT_RETRY, InputError, ModelError
+from slipstream.errors import EXIT_RETRY, DataError, InputError, ModelError
+from slipstream.registry import OUTAGE_CODES
 from slipstream.spec import Spec, dump
 from slipstream.storage import cache
 
@@ -218,15 +220,34 @@ class Tracking:
         return list(self.client.search_runs([self.experiment_id], condition, order_by=order, max_results=1000))
 
     def find(self, identity: str) -> StepOutput | None:
-        """The output of a finished step with this identity, in this spec's runs or another's for the same model."""
+        """The output of a finished step with this identity, in this spec's runs or another's for the same model.
+
+        The tag alone proves nothing, since whoever reaches MLflow can set it: the signed output must name this
+        identity and its run. Runs whose output does not are skipped with a warning.
+        """
         for run in self._search({IDENTITY: identity}):
-            if run.info.status == "FINISHED":
-                return self.output(run.info.run_id)
+            if run.info.status != "FINISHED":
+                continue
+            try:
+                output = self.output(run.info.run_id)
+            except (DataError, ValueError, MlflowException) as error:
+                if isinstance(error, MlflowException) and error.error_code in OUTAGE_CODES:
+                    raise
+                log.warning("MLflow run %s claims to be this step's result and is not used: %s", run.info.run_id, error)
+                continue
+            if output.identity == identity and output.run_id == run.info.run_id:
+                return output
+            log.warning("MLflow run %s carries the output of another step and is not used", run.info.run_id)
         return None
 
     def output(self, run_id: str) -> StepOutput:
-        """The output document of a finished step."""
-        return StepOutput.model_validate(mlflow.artifacts.load_dict(f"runs:/{run_id}/{OUTPUT}"))
+        """The output document that a step left in a run. Raises DataError when this platform did not sign it."""
+        document = mlflow.artifacts.load_dict(f"runs:/{run_id}/{OUTPUT}")
+        try:
+            output = StepOutput.model_validate(document)
+        except ValidationError as error:
+            raise DataError(f"MLflow run {run_id}: {OUTPUT} is no output of a step: {error}") from None
+        return signing.require_signed(output, f"MLflow run {run_id}")
 
     def start(self, run_key: str, step: str, cell: Cell | None, identity: str) -> StepRun:
         """The child run for a step: a new one, or the one that a killed attempt left behind."""
@@ -244,18 +265,21 @@ class Tracking:
             run_id = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
         return StepRun(self.client, str(run_id), self.experiment_id)
 
-    def record(self, run: StepRun, output: StepOutput) -> None:
-        """Write the output; a gate that says no does so too, since the evidence for a no is evidence."""
+    def record(self, run: StepRun, output: StepOutput) -> StepOutput:
+        """Sign and write the output, also of a failed gate: a rejection needs its evidence. Returns it signed."""
+        output = signing.signed_output(output)
         run.metrics({**output.metrics, "progress": 1.0})
         run.tags({f"gate.{v.gate}": f"{v.answer}: {v.reason}"[:4900] for v in output.verdicts})
         self.client.log_dict(run.run_id, output.model_dump(mode="json"), OUTPUT)
+        return output
 
-    def finish(self, run: StepRun, output: StepOutput, *, cache: bool) -> None:
-        """Write the output, then the identity that makes it findable, then the status."""
-        self.record(run, output)
+    def finish(self, run: StepRun, output: StepOutput, *, cache: bool) -> StepOutput:
+        """Write the output, then the identity that makes it findable, then the status. Returns the signed output."""
+        output = self.record(run, output)
         self.client.update_run(run.run_id, status="FINISHED")
         if cache:
             run.tags({IDENTITY: output.identity})
+        return output
 
     def fail(self, run: StepRun, reason: str, exit_code: int = EXIT_RETRY) -> None:
         """Mark a step's run as failed; it is never found as finished."""
@@ -268,9 +292,7 @@ class Tracking:
         run.tags({REUSED: output.run_id})
         if output.artifact and output.artifact.model_id:
             run.produces(output.artifact.model_id)
-        reused = output.model_copy(update={"reused": True, "cell": cell})
-        self.finish(run, reused, cache=False)
-        return reused
+        return self.finish(run, output.model_copy(update={"reused": True, "cell": cell}), cache=False)
 
 
 def fetch(artifact: Artifact) -> Path:

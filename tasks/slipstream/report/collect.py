@@ -10,6 +10,7 @@ from mlflow.exceptions import MlflowException
 
 from slipstream import flow, tracking
 from slipstream.contract import StepInput, StepOutput
+from slipstream.errors import DataError
 from slipstream.evidence import Row, row_of
 from slipstream.hardware import describe
 from slipstream.report import layers
@@ -142,7 +143,7 @@ def _recorded_by_failed(
             try:
                 if any(f.path == tracking.OUTPUT for f in track.client.list_artifacts(run.info.run_id)):
                     found.append(track.output(run.info.run_id))
-            except (MlflowException, ValueError) as error:
+            except (MlflowException, ValueError, DataError) as error:
                 log.warning("%s: its recorded output cannot be read: %s", step, error)
     return found
 

@@ -230,7 +230,7 @@ def _recorded(module: StepModule, settings: Mapping[str, Any], context: Context)
         except Exception as lost:  # the step's own error says whether a retry helps
             log.warning("%s: MLflow could not be told that the step failed: %s", context.step, lost)
         raise
-    tracking.finish(run, output, cache=cached and not _undecided(output))
+    output = tracking.finish(run, output, cache=cached and not _undecided(output))
     context.clean_up()
     return output
 
