@@ -33,7 +33,13 @@ JUDGES = ("check", "select", "trial", "rollout")
 """Steps that are not tried again: Kubeflow cannot tell a failed gate from a lost node, and nobody may ask a gate
 until it says yes."""
 FROM_CONFIG_MAP = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "SLIPSTREAM_RELEASES", "SLIPSTREAM_INGRESS")
-FROM_SECRET = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+FROM_SECRET = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "SLIPSTREAM_SIGNING_KEY",
+)
 """Keys that a step takes from the settings' ConfigMaps and Secrets where they have them."""
 
 

@@ -44,8 +44,7 @@ def logged(spec: Spec, candidate: Path, step: str = "retrain", cell: Cell | None
     shapes = signature(manifest.input_shape or SHAPE, manifest.input_dtype, manifest.output_shape)
     artifact = run.log_model(candidate, f"{spec.name}-{step}", shapes)
     output = StepOutput(step=step, cell=cell, identity=run.run_id, run_id=run.run_id, artifact=artifact)
-    tracking.finish(run, output, cache=False)
-    return output
+    return tracking.finish(run, output, cache=False)
 
 
 def inputs(spec: Spec, cell: Cell, *upstream: StepOutput) -> StepInput:
