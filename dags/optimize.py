@@ -42,6 +42,7 @@ def pipeline(spec: Spec) -> DAG:
         max_active_runs=1,
         default_args=RETRIES,
         tags=["slipstream", spec.model.name],
+        auto_register=False,  # one that fails half-way must not be found; the last lines register the rest
     ) as dag:
         recipes = StepOperator(task_id="check")
 
@@ -159,26 +160,40 @@ def describe(spec: Spec) -> str:
 
 
 def broken(name: str, error: SpecError) -> DAG:
-    """Stands in for a spec that cannot be read: its DAG stays in the list and says what to mend."""
+    """A stand-in for a spec that cannot be used: its DAG stays in the list and says what to mend."""
+    reason = str(error).encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
     with DAG(
         dag_id=catalog.dag_id(name),
-        dag_display_name=f"optimize-{name} (broken spec)",
-        description=str(error).splitlines()[0],
-        doc_md=f"The spec cannot be read. Mend it and publish it again.\n\n```\n{error}\n```",
+        dag_display_name=f"{catalog.dag_id(name)} (broken spec)",
+        description=reason.splitlines()[0],
+        doc_md=f"The spec cannot be read. Mend it and publish it again.\n\n```\n{reason}\n```",
         schedule=None,
         tags=["slipstream", "broken spec"],
+        auto_register=False,
     ) as dag:
 
         @task(task_id="spec")
         def say() -> None:
-            raise AirflowFailException(str(error))
+            raise AirflowFailException(reason)
 
         say()
+    return dag
+
+
+def dag_of(name: str, found: Spec | SpecError) -> DAG:
+    """The DAG of a published spec. It never raises: that would take the other specs' DAGs away."""
+    if isinstance(found, SpecError):
+        return broken(name, found)
+    try:
+        dag = pipeline(found)
+        dag.validate()
+    except Exception as error:
+        return broken(name, SpecError(f"{name}: Airflow takes no DAG of it: {type(error).__name__}: {error}"))
     return dag
 
 
 wanted = get_parsing_context().dag_id  # a task process needs only its own DAG
 for spec_name, found in catalog.published(HOME):
     if wanted in (None, catalog.dag_id(spec_name)):
-        made = pipeline(found) if isinstance(found, Spec) else broken(spec_name, found)
+        made = dag_of(spec_name, found)
         globals()[made.dag_id] = made

@@ -1,5 +1,6 @@
 """The way back by hand: `previous` serves again. `slipstream rollback MODEL` does the same from a terminal."""
 
+import logging
 from datetime import datetime
 from typing import Any
 
@@ -10,8 +11,11 @@ import runtimes
 from operators import OUTPUT, RETRIES, StepOperator
 from slipstream import catalog, flow, spec, storage
 from slipstream.contract import StepInput
+from slipstream.errors import SlipstreamError
 from slipstream.home import Home
 from slipstream.spec import Spec
+
+log = logging.getLogger(__name__)
 
 
 class RollbackOperator(StepOperator):
@@ -30,8 +34,12 @@ class RollbackOperator(StepOperator):
 
 
 def models() -> list[str]:
-    """Registered models that published specs are about."""
-    specs = [s for _, s in catalog.published(Home.from_environment()) if isinstance(s, Spec)]
+    """Registered models that published specs are about; empty when the specs cannot be listed."""
+    try:
+        specs = [s for _, s in catalog.published(Home.from_environment()) if isinstance(s, Spec)]
+    except (SlipstreamError, OSError) as error:  # without a list of models the form takes any name
+        log.warning("the published specs cannot be listed: %s", error)
+        return []
     return sorted({s.model.name for s in specs})
 
 

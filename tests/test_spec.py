@@ -91,7 +91,7 @@ document = st.fixed_dictionaries(
     },
     optional={
         "schedule": st.sampled_from(["@weekly", "0 3 * * 1", "*/5 0-6 * * MON-FRI"]),
-        "small_scale_test": st.floats(0.1, 50).map(lambda share: {"share": f"{share} %"}),
+        "small_scale_test": st.floats(0.1, 25).map(lambda share: {"share": f"{share} %"}),
     },
 )  # fmt: skip
 

@@ -1,5 +1,9 @@
-"""The published specs: the YAML files in `specs` of the home. Each is a DAG, and each alias it names a trigger."""
+"""The published specs: the YAML files in `specs` of the home. Each is a DAG, and each alias it names a trigger.
 
+The folder may hold anything: whatever is wrong with one file is a SpecError in its place and affects no other spec.
+"""
+
+import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -9,7 +13,9 @@ from slipstream import storage
 from slipstream.contract import digest
 from slipstream.errors import DataError, SpecError
 from slipstream.home import Home
-from slipstream.spec import Spec, load, parse
+from slipstream.spec import Spec, load_text, parse
+from slipstream.spec.document import MAX_BYTES
+from slipstream.spec.fields import NAME, PATTERNS
 from slipstream.storage import Entry
 
 LISTED_FOR_S = 3.0
@@ -20,8 +26,11 @@ _listings: dict[str, tuple[float, dict[str, Entry]]] = {}
 
 
 def dag_id(name: str) -> str:
-    """The DAG of a spec."""
-    return f"optimize-{name}"
+    """The DAG of a spec. For a file whose name no spec may have, an id that Airflow accepts and no spec has."""
+    if re.fullmatch(NAME, name) or not name:
+        return f"optimize-{name}"
+    legible = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:40]
+    return f"optimize-{legible}_{digest(ascii(name))[:8]}"
 
 
 def fingerprint(spec: Spec) -> str:
@@ -36,8 +45,9 @@ def uri(home: Home, name: str) -> str:
 
 def publish(home: Home, path: Path) -> Spec:
     """Validate a spec file and put it, comments included, where Airflow finds it. Raises SpecError, Unavailable."""
-    spec = load(path)
-    to, text = uri(home, spec.name), path.read_text(encoding="utf-8")
+    text = load_text(path)
+    spec = parse(text, str(path))
+    to = uri(home, spec.name)
     # What is there already stays untouched: its date is where the spec's schedule begins.
     if not storage.exists(to) or storage.read_text(to) != text:
         storage.write_text(to, text)
@@ -74,6 +84,10 @@ def naming(home: Home, model: str, alias: str) -> list[Spec]:
 
 
 def _read(entry: Entry) -> Spec:
+    if not re.fullmatch(NAME, _name(entry)):
+        raise SpecError(f"{entry.uri!r}: the file's name must be that of its spec, {PATTERNS[NAME]}; rename it")
+    if entry.size_bytes > MAX_BYTES:
+        raise SpecError(f"{entry.uri}: larger than {MAX_BYTES // 1024} KiB, which no spec is")
     try:
         spec = parse(storage.read_entry(entry), entry.uri)
     except DataError as error:

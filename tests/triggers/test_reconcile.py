@@ -3,13 +3,16 @@
 import threading
 from pathlib import Path
 
+import pytest
 from airflow_stand_in import AirflowStandIn
 from mlflow import MlflowClient
+from tests.odd_specs import ODD
 
 from slipstream.airflow_api import AirflowApi
 from slipstream.home import Home
 from slipstream.traffic.base import Release, Routes
 from slipstream.traffic.fake import FakeController
+from slipstream.triggers import promotion
 from slipstream.triggers.reconcile import INTERVAL_S, keep_reconciling, reconcile, report_drift
 
 from .conftest import SPEC, version
@@ -31,6 +34,38 @@ def test_trouble_with_one_spec_stops_no_other(
 ) -> None:
     (home / "specs" / "a-broken.yaml").write_text("name: [")
     (home / "specs" / "b-unknown.yaml").write_text(SPEC.format(name="b-unknown", model=model))
+    client.set_registered_model_alias(model, "source", version(client, model))
+    assert reconcile(Home.from_environment(), client, api) == ["tiny"]
+
+
+def test_no_file_among_the_specs_stops_the_others(
+    home: Path, client: MlflowClient, model: str, api: AirflowApi, airflow: AirflowStandIn, published: str
+) -> None:
+    for put, _ in ODD.values():
+        put(home / "specs")
+    client.set_registered_model_alias(model, "source", version(client, model))
+    assert reconcile(Home.from_environment(), client, api) == ["tiny"]
+    assert report_drift(Home.from_environment(), client, FakeController(home)) == []
+
+
+def test_an_error_of_any_kind_about_one_spec_stops_no_other(
+    home: Path,
+    client: MlflowClient,
+    model: str,
+    api: AirflowApi,
+    airflow: AirflowStandIn,
+    published: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (home / "specs" / "a-other.yaml").write_text(SPEC.format(name="a-other", model="other"))
+    promoted = promotion.promoted_version
+
+    def fails_for_other(client: MlflowClient, name: str, alias: str) -> str | None:
+        if name == "other":
+            raise ValueError("out of the blue")
+        return promoted(client, name, alias)
+
+    monkeypatch.setattr(promotion, "promoted_version", fails_for_other)
     client.set_registered_model_alias(model, "source", version(client, model))
     assert reconcile(Home.from_environment(), client, api) == ["tiny"]
 

@@ -14,10 +14,10 @@ from pydantic import Field, ValidationError, model_validator
 from slipstream.engines import ENGINES
 from slipstream.errors import SpecError
 from slipstream.frameworks import FRAMEWORKS
-from slipstream.spec.fields import PATTERNS, SCHEDULE, Call, Name, Optimizer, Section
+from slipstream.spec.document import MAX_BYTES, decode, read
+from slipstream.spec.explain import explain
+from slipstream.spec.fields import PATTERNS, Call, Name, Optimizer, Schedule, Section
 from slipstream.spec.sections import (
-    FILES,
-    FUNCTION,
     Cluster,
     DataSource,
     Distill,
@@ -38,7 +38,7 @@ from slipstream.steps import STEPS, environment_of
 __all__ = [
     "BASELINE", "PATTERNS", "TECHNIQUES", "Call", "Cluster", "Distill", "Guardrails", "Model", "Objective", "Optimizer",
     "Prune", "Quantize", "Resources", "Rollout", "SmallScaleTest", "Spec", "Target", "Toleration", "Training", "dump",
-    "json_schema", "load", "parse",
+    "json_schema", "load", "load_text", "parse",
 ]  # fmt: skip
 
 Technique = Literal["distill", "prune", "cluster", "simplify", "quantize"]
@@ -80,8 +80,9 @@ class Spec(Section):
     """How many processes train."""
     resources: dict[str, Resources] = Field(default={})
     """What a step may use in a container or a pod, by the step's name; `default` is for all steps."""
-    schedule: Annotated[str, Field(pattern=SCHEDULE)] | None = None
-    """Cron expression or preset such as `@weekly`; none means only by hand or by the alias."""
+    schedule: Schedule | None = None
+    """Cron expression of five fields such as `0 3 * * 1`, or a preset such as `@weekly`; none means only by hand or by
+    the alias."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice."""
 
@@ -114,6 +115,15 @@ class Spec(Section):
         if unknown := sorted(set(self.resources) - {"default", *STEPS}):
             known = ", ".join(("default", *STEPS))
             raise ValueError(f"resources.{unknown[0]}: not a step; known: {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if (first := self.rollout.steps[0]) < self.small_scale_test.share:
+            raise ValueError(
+                f"rollout.steps: the first is {first} %, less than the {self.small_scale_test.share:g} % of "
+                "small_scale_test.share, which comes before it; raise the step or lower the share"
+            )
         return self
 
     @model_validator(mode="after")
@@ -192,16 +202,13 @@ def parse(text: str, source: str) -> Spec:
 
     Raises SpecError with one line for each problem: file, field, what is wrong.
     """
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{source}: not valid YAML: {error}") from None
+    document = read(text, source)
     if not isinstance(document, Mapping):
         raise SpecError(f"{source}: a spec is a mapping that starts with `name:`, not {type(document).__name__}")
     try:
         return Spec.model_validate(document)
     except ValidationError as error:
-        raise SpecError("\n".join(_explain(source, e) for e in error.errors())) from None
+        raise SpecError(explain(error, source, Spec)) from None
 
 
 def load(source: Path | str) -> Spec:
@@ -211,15 +218,21 @@ def load(source: Path | str) -> Spec:
     """
     if isinstance(source, str) and source.startswith("{"):
         return parse(source, "the given spec")
+    return parse(load_text(source), str(source))
+
+
+def load_text(source: Path | str) -> str:
+    """The text of a spec's file: a path or an s3:// URI. Raises SpecError; Unavailable when S3 is."""
     if isinstance(source, str) and source.startswith("s3://"):
         from slipstream import storage
 
-        return parse(storage.read_text(source), source)
+        return storage.read_text(source)
     try:
-        text = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{source}: cannot be read: {error}") from None
-    return parse(text, str(source))
+        with Path(source).open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise SpecError(f"{source}: cannot be read: {error.strerror}") from None
+    return decode(content, str(source))
 
 
 def dump(spec: Spec) -> str:
@@ -230,24 +243,3 @@ def dump(spec: Spec) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON Schema of the spec, for editors and for the generated docs."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()}
-
-
-def _explain(source: str, error: Mapping[str, Any]) -> str:
-    """One line: file, field, what is wrong there and what to do."""
-    field = ".".join(str(part) for part in error["loc"] if part not in (FILES, FUNCTION, "[key]"))
-    return f"{source}: {field}: {_message(error)}" if field else f"{source}: {_message(error)}"
-
-
-def _message(error: Mapping[str, Any]) -> str:
-    kind, value = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        return "unknown key; remove it or check its spelling (`slipstream schema` lists all keys)"
-    if kind == "missing":
-        return "missing; this key is required"
-    if kind in ("model_type", "dict_type"):
-        return f"must be a mapping of keys to values, not {value!r}"
-    if kind == "string_pattern_mismatch":
-        return f"{value!r} is not {PATTERNS[error['ctx']['pattern']]}"
-    if kind == "value_error":
-        return str(error["msg"]).removeprefix("Value error, ")
-    return str(error["msg"]).replace("Input should be", "must be").replace("String should", "must") + f", not {value!r}"

@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from slipstream.spec.schedule import schedule
+
 NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
 REGISTRY = r"^models:/[A-Za-z0-9_.-]+@[A-Za-z0-9_-]+$"
-SCHEDULE = r"^(@(hourly|daily|weekly|monthly|quarterly|yearly)|[-\w*,/]+( +[-\w*,/#]+){4})$"
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 MEMORY = r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti)$"
 PATTERNS = {
@@ -15,7 +16,6 @@ PATTERNS = {
     FUNCTION_NAME: "of the form module:function, such as examples.fashion:data",
     NAME: "a name of lower-case letters, digits and hyphens, at most 40 of them",
     REGISTRY: "of the form models:/NAME@ALIAS, such as models:/fashion-resnet@source",
-    SCHEDULE: "a preset such as @weekly, nor a cron expression of five fields such as `0 3 * * 1`",
 }
 """What a pattern means, for the error that quotes it."""
 
@@ -48,6 +48,7 @@ Percent = Annotated[
     BeforeValidator(percent, json_schema_input_type=Annotated[float, Field(ge=0, le=100)] | str),
     Field(ge=0, le=100),
 ]
+Schedule = Annotated[str, AfterValidator(schedule)]
 FileUri = Annotated[str, AfterValidator(_uri)]
 Optimizer = Literal["sgd", "adamw"]
 

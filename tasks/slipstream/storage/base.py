@@ -14,6 +14,7 @@ class Entry:
     """Changes when the content does."""
     modified: float
     """When it was written, in seconds since the epoch."""
+    size_bytes: int
 
 
 class Store(Protocol):

@@ -58,10 +58,11 @@ def entries(prefix: str) -> list[Entry]:
     """Files below a folder, at any depth."""
     found = []
     for path in sorted(Path(prefix).rglob("*")):
-        with suppress(FileNotFoundError):  # removed while we look
+        with suppress(OSError):  # removed while we look, or a link that leads nowhere or in a circle
             stat = path.stat()
             if S_ISREG(stat.st_mode):
-                found.append(Entry(str(path), f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}", stat.st_mtime))
+                version = f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}"
+                found.append(Entry(str(path), version, stat.st_mtime, stat.st_size))
     return found
 
 

@@ -174,7 +174,12 @@ def listing(prefix: str) -> list[Entry]:
     def pages() -> list[Entry]:
         paginator = client().get_paginator("list_objects_v2")
         return [
-            Entry(f"s3://{where.bucket}/{found['Key']}", found["ETag"].strip('"'), found["LastModified"].timestamp())
+            Entry(
+                f"s3://{where.bucket}/{found['Key']}",
+                found["ETag"].strip('"'),
+                found["LastModified"].timestamp(),
+                found["Size"],
+            )
             for page in paginator.paginate(Bucket=where.bucket, Prefix=where.key)
             for found in page.get("Contents", [])
         ]

@@ -30,6 +30,8 @@ def reconcile(home: Home, client: MlflowClient, airflow: promotion.Runs) -> list
                 started.append(name)
         except SlipstreamError as error:
             log.warning("%s: not reconciled, next try in %d s: %s", name, INTERVAL_S, error)
+        except Exception:
+            log.exception("%s: not reconciled, next try in %d s", name, INTERVAL_S)
     return started
 
 

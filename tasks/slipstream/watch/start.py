@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from slipstream import catalog, flow, spec
 from slipstream.airflow_api import AirflowApi
 from slipstream.errors import InputError, Unavailable
@@ -37,7 +35,7 @@ def choices(parameters: Sequence[str]) -> dict[str, Any]:
         if key == "recipes":
             chosen[key] = _names(pair, text)
         else:
-            chosen[key] = yaml.safe_load(text) if key == "max_drop" else text
+            chosen[key] = _number(pair, text) if key == "max_drop" else text
     return chosen
 
 
@@ -48,6 +46,13 @@ def _names(pair: str, text: str) -> list[str]:
     if not names:
         raise InputError(f'--param {pair}: write names as a,b or as a JSON list, ["a","b"]')
     return names
+
+
+def _number(pair: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--param {pair}: must be a number, in percentage points, such as max_drop=0.5") from None
 
 
 def check_choices(wanted: Spec, chosen: Mapping[str, Any]) -> None:

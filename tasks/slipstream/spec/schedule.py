@@ -1,0 +1,88 @@
+"""Schedules: the presets and five-field cron expressions that Airflow accepts, and that come due.
+
+Airflow checks a schedule by croniter, which the core does not install. What passes here passes there
+(tests/dags/test_schedule.py compares the two); of croniter's grammar only `W`, `R` and hashed values are left out.
+"""
+
+import re
+
+PRESETS = ("@hourly", "@daily", "@weekly", "@monthly", "@quarterly", "@yearly")
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+FIELDS = (
+    ("minute", 0, 59, ()),
+    ("hour", 0, 23, ()),
+    ("day of the month", 1, 31, ()),
+    ("month", 1, 12, MONTHS),
+    ("day of the week", 0, 7, WEEKDAYS),
+)
+"""Name, least and greatest value, and names of the values from the least on."""
+DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+"""Days of each month, in a leap year."""
+LAST_DAY, WEEKDAY = 2, 4
+"""Fields with forms of their own: `L`, the last day of a month; `1#2`, the second Monday, and `L1`, the last one."""
+
+_ITEM = re.compile(r"(?:\*|(?P<first>\w+)(?:-(?P<last>\w+))?)(?:/(?P<step>[0-9]{1,4}))?", re.ASCII)
+_NTH = re.compile(r"(?:[0-7]|sun|mon|tue|wed|thu|fri|sat)#[1-5]|L[0-7]", re.ASCII | re.IGNORECASE)
+
+
+def schedule(value: str) -> str:
+    """Raise ValueError, with the field that is wrong, unless Airflow accepts the schedule and it comes due."""
+    if value in PRESETS:
+        return value
+    parts = value.split()
+    if value.startswith("@") or len(parts) != len(FIELDS):
+        raise ValueError(
+            f"{value!r} is neither a preset ({', '.join(PRESETS)}) nor a cron expression of five fields such as "
+            "`0 3 * * 1`"
+        )
+    days, months = (_values(value, index, parts[index]) for index in (2, 3))
+    for index in (0, 1, 4):
+        _values(value, index, parts[index])
+    # Where both are restricted, either day will do.
+    if parts[WEEKDAY] == "*" and days and min(days) > max(DAYS[m - 1] for m in months):
+        raise ValueError(f"{value!r} never comes due: no day {min(days)} in that month")
+    return value
+
+
+def _values(expression: str, index: int, text: str) -> set[int]:
+    """What a field matches; nothing where the day depends on the month. Raise ValueError."""
+    name, least, greatest, names = FIELDS[index]
+    items = text.split(",")
+    if index == LAST_DAY and "L" in items:
+        items = [item for item in items if item != "L"]
+        if not items:
+            return set()
+    if index == WEEKDAY and all(_NTH.fullmatch(item) for item in items):
+        return set()
+    matched: set[int] = set()
+    for item in items:
+        parsed = _ITEM.fullmatch(item)
+        if parsed is None or (parsed["step"] is not None and int(parsed["step"]) == 0):
+            raise ValueError(f"{expression!r}: {item!r} is no {name} of a cron expression")
+        first, last = (_number(parsed[which], least, names) for which in ("first", "last"))
+        for number in (first, last):
+            if number is not None and not least <= number <= greatest:
+                raise ValueError(f"{expression!r}: the {name} {item!r} is not within {least}-{greatest}")
+        matched |= _range(first, last, least, greatest, int(parsed["step"]) if parsed["step"] else None)
+    return matched
+
+
+def _number(text: str | None, least: int, names: tuple[str, ...]) -> int | None:
+    """The number that a value stands for; -1 for a name that there is not."""
+    if text is None:
+        return None
+    if text.isdigit():
+        return int(text[:5])
+    return names.index(text.lower()) + least if text.lower() in names else -1
+
+
+def _range(first: int | None, last: int | None, least: int, greatest: int, step: int | None) -> set[int]:
+    """Values from `first` to `last`; a range that wraps around may match every value in between."""
+    if first is None:
+        return set(range(least, greatest + 1, step or 1))
+    if last is None:
+        return {first} if step is None else set(range(first, greatest + 1, step))
+    if last < first:
+        return set(range(least, last + 1)) | set(range(first, greatest + 1, step or 1))
+    return set(range(first, last + 1, step or 1))
