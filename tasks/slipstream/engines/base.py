@@ -24,7 +24,11 @@ LAYERS = "layers.json"
 
 
 class Runner(Protocol):
-    """A loaded engine. One runner serves one thread."""
+    """A loaded engine. One runner serves one thread.
+
+    Equal batches get equal bits, in every runner of the same engine on the same machine: the contract suite asks for
+    it, and docs/engines.md says what is known of each engine. Another batch size may round differently.
+    """
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """(N, …) inputs in the candidate's dtype to (N, …) float32 outputs; N may vary from call to call."""
