@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from slipstream.errors import SpecError
 from slipstream.spec import Call
-from slipstream.user_code import user_code_digest
+from slipstream.user_code import user_code_digest, user_function
 
 CODE = {
     # A folder without __init__.py, as examples/ is.
@@ -99,7 +100,7 @@ def test_the_same_code_elsewhere_has_the_same_digest(
     assert user_code_digest(NETWORK) == before
 
 
-def test_an_installed_function_counts_under_whichever_name(
+def test_an_installed_function_that_the_users_code_imports_counts(
     code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "site-packages" / "installed"
@@ -108,10 +109,38 @@ def test_an_installed_function_counts_under_whichever_name(
     (package / "inner.py").write_text("def network():\n    pass\n")
     (code / "mine" / "given.py").write_text("from installed import network\n")
     monkeypatch.syspath_prepend(package.parent)
-    for function in ("installed:network", "mine.given:network"):
-        digests = set()
-        for text in ("# one\n", "# two\n"):
-            with (package / "inner.py").open("a") as file:
-                file.write(text)
-            digests.add(user_code_digest(Call(function=function)))
-        assert len(digests) == 2, function
+    digests = set()
+    for text in ("# one\n", "# two\n"):
+        with (package / "inner.py").open("a") as file:
+            file.write(text)
+        digests.add(user_code_digest(Call(function="mine.given:network")))
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("function", ["os:system", "subprocess:run", "installed:network", "installed.inner:network"])
+def test_functions_outside_the_users_code_are_refused_before_anything_is_imported(
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    package, trace = tmp_path / "site-packages" / "installed", tmp_path / "imported"
+    package.mkdir(parents=True)
+    for name in ("__init__.py", "inner.py"):
+        (package / name).write_text(f"open({str(trace)!r}, 'w').close()\ndef network():\n    pass\n")
+    monkeypatch.syspath_prepend(package.parent)
+    with pytest.raises(SpecError, match=rf"^{function}: cannot import \S+ from {code}: no such file there"):
+        user_function(Call(function=function))
+    assert not trace.exists()
+
+
+def test_a_module_that_another_one_hides_is_refused(
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code / "os.py").write_text("def system(command):\n    return command\n")
+    with pytest.raises(SpecError, match=rf"^os:system: {code / 'os.py'} is hidden by \S*os.py of the same name"):
+        user_function(Call(function="os:system", params={"command": "true"}))
+    hiding = tmp_path / "earlier" / "mine"
+    hiding.mkdir(parents=True)
+    (hiding / "__init__.py").touch()
+    (hiding / "networks.py").write_text("def network():\n    pass\n")
+    monkeypatch.syspath_prepend(hiding.parent)
+    with pytest.raises(SpecError, match=r"networks.py is hidden by .*earlier/mine/networks.py"):
+        user_function(NETWORK)

@@ -23,6 +23,7 @@ from slipstream.frameworks.base import (
     Schedule,
     SoftTargets,
     read_manifest,
+    require_own_architecture,
     trainer_for,
 )
 from slipstream.measure.metrics.base import metric_for, value
@@ -122,7 +123,9 @@ def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> n
             _log.info("teacher: answers for %d images found in the cache", len(split))
         else:
             _log.info("teacher: answering %d images", len(split))
-            _store(path, framework.logits(framework.load(fetch(teacher)), split.inputs))
+            folder = fetch(teacher)
+            require_own_architecture(folder, context.spec)
+            _store(path, framework.logits(framework.load(folder), split.inputs))
     context.group.bring(path)
     answers: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
     return answers

@@ -18,11 +18,12 @@ from pydantic import ValidationError
 from slipstream import signing
 from slipstream.contract import Artifact, Verdict
 from slipstream.errors import RegistryError, SlipstreamError, Unavailable
+from slipstream.spec.fields import RELEASE_ALIASES
 from slipstream.traffic.base import Release, TrafficController
 
 log = logging.getLogger(__name__)
 
-CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+CHAMPION, PREVIOUS, CHALLENGER = RELEASE_ALIASES
 ARTIFACT = "slipstream.artifact"
 ARTIFACT_SIGNATURE = "slipstream.artifact_signature"
 KIND = "slipstream.kind"

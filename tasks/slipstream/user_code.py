@@ -17,15 +17,29 @@ from slipstream.spec import Call
 
 
 def user_function(call: Call) -> Callable[..., Any]:
-    """Import a function from the user's code. Raises SpecError when it is not there."""
+    """Import a function from the user's code. Raises SpecError when it is not there.
+
+    Only modules below SLIPSTREAM_CODE: the name may come from a manifest in the artifact store, and `os:system` is a
+    function too. Where the file lies is known before anything is imported.
+    """
     module_name, _, name = call.function.partition(":")
-    code = str(Home.from_environment().code)
-    if code not in sys.path:
-        sys.path.insert(0, code)
+    code = Home.from_environment().code
+    file = _module_file(module_name, code)
+    if file is None:
+        raise SpecError(
+            f"{call.function}: cannot import {module_name} from {code}: no such file there; a function of an installed "
+            "package must be imported by a module of yours, and named with that"
+        )
+    if str(code) not in sys.path:
+        sys.path.insert(0, str(code))
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise SpecError(f"{call.function}: cannot import {module_name} from {code}: {error}") from error
+    if not (module.__file__ and file.samefile(module.__file__)):
+        raise SpecError(
+            f"{call.function}: {file} is hidden by {module.__file__ or 'a built-in module'} of the same name; rename it"
+        )
     function = getattr(module, name, None)
     if not callable(function):
         raise SpecError(f"{call.function}: {module_name} has no function {name}")

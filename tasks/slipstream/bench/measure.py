@@ -23,7 +23,7 @@ from slipstream.errors import InputError, SlipstreamError
 from slipstream.evidence import Interval, row_of
 from slipstream.flow import cell_of, cells
 from slipstream.frameworks import FRAMEWORKS
-from slipstream.frameworks.base import load_eager
+from slipstream.frameworks.base import load_eager, require_own_architecture
 from slipstream.home import write_atomically
 from slipstream.measure import latency
 from slipstream.measure.latency import Plan
@@ -60,11 +60,11 @@ def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan 
     test = data.load(spec).test
     threads = max(target.threads for target in spec.targets.values())
     eager = f"{spec.model.framework} eager FP32"
-    folders = {key: _folder(found["build", key]) for key in keys}
+    folders = {key: _folder(found["build", key], spec) for key in keys}
     memory = {key: peak_memory_mib(folder, test.inputs) for key, folder in folders.items()}
     models = {key: load_engine(folder) for key, folder in folders.items()}
     subjects = {key: single(model, test) for key, model in models.items()}
-    subjects[eager] = single(load_eager(_folder(found["retrain", None]), threads=threads), test)
+    subjects[eager] = single(load_eager(_folder(found["retrain", None], spec), threads=threads), test)
     comparison = latency.compare(
         subjects,
         len(test),
@@ -119,10 +119,12 @@ def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan 
     )
 
 
-def _folder(output: StepOutput) -> Path:
+def _folder(output: StepOutput, spec: Spec) -> Path:
     if output.artifact is None:
-        raise InputError(f"step {output.step}: run {output.run_id} logged no artefact; run the spec again")
-    return fetch(output.artifact)
+        raise InputError(f"step {output.step}: run {output.run_id} logged no artifact; run the spec again")
+    folder = fetch(output.artifact)
+    require_own_architecture(folder, spec)
+    return folder
 
 
 def main(

@@ -19,7 +19,7 @@ from slipstream.data import Data, Split
 from slipstream.digests import versions
 from slipstream.errors import ModelError
 from slipstream.frameworks import FRAMEWORKS, launched
-from slipstream.spec import Call, Cluster, Optimizer, Prune, Quantize
+from slipstream.spec import Call, Cluster, Optimizer, Prune, Quantize, Spec
 
 T = TypeVar("T")
 
@@ -315,6 +315,23 @@ def read_manifest(folder: Path) -> CandidateManifest:
         return CandidateManifest.model_validate_json((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: not a candidate folder: {error}") from error
+
+
+def require_own_architecture(folder: Path, spec: Spec) -> None:
+    """Raise ModelError where the candidate in a folder names a function that the spec does not name.
+
+    Loading calls that function with the manifest's arguments, and only the spec may say what is called. Folders without
+    a candidate pass.
+    """
+    if not (folder / MANIFEST).exists():
+        return
+    architecture = read_manifest(folder).architecture
+    allowed = (spec.model.architecture, spec.distill.student if spec.distill else None)
+    if architecture is not None and architecture not in allowed:
+        raise ModelError(
+            f"{folder / MANIFEST}: architecture {architecture.function} with {architecture.params} is not the spec's "
+            "model.architecture or distill.student, so it is not called; run the step that made this candidate again"
+        )
 
 
 def load_eager(folder: Path, threads: int | None = None) -> Eager:

@@ -13,6 +13,7 @@ from slipstream.init.facts import Question
 from slipstream.init.source import KERAS, REGISTERED, SAVED_MODEL
 from slipstream.platform import addresses
 from slipstream.registry import translated
+from slipstream.spec.fields import RELEASE_ALIASES
 
 SOURCE = "source"
 """Alias that a spec is given when the model was named by its version."""
@@ -36,13 +37,17 @@ def download(uri: str, folder: Path, architecture: str | None) -> Downloaded:
     mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or addresses.load(Home.from_environment()).mlflow)
     with translated(f"downloading {uri}"):
         found = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
-    named = REGISTERED.match(uri)
+    named = REGISTERED.fullmatch(uri)
     assert named is not None, "source_of has matched it"
     notes: tuple[str, ...] = ()
     if named["version"]:
         notes = (f"alias: set {named['name']}'s alias {SOURCE} to version {named['version']}",)
     question, function = _question(uri, found, architecture)
-    registry = f"models:/{named['name']}@{named['alias'] or SOURCE}"
+    alias = named["alias"] or SOURCE
+    if alias.lower() in RELEASE_ALIASES:
+        notes = (f"alias: slipstream moves {alias} itself; set {named['name']}'s alias {SOURCE} to its version",)
+        alias = SOURCE
+    registry = f"models:/{named['name']}@{alias}"
     return Downloaded(question, registry, folder_size(found), function, notes)
 
 

@@ -31,7 +31,7 @@ class Source:
     @property
     def name(self) -> str:
         """What to call it, in a spec's words."""
-        if registered := REGISTERED.match(self.location):
+        if registered := REGISTERED.fullmatch(self.location):
             found = registered["name"]
         elif self.kind == "function":
             found = self.location.partition(":")[2]
@@ -48,11 +48,11 @@ def name_of(text: str) -> str:
 def source_of(model: str) -> Source:
     """What MODEL names. Raises ModelError when it is nothing that a spec can start from, with what to do."""
     if model.startswith("models:"):
-        if not REGISTERED.match(model):
+        if not REGISTERED.fullmatch(model):
             raise ModelError(f"{model}: write a registered model as models:/NAME@ALIAS or models:/NAME/VERSION")
         return Source("registered", model)
     path = Path(model)
-    if not path.exists() and re.match(FUNCTION_NAME, model):
+    if not path.exists() and re.fullmatch(FUNCTION_NAME, model):
         return Source("function", model)
     if not path.exists():
         raise ModelError(

@@ -19,13 +19,27 @@ PATTERNS = {
 }
 """What a pattern means, for the error that quotes it."""
 
+RELEASE_ALIASES = ("champion", "previous", "challenger")
+"""What serves, what rollback returns to, and what is under test: aliases of engines, which slipstream moves itself."""
+
 Name = Annotated[str, Field(pattern=NAME)]
 
 
 def function(value: str) -> str:
     """Raise ValueError unless the value names a function."""
-    if not re.match(FUNCTION_NAME, value):
+    if not re.fullmatch(FUNCTION_NAME, value):
         raise ValueError(f"{value!r} is not {PATTERNS[FUNCTION_NAME]}")
+    return value
+
+
+def registry(value: str) -> str:
+    """Raise ValueError where the alias is one of slipstream's own: a retrain would point it at a checkpoint."""
+    alias = value.rpartition("@")[2]
+    if alias.lower() in RELEASE_ALIASES:
+        raise ValueError(
+            f"alias {alias} is one of {', '.join(RELEASE_ALIASES)}, which slipstream moves itself and which name "
+            "engines; give the trained model an alias of its own, such as source"
+        )
     return value
 
 
@@ -42,6 +56,7 @@ def _uri(value: str) -> str:
     return value
 
 
+RegisteredModel = Annotated[str, Field(pattern=REGISTRY), AfterValidator(registry)]
 FunctionName = Annotated[str, AfterValidator(function)]
 Percent = Annotated[
     float,

@@ -12,11 +12,11 @@ from slipstream.measure.metrics import METRICS
 from slipstream.spec.fields import (
     FUNCTION_NAME,
     MEMORY,
-    REGISTRY,
     FileUri,
     Name,
     Optimizer,
     Percent,
+    RegisteredModel,
     Section,
     UserFunction,
     percent,
@@ -26,7 +26,7 @@ from slipstream.spec.fields import (
 class Model(Section):
     """Where the trained model comes from."""
 
-    registry: Annotated[str, Field(pattern=REGISTRY)]
+    registry: RegisteredModel
     """Registered model and alias, such as `models:/fashion-resnet@source`. Moving the alias starts a run."""
     framework: str = "torch"
     """Framework of the trained model."""
@@ -100,7 +100,7 @@ DataSource = Annotated[
 
 
 def _metric(value: str) -> str:
-    if value not in METRICS and not re.match(FUNCTION_NAME, value):
+    if value not in METRICS and not re.fullmatch(FUNCTION_NAME, value):
         raise ValueError(f"unknown metric {value!r}; known: {', '.join(METRICS)}, or a function as module:function")
     return value
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar, cast
 from slipstream import data, digests, log_lines
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict, combine, digest
 from slipstream.errors import EXIT_RETRY, DataError, GateFailed, SlipstreamError, SpecError
-from slipstream.frameworks.base import ALONE, Group, Job, group_of, trainer_for
+from slipstream.frameworks.base import ALONE, Group, Job, group_of, require_own_architecture, trainer_for
 from slipstream.home import Home, alone
 from slipstream.spec import TECHNIQUES, Spec
 from slipstream.steps import STEPS
@@ -93,14 +93,19 @@ class Context:
         raise DataError(f"step {self.step}: IN.json has no upstream output of {' or '.join(steps)} for {self.cell.key}")
 
     def fetch(self, output: StepOutput) -> Path:
-        """Folder of an upstream artefact, on this machine and verified. In a group process 0 brings it to all."""
+        """Folder of an upstream artifact, on this machine and verified. In a group process 0 brings it to all.
+
+        Raises ModelError for a candidate whose network would be built by a function that the spec does not name.
+        """
         artifact = output.artifact
-        assert artifact is not None, f"step {output.step} hands on no artefact"
+        assert artifact is not None, f"step {output.step} hands on no artifact"
         if self.group.size > 1:
             if self.group.leads:
                 fetch(artifact)
             self.group.bring(self.home.cache / artifact.sha256 / Path(artifact.path).name)
-        return fetch(artifact)
+        folder = fetch(artifact)
+        require_own_architecture(folder, self.spec)
+        return folder
 
     def together(self, function: Callable[["Context"], T]) -> T:
         """Call a function of the step's module in every process of the group; what it returned in this one."""
