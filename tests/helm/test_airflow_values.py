@@ -89,7 +89,7 @@ def test_pools_are_made_that_the_dags_name() -> None:
 def test_airflow_is_configured_as_on_one_machine() -> None:
     """What the DAGs rely on is set in both places."""
     here = "http://127.0.0.1:1"
-    places = Addresses(airflow=here, mlflow=here, envoy=here, envoy_admin=here, triggers=here)
+    places = Addresses(airflow=here, mlflow=here, envoy=here, triggers=here)
     secrets = Secrets(**dict.fromkeys(Secrets.model_fields, "x"))
     local = platform.settings(Home(Path("/h"), Path("/e"), Path("/c")), places, secrets)
     for section, options in VALUES["config"].items():

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 from tests.conftest import ROOT, free_port
 
+from slipstream.errors import Unavailable
 from slipstream.traffic import envoy_config
+from slipstream.traffic.envoy_admin import Admin
 
 Json = dict[str, Any]
 
@@ -22,7 +23,7 @@ class Ingress:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._written = 0
-        self._port, self._admin_port = free_port(), free_port()
+        self._port, self._admin = free_port(), Admin(folder)
         self._process = self._start()
 
     @property
@@ -40,12 +41,12 @@ class Ingress:
         (dynamic / "clusters.json").write_text(json.dumps(envoy_config.clusters_document({})))
         (dynamic / "routes.json").write_text(json.dumps(envoy_config.routes_document({})))
         bootstrap = self._folder / "bootstrap.yaml"
-        bootstrap.write_text(yaml.safe_dump(envoy_config.bootstrap(dynamic, self._port, self._admin_port)))
+        bootstrap.write_text(yaml.safe_dump(envoy_config.bootstrap(dynamic, self._port)))
         [binary] = (ROOT / ".envs/serve").glob("lib/python3*/site-packages/envoy/_bin/envoy")
         command = [str(binary), "-c", str(bootstrap), "--concurrency", "1", "--disable-hot-restart"]
         with (self._folder / "envoy.log").open("wb") as log:
-            process = subprocess.Popen([*command, "--log-level", "warning"], stdout=log, stderr=log)
-        self._await(lambda: self._admin("/ready").status_code == 200, "Envoy is up")
+            process = subprocess.Popen([*command, "--log-level", "warning"], stdout=log, stderr=log, cwd=self._folder)
+        self._await(self._admin.ready, "Envoy is up")
         return process
 
     def route(self, services: Sequence[Any]) -> None:
@@ -59,10 +60,10 @@ class Ingress:
         document = envoy_config.routes_document({})
         document["resources"][0]["virtual_hosts"] = [*hosts, marker]
         self._rename("routes.json", document)
-        self._await(lambda: marker["name"] in self._admin("/config_dump?resource=dynamic_route_configs").text, "routes")
+        self._await(lambda: marker["name"] in self._admin.text("/config_dump?resource=dynamic_route_configs"), "routes")
 
     def _loaded_clusters(self) -> set[str]:
-        dump = self._admin("/config_dump?resource=dynamic_active_clusters").json()
+        dump = self._admin.json("/config_dump", resource="dynamic_active_clusters")
         return set(envoy_config.loaded_clusters(dump))
 
     def _rename(self, name: str, document: Json) -> None:
@@ -70,16 +71,13 @@ class Ingress:
         aside.write_text(json.dumps(document))
         aside.replace(self._folder / "dynamic" / name)
 
-    def _admin(self, path: str) -> httpx.Response:
-        return httpx.get(f"http://127.0.0.1:{self._admin_port}{path}", timeout=5)
-
     def _await(self, done: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             try:
                 if done():
                     return
-            except httpx.TransportError:
+            except Unavailable:
                 pass
             time.sleep(0.01)
         raise AssertionError(f"stand-in: not in time: {what}; {(self._folder / 'envoy.log').read_text()[-500:]}")

@@ -72,3 +72,10 @@ def test_before_the_first_up_there_is_a_hint(fresh: Home) -> None:
         addresses.load(fresh)
     with pytest.raises(Unavailable, match="slipstream up"):
         addresses.load_secrets(fresh)
+
+
+def test_a_home_that_knows_a_port_of_envoys_admin_interface_is_still_read(fresh: Home) -> None:
+    first = addresses.choose(fresh, set())
+    older = json.loads(fresh.addresses_file().read_text()) | {"envoy_admin": "http://127.0.0.1:1"}
+    fresh.addresses_file().write_text(json.dumps(older))
+    assert addresses.choose(fresh, set()) == first

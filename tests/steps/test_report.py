@@ -158,9 +158,7 @@ def test_show_prints_the_table_the_pages_and_a_request(
 ) -> None:
     home = Home.from_environment()
     base = "http://127.0.0.1:1"
-    addresses.save(
-        home, addresses.Addresses(airflow=base, mlflow=mlflow_server, envoy=base, envoy_admin=base, triggers=base)
-    )
+    addresses.save(home, addresses.Addresses(airflow=base, mlflow=mlflow_server, envoy=base, triggers=base))
     secrets = dict.fromkeys(addresses.Secrets.model_fields, "hush") | {"airflow_user": "admin"}
     (home.root / "secrets.json").write_text(json.dumps(secrets))
     report(spec, "shown", *sample.whole_run())

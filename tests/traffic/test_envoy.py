@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.conftest import free_port
-from tests.traffic.conftest import TOY_SERVER, await_ready, clear
+from tests.traffic.conftest import TOY_SERVER, await_envoy, clear
 from tests.traffic.contract import A, B, TrafficContract, engine, load, shares
 
 from slipstream.errors import Unavailable
@@ -29,7 +29,7 @@ class TestEnvoy(TrafficContract):
 
 
 def test_a_dead_server_shows_as_errors_of_its_release(
-    toy_envoy: EnvoyController, envoy_home: tuple[Home, str, str], tmp_path: Path
+    toy_envoy: EnvoyController, envoy_home: tuple[Home, str], tmp_path: Path
 ) -> None:
     for release in (A, B):
         toy_envoy.deploy(release, engine(tmp_path / release.name / "engine"))
@@ -48,16 +48,14 @@ def test_a_dead_server_shows_as_errors_of_its_release(
     assert toy_envoy.deployed("net") == {"v1"}
 
 
-def test_an_engine_is_served_from_the_environment_of_its_servers(
-    envoy_home: tuple[Home, str, str], tmp_path: Path
-) -> None:
+def test_an_engine_is_served_from_the_environment_of_its_servers(envoy_home: tuple[Home, str], tmp_path: Path) -> None:
     """`tensorrt` here is `serve` under another name, to be seen in the server's command line."""
-    home, address, admin = envoy_home
+    home, address = envoy_home
     environments = tmp_path / "envs"
     environments.mkdir()
     for name in ("serve", "tensorrt"):
         (environments / name).symlink_to(home.envs / "serve")
-    control = EnvoyController(replace(home, envs=environments), address, admin, server=TOY_SERVER)
+    control = EnvoyController(replace(home, envs=environments), address, server=TOY_SERVER)
     folder = engine(tmp_path / "a" / "engine")
     manifest = {
         "engine": "tensorrt",
@@ -91,7 +89,7 @@ def test_errors_of_the_mirror_are_counted(toy_envoy: EnvoyController, tmp_path: 
 
 
 def test_an_engine_that_cannot_be_loaded_is_not_deployed(
-    toy_envoy: EnvoyController, envoy_home: tuple[Home, str, str], tmp_path: Path
+    toy_envoy: EnvoyController, envoy_home: tuple[Home, str], tmp_path: Path
 ) -> None:
     toy_envoy.deploy(A, engine(tmp_path / "a" / "engine"))
     with pytest.raises(Unavailable, match="this engine cannot be loaded"):
@@ -101,7 +99,7 @@ def test_an_engine_that_cannot_be_loaded_is_not_deployed(
 
 
 def test_another_installations_server_at_the_port_is_not_taken_for_ours(
-    toy_envoy: EnvoyController, envoy_home: tuple[Home, str, str], tmp_path: Path
+    toy_envoy: EnvoyController, envoy_home: tuple[Home, str], tmp_path: Path
 ) -> None:
     toy_envoy.deploy(A, engine(tmp_path / "a" / "engine"))
     record = envoy_home[0].releases / A.key / "deployment.json"
@@ -113,7 +111,7 @@ def test_another_installations_server_at_the_port_is_not_taken_for_ours(
 
 
 def test_a_killed_server_comes_back_at_its_port(
-    toy_envoy: EnvoyController, envoy_home: tuple[Home, str, str], tmp_path: Path
+    toy_envoy: EnvoyController, envoy_home: tuple[Home, str], tmp_path: Path
 ) -> None:
     toy_envoy.deploy(A, engine(tmp_path / "a" / "engine"))
     toy_envoy.set_routes("net", Routes(weights={"v1": 100}))
@@ -128,7 +126,7 @@ def test_a_killed_server_comes_back_at_its_port(
 
 
 def test_releases_that_do_not_answer_are_brought_back_or_named(
-    toy_envoy: EnvoyController, envoy_home: tuple[Home, str, str], tmp_path: Path
+    toy_envoy: EnvoyController, envoy_home: tuple[Home, str], tmp_path: Path
 ) -> None:
     home = envoy_home[0]
     for release in (A, B):
@@ -164,12 +162,12 @@ def test_request_ids_of_clients_are_kept_and_missing_ones_made(toy_envoy: EnvoyC
 
 
 def test_routes_and_servers_survive_a_restart_of_everything(tmp_path: Path, home: Path) -> None:
-    made, port, admin = Home.from_environment(), free_port(), free_port()
-    control = EnvoyController(made, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}", server=TOY_SERVER)
+    made, port = Home.from_environment(), free_port()
+    control = EnvoyController(made, f"http://127.0.0.1:{port}", server=TOY_SERVER)
     try:
-        envoy.bootstrap(made, port, admin)
+        envoy.bootstrap(made, port)
         supervisor.start(made, envoy.program(made))
-        await_ready(f"http://127.0.0.1:{admin}/ready")
+        await_envoy(made)
         for release in (A, B):
             control.deploy(release, engine(tmp_path / release.name / "engine"))
         routes = Routes(weights={"v1": 50, "v2": 50}, mirror="v2")
@@ -177,9 +175,9 @@ def test_routes_and_servers_survive_a_restart_of_everything(tmp_path: Path, home
         supervisor.shutdown(made)
         with pytest.raises(Unavailable, match="admin interface"):
             control.routes("net")
-        envoy.bootstrap(made, port, admin)  # a second `up` must not empty the routes
+        envoy.bootstrap(made, port)  # a second `up` must not empty the routes
         supervisor.ensure_running(made)
-        await_ready(f"http://127.0.0.1:{admin}/ready")
+        await_envoy(made)
         assert control.routes("net") == routes
         deadline = time.monotonic() + 10
         while control.deployed("net") != {"v1", "v2"} and time.monotonic() < deadline:

@@ -27,9 +27,7 @@ def platform(home: Path) -> Home:
     """A home in which `slipstream up` has run."""
     here = Home.from_environment()
     local = "http://127.0.0.1"
-    places = Addresses(
-        airflow=f"{local}:1", mlflow=f"{local}:2", envoy=f"{local}:3", envoy_admin=f"{local}:4", triggers=f"{local}:5"
-    )
+    places = Addresses(airflow=f"{local}:1", mlflow=f"{local}:2", envoy=f"{local}:3", triggers=f"{local}:5")
     addresses.save(here, places)
     addresses.ensure_secrets(here)
     return here

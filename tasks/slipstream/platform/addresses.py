@@ -5,8 +5,10 @@ import hashlib
 import json
 import secrets
 import socket
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
+
+from pydantic import model_validator
 
 from slipstream.contract import Document
 from slipstream.errors import Unavailable
@@ -29,7 +31,6 @@ class Addresses(Document):
     airflow: str
     mlflow: str
     envoy: str
-    envoy_admin: str
     triggers: str
     """Receiver of MLflow's registry webhooks."""
     profile: Profile = "local"
@@ -37,6 +38,12 @@ class Addresses(Document):
     """Of profile `server`: PostgreSQL, with neither user nor database."""
     s3: str | None = None
     """Of profile `server`: the object store."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _moved(cls, document: Any) -> Any:
+        """A home that was made while Envoy's admin interface had a port is still read."""
+        return {k: v for k, v in document.items() if k != "envoy_admin"} if isinstance(document, dict) else document
 
     def urls(self) -> dict[str, str]:
         """Every address by its name."""

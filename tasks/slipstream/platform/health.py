@@ -13,6 +13,7 @@ from slipstream.home import Home
 from slipstream.platform import airflow, object_store, postgresql, processes, supervisor
 from slipstream.platform.addresses import Addresses
 from slipstream.platform.supervisor import ABSENT, ProcessState
+from slipstream.traffic.envoy_admin import Admin
 
 # Keys of Airflow's health document.
 _AIRFLOW_PARTS = {
@@ -75,10 +76,11 @@ class _Probe:
             return _beats(self.airflow_health.get(_AIRFLOW_PARTS[name]), _AIRFLOW_PARTS[name], pid)
         if name == postgresql.NAME and address:
             return postgresql.healthy(self.home, address)
+        if name == "envoy":
+            return Admin(self.home.envoy).ready()
         known = {
             object_store.NAME: f"{address}{object_store.HEALTH}",
             "mlflow": f"{self.addresses.mlflow}/health",
-            "envoy": f"{self.addresses.envoy_admin}/ready",
             "triggers": f"{self.addresses.triggers}/health",
             airflow.API_SERVER: f"{self.addresses.airflow}/api/v2/monitor/health",
         }

@@ -43,7 +43,7 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False, profile: Profile
         secrets = addresses.ensure_secrets(home)
         environment = _environment(home, found, secrets)
         with_airflow = environment | airflow.settings(home, found, secrets) | _database_access(home, found)
-        envoy.bootstrap(home, port_of(found.envoy), port_of(found.envoy_admin))
+        envoy.bootstrap(home, port_of(found.envoy))
         _start_stores(home, found, secrets)
         # MLflow and Envoy come up while Airflow's database is made.
         supervisor.start(home, _mlflow(home, found, secrets, environment))

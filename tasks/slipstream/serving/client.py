@@ -27,6 +27,10 @@ DATATYPES = {
 }
 """NumPy dtype name → datatype of the protocol."""
 
+MOST_BYTES = 64 * 2**20
+"""Of a request's body, at most; of most engines a server takes less (serving/limits.py)."""
+REFUSED = "x-slipstream-refused"
+"""Header of an answer that a limit gave instead of the engine; it says which: `overload`."""
 
 TEXT, BYTES = "text", "BYTES"
 """Name and datatype of a tensor of texts: strings in JSON, UTF-8 with a length before each in binary."""

