@@ -1,7 +1,7 @@
 """A step as an Airflow task. What it builds on comes from `slipstream.flow`, where it runs from `runtimes`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,12 +13,12 @@ import runtimes
 from slipstream import catalog, flow, spec, storage
 from slipstream.contract import StepInput, StepOutput
 from slipstream.errors import InputError
+from slipstream.flow import Task
 from slipstream.home import Home
-from slipstream.spec import TECHNIQUES, Spec
+from slipstream.spec import BASELINE, Spec
 
 OUTPUT = "output"
-"""XCom key of a step's OUT document. The return value is only for what Airflow maps over, since it maps over
-nothing else: `check` returns the recipes, `retrain` the cells."""
+"""XCom key of a step's OUT document."""
 
 # A step that was killed or found a service down is tried again after some 15 and 30 s; what is wrong stays wrong
 # and is not (runtimes/).
@@ -63,9 +63,9 @@ class PipelineRun:
         chosen = flow.with_choices(published, max_drop=params["max_drop"], recipes=params["recipes"])
         storage.write_text(self.spec_uri, spec.dump(chosen))
 
-    def outputs(self, steps: Sequence[str]) -> list[StepOutput]:
-        """All outputs that these steps have left so far; those of failed and skipped tasks are not there."""
-        pulled = self.context["ti"].xcom_pull(task_ids=list(steps), key=OUTPUT)
+    def outputs(self, tasks: Iterable[Task]) -> list[StepOutput]:
+        """All outputs that these tasks have left so far; those of failed and skipped ones are not there."""
+        pulled = self.context["ti"].xcom_pull(task_ids=[task.id for task in tasks], key=OUTPUT)
         return [StepOutput.model_validate(value) for value in pulled if value is not None]
 
     def choices(self) -> dict[str, Any]:
@@ -75,28 +75,31 @@ class PipelineRun:
 
 
 class StepOperator(BaseOperator):
-    """Runs the step that the task is named after; for a recipe (`int8`), a cell (`int8@server`), or the whole run."""
+    """Runs the step that the task's id names: for a recipe (`quantize.int8`), a cell (`build.int8.server`), or the run.
+
+    Its template field is the cell, which Airflow shows beside the task.
+    """
 
     template_fields = ("cell",)
     ui_color = "#e8f0fe"
 
-    def __init__(self, *, cell: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.cell = cell
+        self.step, cell = flow.task_of(self.task_id)
+        self.cell = cell.key if cell else None
 
-    def execute(self, context: Any) -> list[str] | None:
-        """Run the step, hand on its output, and return what the tasks after it are mapped over."""
+    def execute(self, context: Any) -> None:
+        """Run the step and hand on its output."""
         run = PipelineRun(context)
         try:
-            if self.task_id == "check":
+            if self.step == "check":
                 run.snapshot()
-            chosen = spec.load(run.spec_uri)
-            inputs = self._inputs(run, chosen)
+            if self.step == "select" and not any(context["ti"].xcom_pull(task_ids=self.upstream_task_ids, key=OUTPUT)):
+                raise InputError("select: nothing to judge, since no cell was validated; see the tasks before it")
+            inputs = self._inputs(run, spec.load(run.spec_uri))
         except InputError as error:
             raise AirflowFailException(f"{error.headline}: {error}") from error
-        output = runtimes.run_step(self.task_id, run.spec_uri, inputs, context)
-        context["ti"].xcom_push(OUTPUT, output)
-        return {"check": list(chosen.recipes), "retrain": flow.cells(chosen)}.get(self.task_id)
+        context["ti"].xcom_push(OUTPUT, runtimes.run_step(self.step, run.spec_uri, inputs, context))
 
     def on_kill(self) -> None:
         """Airflow ends the task: end the step's processes too."""
@@ -104,25 +107,25 @@ class StepOperator(BaseOperator):
 
     def _inputs(self, run: PipelineRun, chosen: Spec) -> StepInput:
         """The IN document. Raises AirflowSkipException when the step has nothing to do in this run."""
-        cell = None if self.cell is None else flow.cell_of(self.cell)
-        if cell is not None and self.task_id in TECHNIQUES and self.task_id not in chosen.techniques(cell.recipe):
-            raise AirflowSkipException(f"recipe {cell.recipe} does not {self.task_id}")
-        outputs = run.outputs(flow.earlier(self.task_id))
-        skip_unless_wanted(run, self.task_id, outputs)
+        task = flow.task_of(self.task_id)
+        if task.cell is not None and task.cell.recipe not in (BASELINE, *chosen.recipes):
+            raise AirflowSkipException(f"recipe {task.cell.recipe} is not among this run's: see the trigger form")
+        outputs = run.outputs(flow.sources(task, chosen))
+        skip_unless_wanted(run, task.step, outputs)
         return StepInput(
             run_key=run.key,
-            cell=cell,
-            upstream=flow.upstream(self.task_id, chosen, cell, outputs),
+            cell=task.cell,
+            upstream=flow.upstream(task.step, chosen, task.cell, outputs),
             params=run.choices(),
         )
 
 
-def skip_unless_wanted(run: PipelineRun, task: str, outputs: Sequence[StepOutput]) -> None:
+def skip_unless_wanted(run: PipelineRun, step: str, outputs: Sequence[StepOutput]) -> None:
     """Skip stages that the form left out, and the rollout when the best engine already serves.
 
     The small-scale test runs then too: it tests nothing, but gives the champion what traffic a killed run left split.
     """
-    stage = flow.stage_of(task)
+    stage = flow.stage_of(step)
     if stage in run.skipped:
         raise AirflowSkipException(f"{stage.replace('_', ' ')} is skipped: stop_after was chosen in the trigger form")
     select = next((o for o in outputs if o.step == "select"), None)
@@ -133,23 +136,26 @@ def skip_unless_wanted(run: PipelineRun, task: str, outputs: Sequence[StepOutput
 def ask_only_if_wanted(context: Any) -> None:
     """Hook of the approval task: nobody is asked about a rollout that will not happen."""
     run = PipelineRun(context)
-    skip_unless_wanted(run, "approval", run.outputs(["select"]))
+    skip_unless_wanted(run, "approval", run.outputs([Task("select")]))
 
 
 def settle(context: Any) -> str:
     """The run's last word: raises AirflowFailException unless everything happened that should have.
 
-    Airflow takes a run's state from its leaves, and a leaf that runs after failures would end it green; a mapped
-    task that never came to be has no state at all. So states and expected cells are both compared here.
+    Airflow takes a run's state from its leaves, and a leaf that runs after failures would end it green; a task whose
+    recipe was published away meanwhile has no state at all. So states and expected cells are both compared here.
     """
     run, ti = PipelineRun(context), context["ti"]
     states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[run.key]).get(run.key, {})
-    failed = sorted(k for k, v in states.items() if v == "failed" and k != ti.task_id)
-    blocked = sorted(k for k, v in states.items() if v == "upstream_failed")
-    judged = {o.cell.key for o in run.outputs(["validate"]) if o.cell}
-    expected = flow.cells(spec.load(run.spec_uri)) if storage.exists(run.spec_uri) else []
-    missing = [c for c in expected if c not in judged]
-    problems = {"failed": failed, "not reached": blocked, "cells without evidence": missing}
+    named = {flow.task_of(task_id).title: state for task_id, state in states.items() if task_id != ti.task_id}
+    chosen = spec.load(run.spec_uri) if storage.exists(run.spec_uri) else None
+    validated = [t for t in flow.tasks(chosen, "accuracy_validation") if t.step == "validate"] if chosen else []
+    judged = {o.cell.key for o in run.outputs(validated) if o.cell}
+    problems = {
+        "failed": sorted(k for k, v in named.items() if v == "failed"),
+        "not reached": sorted(k for k, v in named.items() if v == "upstream_failed"),
+        "cells without evidence": [c for c in (flow.cells(chosen) if chosen else ()) if c not in judged],
+    }
     if any(problems.values()):
         raise AirflowFailException(
             "; ".join(f"{what}: {', '.join(which)}" for what, which in problems.items() if which)

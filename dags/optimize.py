@@ -4,28 +4,25 @@ Read `pipeline` from top to bottom; it is the Airflow graph. What each step buil
 does is `slipstream.steps`, where it runs is `runtimes`.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
-from airflow.sdk import DAG, Param, TaskGroup, chain, get_parsing_context, task, task_group
+from airflow.sdk import DAG, Param, TaskGroup, get_parsing_context, task
 from airflow.sdk.exceptions import AirflowFailException
 
 from operators import RETRIES, StepOperator, ask_only_if_wanted, settle
 from slipstream import catalog, flow
 from slipstream.errors import SpecError
 from slipstream.home import Home
-from slipstream.spec import TECHNIQUES, Spec
+from slipstream.spec import BASELINE, TECHNIQUES, Spec
 from slipstream.steps import STEPS
 
 HOME = Home.from_environment()
 
-NAMED = {"map_index_template": "{{ task.cell }}"}
-"""Mapped tasks show their recipe or cell instead of a number."""
-
 WHOLE_MACHINE: dict[str, Any] = {"pool": "machine", "pool_slots": 2}
 HALF_THE_MACHINE: dict[str, Any] = {"pool": "machine", "pool_slots": 1}
-"""What measures, or trains on all cores, runs alone; the other heavy steps run two at a time."""
 
 
 def pipeline(spec: Spec) -> DAG:
@@ -40,24 +37,22 @@ def pipeline(spec: Spec) -> DAG:
         start_date=catalog.published_at(HOME, spec.name),
         catchup=False,
         max_active_runs=1,
-        default_args=RETRIES,
+        default_args=RETRIES | {"weight_rule": "upstream"},  # finish one recipe before the next
         tags=["slipstream", spec.model.name],
         auto_register=False,  # one that fails half-way must not be found; the last lines register the rest
     ) as dag:
-        recipes = StepOperator(task_id="check")
+        placed: dict[flow.Task, StepOperator] = {}
 
-        with TaskGroup("optimize", prefix_group_id=False) as optimize:
-            cells = StepOperator(task_id="retrain", **WHOLE_MACHINE)
-            engines = StepOperator.partial(
-                task_id="build", trigger_rule="all_done", **HALF_THE_MACHINE, **NAMED
-            ).expand(cell=cells.output)
-            cells >> candidates(spec, recipes.output) >> engines
+        with TaskGroup("optimize", prefix_group_id=False):
+            place(spec, ("check", "retrain"), placed)
+            for recipe in (BASELINE, *spec.recipes):
+                with TaskGroup(f"recipe-{recipe}", group_display_name=recipe, prefix_group_id=False):
+                    place(spec, (*TECHNIQUES, "build"), placed, recipe)
 
-        with TaskGroup("accuracy_validation", prefix_group_id=False) as accuracy_validation:
-            validated = StepOperator.partial(
-                task_id="validate", trigger_rule="all_done", **WHOLE_MACHINE, **NAMED
-            ).expand(cell=cells.output)
-            validated >> StepOperator(task_id="select", trigger_rule="all_done_min_one_success")
+        with TaskGroup("accuracy_validation", prefix_group_id=False):
+            place(spec, ("validate",), placed)
+            select = StepOperator(task_id="select", trigger_rule="all_done")
+            [operator for planned, operator in placed.items() if planned.step == "validate"] >> select
 
         with TaskGroup("small_scale_test", prefix_group_id=False) as small_scale_test:
             StepOperator(task_id="trial", pool="release")
@@ -69,21 +64,29 @@ def pipeline(spec: Spec) -> DAG:
 
         report = StepOperator(task_id="report", trigger_rule="all_done")
 
-        recipes >> optimize >> accuracy_validation >> small_scale_test >> full_rollout >> report >> outcome()
+        select >> small_scale_test >> full_rollout >> report >> outcome()
     return dag
 
 
-def candidates(spec: Spec, recipes: Any) -> Any:
-    """Each recipe: the techniques that it names, in their order; those that only other recipes name are skipped."""
-    named = {t for techniques in spec.recipes.values() for t in techniques}
-    used = [t for t in TECHNIQUES if t in named] or ["quantize"]  # a group without a task would cut the graph
+def place(spec: Spec, steps: Sequence[str], placed: dict[flow.Task, StepOperator], recipe: str | None = None) -> None:
+    """Add the tasks of these steps, of one recipe or of all, each right after the tasks whose outputs it uses.
 
-    @task_group(prefix_group_id=False)
-    def candidate(recipe: str) -> None:
-        share = {t: WHOLE_MACHINE if STEPS[t].trains else HALF_THE_MACHINE for t in used}
-        chain(*(StepOperator(task_id=t, cell=recipe, trigger_rule="none_failed", **share[t], **NAMED) for t in used))
+    No recipe waits for another: an engine is built and judged as soon as its own candidate is there.
+    """
+    of_stages = [planned for stage in flow.STAGES for planned in flow.tasks(spec, stage) if planned.step in steps]
+    for planned in of_stages:
+        if recipe is not None and (planned.cell is None or planned.cell.recipe != recipe):
+            continue
+        placed[planned] = StepOperator(task_id=planned.id, task_display_name=planned.title, **share_of(planned.step))
+        for parent in flow.parents(planned, spec):
+            placed[parent] >> placed[planned]
 
-    return candidate.expand(recipe=recipes)
+
+def share_of(step: str) -> dict[str, Any]:
+    """The machine for a step alone where it trains or measures; half of it for other heavy steps."""
+    if step == "check":
+        return {}
+    return WHOLE_MACHINE if STEPS[step].trains or step == "validate" else HALF_THE_MACHINE
 
 
 def approval(spec: Spec) -> ApprovalOperator:

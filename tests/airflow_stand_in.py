@@ -40,6 +40,9 @@ class AirflowStandIn(ThreadingHTTPServer):
                 return 409, {"detail": "there already"}
             self.runs[key] = body | {"state": "queued"}
             return 200, self.runs[key]
+        if len(parts) == 2:
+            running = [run for (dag, _), run in self.runs.items() if dag == dag_id and run["state"] == "running"]
+            return 200, {"dag_runs": running}
         if len(parts) == 4:
             return 200, {"task_instances": self.tasks, "total_entries": len(self.tasks)}
         found = self.runs.get((dag_id, parts[2]))

@@ -46,6 +46,30 @@ def test_cells_are_every_recipe_on_every_target_and_the_baseline() -> None:
     assert flow.cell_of("int8") == Cell(recipe="int8")
 
 
+def test_a_task_is_found_again_by_its_id() -> None:
+    every = [task for stage in flow.STAGES for task in flow.tasks(SPEC, stage)]
+    assert [flow.task_of(task.id) for task in every] == every
+    assert len({task.id for task in every}) == len(every)
+    assert [(t.id, t.title) for t in every if t.cell and t.cell.recipe == "int8"] == [
+        ("quantize.int8", "quantize int8"),
+        ("build.int8.a", "build int8@a"),
+        ("build.int8.b", "build int8@b"),
+        ("validate.int8.a", "validate int8@a"),
+        ("validate.int8.b", "validate int8@b"),
+    ]
+
+
+def test_a_task_follows_only_what_its_sources_do_not_follow_already() -> None:
+    def parents(task_id: str) -> list[str]:
+        return [t.id for t in flow.parents(flow.task_of(task_id), SPEC)]
+
+    assert parents("retrain") == ["check"]
+    assert parents("prune.all") == ["distill.all"]
+    assert parents("build.same.a") == ["retrain"]
+    assert parents("validate.int8.a") == ["build.int8.a", "build.baseline.a"]
+    assert parents("validate.baseline.a") == ["build.baseline.a"]
+
+
 def test_a_target_that_takes_no_quantized_model_has_no_cell_for_one() -> None:
     targets = {**SPEC.targets, "torch": spec.Target(engine="torch")}
     cells = flow.cells(SPEC.model_copy(update={"targets": targets}))

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from slipstream import flow
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses
@@ -17,11 +18,10 @@ FINAL = ("success", "failed")
 
 @dataclass(frozen=True)
 class TaskInstance:
-    """One task of a run, or one cell of a mapped one."""
+    """One task of a run."""
 
-    task: str
-    name: str | None
-    """Map name, such as `int8@server`; None for a task that is not mapped."""
+    id: str
+    """Airflow's, such as `build.int8.server`."""
     state: str | None
     """Airflow's state; None before it is scheduled."""
     started: str | None
@@ -29,7 +29,17 @@ class TaskInstance:
     seconds: float | None
     """How long the latest try took, or has taken so far."""
     tries: int
-    index: int
+
+    @property
+    def step(self) -> str:
+        """Its step, or `approval` or `outcome`."""
+        return flow.task_of(self.id).step
+
+    @property
+    def cell(self) -> str:
+        """Its recipe or cell, such as `int8@server`; empty for a task of the whole run."""
+        cell = flow.task_of(self.id).cell
+        return cell.key if cell else ""
 
 
 class AirflowApi:
@@ -100,6 +110,12 @@ class AirflowApi:
         answer = self._ask("GET", f"/dags/{dag_id}/dagRuns/{run_id}", fine=(404,))
         return None if answer.status_code == httpx.codes.NOT_FOUND else dict(answer.json())
 
+    def run_under_way(self, dag_id: str) -> str | None:
+        """Id of a run that is running; None when there is none."""
+        answer = self._ask("GET", f"/dags/{dag_id}/dagRuns?state=running&limit=1", fine=(404,))
+        runs = answer.json().get("dag_runs", []) if answer.is_success else []
+        return str(runs[0]["dag_run_id"]) if runs else None
+
     def tasks(self, dag_id: str, run_id: str) -> list[TaskInstance]:
         """All task instances of a run."""
         found: list[dict[str, Any]] = []
@@ -112,8 +128,8 @@ class AirflowApi:
 
     def error(self, dag_id: str, run_id: str, task: TaskInstance) -> str:
         """Message of the exception that ended a task's latest try, from its log; empty when the log has none."""
-        where = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task.task}/logs/{task.tries}"
-        answer = self._ask("GET", f"{where}?map_index={task.index}&full_content=true", fine=(404,))
+        where = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task.id}/logs/{task.tries}"
+        answer = self._ask("GET", f"{where}?full_content=true", fine=(404,))
         entries = answer.json().get("content", []) if answer.is_success else []
         raised = [e["error_detail"] for e in entries if isinstance(e, dict) and e.get("error_detail")]
         return str(raised[-1][0]["exc_value"]) if raised else ""
@@ -134,13 +150,10 @@ class AirflowApi:
 
 
 def _task(entry: Mapping[str, Any]) -> TaskInstance:
-    mapped = entry["map_index"] >= 0
     return TaskInstance(
-        task=entry["task_id"],
-        name=(entry["rendered_map_index"] or str(entry["map_index"])) if mapped else None,
+        id=entry["task_id"],
         state=entry["state"],
         started=entry["start_date"],
         seconds=entry["duration"],
         tries=entry["try_number"],
-        index=entry["map_index"],
     )

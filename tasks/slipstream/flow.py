@@ -1,11 +1,12 @@
-"""The plan of a pipeline run, as plain data: its stages, its cells, and what each step builds on.
+"""The plan of a pipeline run, as plain data: its stages, its tasks, its cells, and what each step builds on.
 
-The DAG turns this into operators and decides nothing itself. A step is given exactly the outputs that it uses,
-since they decide its identity; they are found by key, never by position, so that a failed cell leaves a gap that
-everybody sees.
+The DAG and the Kubeflow package turn this into operators and decide nothing themselves. A step is given exactly the
+outputs that it uses, since they decide its identity; they are found by key, never by position, so that a failed cell
+leaves a visible gap.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import yaml
 
@@ -23,21 +24,74 @@ STAGES: dict[str, tuple[str, ...]] = {
     "full_rollout": ("approval", "rollout"),
     "report": ("report", "outcome"),
 }
-"""Stages in order, and their tasks. Every task but `approval` and `outcome` is a step."""
+"""Stages in order, and their steps. Every one but `approval` and `outcome` is a step."""
 
 STOP_AFTER = ("none", "accuracy_validation", "small_scale_test")
 """Stages after which a run may end early."""
 
 
-def stage_of(task: str) -> str:
-    """The stage that a task belongs to."""
-    return next(stage for stage, tasks in STAGES.items() if task in tasks)
+PER_CELL = ("build", "validate")
+"""Steps that run once for each recipe on each target."""
 
 
-def earlier(task: str) -> list[str]:
-    """The steps that come before a task, and so may have left outputs."""
-    tasks = [t for tasks in STAGES.values() for t in tasks]
-    return [t for t in tasks[: tasks.index(task)] if t in STEPS]
+class Task(NamedTuple):
+    """A step for the run, for a recipe or for a cell."""
+
+    step: str
+    cell: Cell | None = None
+
+    @property
+    def id(self) -> str:
+        """Its name in Airflow: `retrain`, `quantize.int8` or `build.int8.server`."""
+        parts = (self.step, self.cell.recipe, self.cell.target) if self.cell else (self.step,)
+        return ".".join(part for part in parts if part)
+
+    @property
+    def title(self) -> str:
+        """Its name for people: `retrain`, `quantize int8` or `build int8@server`."""
+        return self.step if self.cell is None else f"{self.step} {self.cell.key}"
+
+
+def task_of(task_id: str) -> Task:
+    """The task of an id. Names of recipes and targets have no dots."""
+    step, *cell = task_id.split(".")
+    return Task(step, Cell(recipe=cell[0], target=cell[1] if len(cell) > 1 else None) if cell else None)
+
+
+def tasks(spec: Spec, stage: str) -> Iterator[Task]:
+    """All steps of a stage, in an order in which each comes after what it builds on."""
+    for step in STAGES[stage]:
+        if step in TECHNIQUES:
+            yield from (Task(step, Cell(recipe=r)) for r in spec.recipes if step in spec.techniques(r))
+        elif step in PER_CELL:
+            yield from (Task(step, cell_of(key)) for key in cells(spec))
+        elif step in STEPS:
+            yield Task(step)
+
+
+def stage_of(step: str) -> str:
+    """The stage that a step belongs to."""
+    return next(stage for stage, steps in STAGES.items() if step in steps)
+
+
+def sources(task: Task, spec: Spec) -> list[Task]:
+    """Tasks whose outputs a task is given: those that it needs, or all earlier ones where it judges the whole run."""
+    if task.cell is not None or task.step in ("check", "retrain"):
+        return [Task(step, cell_of(key) if key else None) for step, key in needs(task.step, spec, task.cell)]
+    steps = [s for steps in STAGES.values() for s in steps]
+    before = steps[: steps.index(task.step)]
+    return [t for stage in STAGES for t in tasks(spec, stage) if t.step in before]
+
+
+def parents(task: Task, spec: Spec) -> list[Task]:
+    """Tasks that a task with a cell directly follows: its sources, less those that one of these follows itself."""
+    further = {ancestor for source in sources(task, spec) for ancestor in _ancestors(source, spec)}
+    return [source for source in sources(task, spec) if source not in further]
+
+
+def _ancestors(task: Task, spec: Spec) -> set[Task]:
+    direct = sources(task, spec)
+    return set(direct).union(*(_ancestors(source, spec) for source in direct))
 
 
 def skipped_stages(stop_after: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ is only compiled up to the small-scale test.
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +22,11 @@ from kfp import compiler, components, dsl, kubernetes
 
 from slipstream import catalog, flow, settings
 from slipstream import spec as specs
-from slipstream.contract import Cell
 from slipstream.errors import InputError, SlipstreamError
+from slipstream.flow import Task
 from slipstream.home import Home
 from slipstream.settings import Settings
-from slipstream.spec import TECHNIQUES, Spec
+from slipstream.spec import Spec
 
 RETRIES = 2
 JUDGES = ("check", "select", "trial", "rollout")
@@ -43,33 +43,9 @@ FROM_SECRET = (
 """Keys that a step takes from the settings' ConfigMaps and Secrets where they have them."""
 
 
-class Task(NamedTuple):
-    """A step of the run."""
-
-    step: str
-    cell: Cell | None = None
-
-    @property
-    def key(self) -> str:
-        """A Python name: recipes and targets hold letters, digits and hyphens only."""
-        name = self.step if self.cell is None else f"{self.step}_{self.cell.key}"
-        return name.replace("@", "__").replace("-", "_")
-
-    @property
-    def title(self) -> str:
-        """What the graph shows."""
-        return self.step if self.cell is None else f"{self.step} {self.cell.key}"
-
-
-def tasks(chosen: Spec, stage: str) -> Iterator[Task]:
-    """All steps of a stage, in an order in which each comes after what it builds on."""
-    for step in flow.STAGES[stage]:
-        if step in TECHNIQUES:
-            yield from (Task(step, Cell(recipe=r)) for r in chosen.recipes if step in chosen.techniques(r))
-        elif step in ("build", "validate"):
-            yield from (Task(step, flow.cell_of(key)) for key in flow.cells(chosen))
-        elif step not in ("approval", "outcome"):
-            yield Task(step)
+def key_of(task: Task) -> str:
+    """A Python name: recipes and targets hold letters, digits and hyphens only."""
+    return task.title.replace(" ", "_").replace("@", "__").replace("-", "_")
 
 
 def builds_on(task: Task, chosen: Spec, earlier: Mapping[str, Task]) -> list[str]:
@@ -113,7 +89,7 @@ class Compiler:
 
     def _stage(self, name: str) -> tuple[list[str], Any]:
         """Keys that a stage takes from earlier ones, and its pipeline, which puts out those that it made."""
-        own = {task.key: task for task in tasks(self.chosen, name)}
+        own = {key_of(task): task for task in flow.tasks(self.chosen, name)}
         needed: dict[str, list[str]] = {}
         for key, task in own.items():
             needed[key] = builds_on(task, self.chosen, self.done)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from slipstream import catalog, spec, storage
+from slipstream import catalog, flow, spec, storage
 from slipstream.contract import StepInput, StepOutput
 
 ROOT = Path(__file__).parents[2]
@@ -54,13 +54,10 @@ def recorded(airflow_home: Path, monkeypatch: pytest.MonkeyPatch) -> Recorded:
 
 
 def run(dag: Any, **conf: Any) -> tuple[str, dict[str, str]]:
-    """State of a DAG run, and of its tasks as `task` or `task name`."""
+    """State of a DAG run, and of its tasks by their titles."""
     finished = dag.test(run_conf=conf)
-    names = {
-        f"{ti.task_id} {ti.rendered_map_index or ti.map_index}" if ti.map_index >= 0 else ti.task_id: str(ti.state)
-        for ti in finished.get_task_instances()
-    }
-    return str(finished.state), names
+    states = {flow.task_of(ti.task_id).title: str(ti.state) for ti in finished.get_task_instances()}
+    return str(finished.state), states
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.stem)
@@ -79,22 +76,39 @@ def test_the_stages_are_the_task_groups(dags: Dags, publish: Callable[..., Path]
     dag = dags()["optimize-tiny"]
     groups = {k: set(v.children) for k, v in dag.task_group.get_task_group_dict().items() if k}
     assert groups == {
-        "optimize": {"retrain", "candidate", "build"},
-        "candidate": {"prune", "quantize"},
-        "accuracy_validation": {"validate", "select"},
+        "optimize": {"check", "retrain", "recipe-baseline", "recipe-int8", "recipe-pruned"},
+        "recipe-baseline": {"build.baseline.server"},
+        "recipe-int8": {"quantize.int8", "build.int8.server"},
+        "recipe-pruned": {"prune.pruned", "build.pruned.server"},
+        "accuracy_validation": {*(f"validate.{r}.server" for r in ("baseline", "int8", "pruned")), "select"},
         "small_scale_test": {"trial"},
         "full_rollout": {"approval", "rollout"},
     }
     rules = {t.task_id: getattr(t.trigger_rule, "value", t.trigger_rule) for t in dag.tasks}
-    assert {k for k, v in rules.items() if v == "all_done"} == {"build", "validate", "report", "outcome"}
-    assert rules["select"] == "all_done_min_one_success"
-    assert {k for k, v in rules.items() if v == "none_failed"} == {"prune", "quantize"}
-    assert {k: dag.get_task(k).pool for k in ("validate", "trial", "rollout")} == {
-        "validate": "machine",
+    assert {k for k, v in rules.items() if v == "all_done"} == {"select", "report", "outcome"}
+    assert {k: dag.get_task(k).pool for k in ("validate.int8.server", "trial", "rollout")} == {
+        "validate.int8.server": "machine",
         "trial": "release",
         "rollout": "release",
     }
     assert [t.task_id for t in dag.leaves] == ["outcome"]
+
+
+def test_no_recipe_waits_for_another(dags: Dags, publish: Callable[..., Path]) -> None:
+    publish()
+    dag = dags()["optimize-tiny"]
+    assert {t.task_id: set(t.upstream_task_ids) for t in dag.tasks if "." in t.task_id} == {
+        "build.baseline.server": {"retrain"},
+        "quantize.int8": {"retrain"},
+        "build.int8.server": {"quantize.int8"},
+        "prune.pruned": {"retrain"},
+        "build.pruned.server": {"prune.pruned"},
+        "validate.baseline.server": {"build.baseline.server"},
+        "validate.int8.server": {"build.int8.server", "build.baseline.server"},
+        "validate.pruned.server": {"build.pruned.server", "build.baseline.server"},
+    }
+    rules = {str(dag.get_task(t).weight_rule) for t in ("prune.pruned", "validate.int8.server")}
+    assert rules == {"upstream"}, "one recipe is finished before the next begins"
 
 
 def test_approval_is_asked_only_where_the_spec_says_so_and_silence_is_a_no(
@@ -119,10 +133,8 @@ def test_a_run_goes_through_all_stages_with_readable_names(
     assert tasks == {
         "check": "success",
         "retrain": "success",
-        "prune int8": "skipped",
         "prune pruned": "success",
         "quantize int8": "success",
-        "quantize pruned": "skipped",
         **{f"{s} {c}@server": "success" for s in ("build", "validate") for c in ("baseline", "int8", "pruned")},
         **dict.fromkeys(("select", "trial", "rollout", "report", "outcome"), "success"),
     }
@@ -146,8 +158,21 @@ def test_a_failed_recipe_neither_vanishes_nor_stops_the_others(
     state, tasks = run(dags()["optimize-tiny"])
     assert state == "failed"
     assert tasks["validate int8@server"] == tasks["rollout"] == tasks["report"] == "success"
-    assert tasks["build pruned@server"] == tasks["validate pruned@server"] == tasks["outcome"] == "failed"
+    assert tasks["build pruned@server"] == tasks["validate pruned@server"] == "upstream_failed"
+    assert tasks["outcome"] == "failed"
     assert "validate pruned@server" not in recorded.upstream("select")
+
+
+def test_without_any_engine_nothing_is_selected(dags: Dags, publish: Callable[..., Path], recorded: Recorded) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    publish()
+    recorded.fails["check"] = AirflowFailException("Bad data: no")
+    state, tasks = run(dags()["optimize-tiny"])
+    assert state == "failed"
+    assert tasks["select"] == "failed"
+    assert tasks["trial"] == tasks["rollout"] == tasks["retrain"] == "upstream_failed"
+    assert "select" not in recorded.inputs
 
 
 def test_a_failed_gate_ends_the_run_red_after_the_report(
@@ -182,7 +207,8 @@ def test_the_trigger_form_changes_this_run_only(
     state, tasks = run(dags()["optimize-tiny"], **conf)
     assert state == "success"
     assert tasks["trial"] == tasks["rollout"] == "skipped"
-    assert not any("pruned" in name for name in tasks)
+    assert {state for name, state in tasks.items() if "pruned" in name} == {"skipped"}
+    assert tasks["validate int8@server"] == "success"
     assert recorded.inputs["select"].params == {
         "source_version": "7",
         "recipes": ["int8"],

@@ -8,7 +8,7 @@ from typing import Any
 
 from slipstream import catalog, flow, spec
 from slipstream.airflow_api import AirflowApi
-from slipstream.errors import InputError, Unavailable
+from slipstream.errors import InputError, SpecError, Unavailable
 from slipstream.home import Home
 from slipstream.spec import Spec
 
@@ -67,6 +67,7 @@ def start(home: Home, path: Path, chosen: Mapping[str, Any]) -> Started:
     wanted = spec.load(path)
     check_choices(wanted, chosen)
     airflow = AirflowApi.of(home)
+    require_same_graph(home, wanted, airflow)
     promoted = None if chosen else _promotion(home, wanted, airflow)
     catalog.publish(home, path)
     dag_id = catalog.dag_id(wanted.name)
@@ -80,6 +81,29 @@ def start(home: Home, path: Path, chosen: Mapping[str, Any]) -> Started:
     if not airflow.trigger(dag_id, run_id, chosen):
         raise Unavailable(f"{dag_id} has a run {run_id} already, started this very second; try again")
     return Started(wanted, dag_id, run_id)
+
+
+def require_same_graph(home: Home, wanted: Spec, airflow: AirflowApi) -> None:
+    """Raise Unavailable where publishing the spec now would change the graph of a run under way.
+
+    A run keeps its own copy of the spec, but Airflow takes the tasks of every run from the DAG as it is now.
+    """
+    try:
+        published = catalog.read(home, wanted.name)
+    except SpecError:  # none is published yet, or one that cannot run
+        return
+    if _graph(published) == _graph(wanted):
+        return
+    if (run_id := airflow.run_under_way(catalog.dag_id(wanted.name))) is not None:
+        raise Unavailable(
+            f"{run_id} of {wanted.name} is under way, and this spec has other recipes, techniques or targets, which "
+            f"would change that run's tasks; wait for its end (`slipstream watch {wanted.name} {run_id}`), or mark it "
+            "as failed in Airflow"
+        )
+
+
+def _graph(wanted: Spec) -> set[flow.Task]:
+    return {task for stage in flow.STAGES for task in flow.tasks(wanted, stage)}
 
 
 def _promotion(home: Home, wanted: Spec, airflow: AirflowApi) -> tuple[str, dict[str, Any]] | None:
