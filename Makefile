@@ -7,15 +7,14 @@ BENCH := $(addprefix examples/,$(addsuffix .yaml,fashion fashion-compared fashio
 .PHONY: help setup demo test test-slow test-docker test-k8s lint images bench lock clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: ## Install: one virtual environment per framework (again only where something changed)
 	@scripts/setup
 
 demo: setup ## Optimize and release the example, live, and show its report
 	@$(SLIPSTREAM) up
-	@$(SLIPSTREAM) run examples/fashion.yaml --watch
-	@$(SLIPSTREAM) report fashion
+	@$(SLIPSTREAM) run examples/fashion.yaml --watch || code=$$?; $(SLIPSTREAM) report fashion; exit $${code:-0}
 
 lint: setup ## Lint and types
 	@.venv/bin/ruff check .

@@ -51,6 +51,8 @@ CELL = "slipstream.cell"
 ERROR = "slipstream.error"
 EXIT_CODE = "slipstream.exit_code"
 REUSED = "slipstream.reused_from"
+PROGRESS = "slipstream.progress"
+HEADLINE = "slipstream.headline"
 OUTPUT = "output.json"
 
 
@@ -81,15 +83,19 @@ class StepRun:
         """Set tags."""
         self.client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in values.items()])
 
-    def progress(self, done: int, total: int, **figures: float) -> None:
-        """Say how far the step is; `slipstream run --watch` draws its bars from this. At most two writes a second."""
+    def progress(self, done: int, total: int, unit: str = "", **figures: float) -> None:
+        """Say how far the step is, in units such as `batches`; `slipstream run --watch` draws its bars from this.
+
+        It is a tag, which holds the latest word alone: one request reads it, and no chart shows it. At most two
+        writes a second.
+        """
         now = time.monotonic()
         if now - self._last_beat < 0.5 and done < total:
             return
         self._last_beat = now
         shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        log.info("%d/%d  %s", done, total, shown)
-        self.metrics({"progress": done / max(total, 1), **figures}, step=done)
+        log.info("%d/%d %s  %s", done, total, unit, shown)
+        self.tags({PROGRESS: json.dumps({"done": done, "total": total, "unit": unit, "figures": figures})})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log one file."""
@@ -268,7 +274,7 @@ class Tracking:
     def record(self, run: StepRun, output: StepOutput) -> StepOutput:
         """Sign and write the output, also of a failed gate: a rejection needs its evidence. Returns it signed."""
         output = signing.signed_output(output)
-        run.metrics({**output.metrics, "progress": 1.0})
+        run.metrics(output.metrics)
         run.tags({f"gate.{v.gate}": f"{v.answer}: {v.reason}"[:4900] for v in output.verdicts})
         self.client.log_dict(run.run_id, output.model_dump(mode="json"), OUTPUT)
         return output

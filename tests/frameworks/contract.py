@@ -25,7 +25,7 @@ class Recorder:
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         self.epochs[step] = dict(values)
 
-    def progress(self, done: int, total: int, **figures: float) -> None:
+    def progress(self, done: int, total: int, unit: str = "", **figures: float) -> None:
         self.done.append((done, total))
 
 

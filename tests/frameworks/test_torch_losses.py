@@ -40,7 +40,7 @@ class Silent:
     def metrics(self, values: object, step: int = 0) -> None:
         self.last = values
 
-    def progress(self, done: int, total: int, **figures: float) -> None: ...
+    def progress(self, done: int, total: int, unit: str = "", **figures: float) -> None: ...
 
 
 @pytest.fixture

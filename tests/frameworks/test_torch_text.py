@@ -107,6 +107,6 @@ class _Killed(Recorder):
         super().__init__()
         self.epochs_to_do = epochs
 
-    def progress(self, done: int, total: int, **figures: float) -> None:
+    def progress(self, done: int, total: int, unit: str = "", **figures: float) -> None:
         if done > self.epochs_to_do * total / 4:
             raise _Kill

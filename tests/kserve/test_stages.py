@@ -75,7 +75,7 @@ def test_a_server_that_dies_in_the_rollout_is_rolled_back(
     outputs, champion, challenger = challenged(world)
     killed = []
 
-    def kill(done: int, total: int, **figures: float) -> None:
+    def kill(done: int, total: int, unit: str, **figures: float) -> None:
         if done > PROBE and not killed:
             revisions = stand_in.services[world.model].revisions
             labels = {"slipstream/release": f"v{challenger}"}

@@ -89,7 +89,7 @@ def test_a_server_killed_under_load_is_rolled_back(world_maker: WorldMaker, plat
     name = f"server-{world.model}--v{challenger}"
     killed = []
 
-    def kill(done: int, total: int, **figures: float) -> None:
+    def kill(done: int, total: int, unit: str, **figures: float) -> None:
         if done >= 50 and not killed:
             engine = platform[0].releases / f"{world.model}--v{challenger}" / "engine"
             (engine / "behaviour.json").write_text(json.dumps({"broken": True}))

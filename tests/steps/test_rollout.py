@@ -136,7 +136,7 @@ def test_stale_evidence_is_refused(ready: Ready) -> None:
 def test_a_champion_moved_during_the_rollout_stops_it(ready: Ready) -> None:
     moved = False
 
-    def move(done: int, total: int, **figures: float) -> None:
+    def move(done: int, total: int, unit: str, **figures: float) -> None:
         nonlocal moved
         if not moved:
             moved = True

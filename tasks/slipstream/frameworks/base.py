@@ -67,7 +67,7 @@ class Progress(Protocol):
         """Record figures of an epoch."""
         ...
 
-    def progress(self, done: int, total: int, **figures: float) -> None:
+    def progress(self, done: int, total: int, unit: str = "", **figures: float) -> None:
         """Say how far the step is."""
         ...
 

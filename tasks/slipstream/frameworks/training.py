@@ -149,7 +149,7 @@ def report(loop: Loop, epoch: int, number: int, loss: float) -> None:
     plan = loop.schedule
     done = (plan.epochs_before + epoch) * loop.batches + number
     total = (plan.epochs_in_step or plan.epochs) * loop.batches
-    loop.job.progress.progress(done, total, epoch=plan.epochs_before + epoch + 1, loss=loss)
+    loop.job.progress.progress(done, total, "batches", epoch=plan.epochs_before + epoch + 1, loss=loss)
 
 
 def _resumed(loop: Loop, checkpoint: Checkpoint) -> int:

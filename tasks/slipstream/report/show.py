@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from rich.console import Console
 
+from slipstream import catalog
 from slipstream.errors import Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses
@@ -42,17 +43,35 @@ def show(reference: str, *, as_json: bool) -> None:
 
 def pages(home: Home, places: Addresses, report: Report, *, reveal: bool) -> dict[str, str]:
     """Addresses of the run's pages, and the log-in; its password only when `reveal`."""
-    run = f"{places.mlflow}/#/experiments/{report.experiment_id}/runs/{report.pipeline_run_id}"
-    view = "?workflowType=machine_learning"  # else MLflow's pages open in their view of language-model traces
     secrets = addresses.load_secrets(home)
     password = secrets.airflow_password if reveal else "(shown on a terminal, and by `slipstream up`)"
+    run = run_page(places, report.experiment_id, report.pipeline_run_id)
     return {
-        "Airflow": f"{places.airflow}/dags/optimize-{report.spec}/runs/{quote(report.run_key, safe='')}",
+        "Airflow": airflow_page(places, catalog.dag_id(report.spec), report.run_key),
         "log-in": f"{secrets.airflow_user} / {password}",
-        "MLflow run": run + view,
-        "report": f"{run}/artifacts/{PAGE}{view}",
-        "registry": f"{places.mlflow}/#/models/{quote(report.model, safe='')}{view}",
+        "MLflow run": run,
+        "report": report_page(places, report.experiment_id, report.pipeline_run_id),
+        "registry": f"{places.mlflow}/#/models/{quote(report.model, safe='')}{MLFLOW_VIEW}",
     }
+
+
+MLFLOW_VIEW = "?workflowType=machine_learning"
+"""Without it MLflow's pages open in their view of language-model traces."""
+
+
+def airflow_page(places: Addresses, dag_id: str, run_key: str) -> str:
+    """Airflow's page of a run."""
+    return f"{places.airflow}/dags/{dag_id}/runs/{quote(run_key, safe='')}"
+
+
+def run_page(places: Addresses, experiment_id: str, run_id: str) -> str:
+    """MLflow's page of a run."""
+    return f"{places.mlflow}/#/experiments/{experiment_id}/runs/{run_id}{MLFLOW_VIEW}"
+
+
+def report_page(places: Addresses, experiment_id: str, run_id: str) -> str:
+    """The report of a pipeline run, in MLflow."""
+    return f"{places.mlflow}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{PAGE}{MLFLOW_VIEW}"
 
 
 def request_line(home: Home, places: Addresses, report: Report) -> str | None:

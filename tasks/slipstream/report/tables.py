@@ -1,4 +1,4 @@
-"""The report in a terminal: the engine table in at most 110 columns, the reasons, and where to look next."""
+"""The report in a terminal: the engine table in 80 columns, the reasons, and where to look next."""
 
 import json
 import shlex
@@ -13,47 +13,47 @@ from slipstream.evidence import EngineEvidence, Interval, Row
 from slipstream.report import wording
 from slipstream.report.document import Report
 
-WIDTH = 110
+WIDTH = 80
 STYLES = {"passed": "green", "rejected": "red", "inconclusive": "yellow", "missing": "bold red", "reference": "dim"}
 
 
 def engines(report: Report) -> Table:
     """One entry of two lines for each engine: the figures, and below them their confidence bounds."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="dim")
-    table.add_column("engine\non target")
-    table.add_column("verdict", no_wrap=True)
+    table.add_column("engine\ntarget")
     bounds = f"{report.objective.confidence * 100:g} % bounds"
-    for name, unit in (
-        (wording.metric(report.objective.metric), "%"),
-        ("drop, points", bounds),
-        ("p50", "ms"),
-        ("p99", "ms"),
+    for name, below in (
+        (f"{wording.metric(report.objective.metric)} (drop)", bounds),
+        ("p50 ms", "p99 ms"),
         ("vs eager", bounds),
         ("vs FP32", bounds),
-        ("rate", "per s"),
-        ("size", ""),
+        ("size", "per s"),
     ):
-        table.add_column(f"{name}\n{unit}", justify="right", no_wrap=True)
+        table.add_column(f"{name}\n{below}", justify="right", no_wrap=True)
     for row in report.rows:
-        recipe, _, target = row.cell.partition("@")
-        verdict = Text(f"{wording.STATUS_GLYPH[row.status]} {row.status}", STYLES[row.status])
-        verdict.append("\n← picked", "bold green") if row.release else None
-        figures = _figures(row.evidence) if row.evidence else [Text(wording.DASH, "dim")] * 8
-        table.add_row(Text.assemble((recipe, "bold"), "\n", (target, "dim")), verdict, *figures)
+        figures = _figures(row.evidence) if row.evidence else [Text(wording.DASH, "dim")] * 5
+        table.add_row(_engine(row), *figures)
     return table
+
+
+def _engine(row: Row) -> Text:
+    """Glyph of the verdict and the recipe, and below them the target, the verdict and the pick."""
+    recipe, _, target = row.cell.partition("@")
+    style = STYLES[row.status]
+    name = Text.assemble(
+        (f"{wording.STATUS_GLYPH[row.status]} ", style), (recipe, "bold"), "\n  ", (f"{target} ", "dim")
+    )
+    return name.append("← picked", "bold green") if row.release else name.append(row.status, style)
 
 
 def _figures(e: EngineEvidence) -> list[Text]:
     drop = f"{wording.points(e.drop_pp.low)} to {wording.points(e.drop_pp.high)}"
     return [
-        Text(wording.percent(e.engine_quality)),
-        _two_lines(wording.points(e.drop_pp.estimate), drop),
-        Text(wording.milliseconds(e.latency.p50_ms)),
-        Text(wording.milliseconds(e.latency.p99_ms)),
+        _two_lines(f"{wording.percent(e.engine_quality)} ({wording.points(e.drop_pp.estimate)})", drop),
+        _two_lines(wording.milliseconds(e.latency.p50_ms), wording.milliseconds(e.latency.p99_ms)),
         _gain(e.speedup_eager),
         _gain(e.speedup_reference),
-        Text(wording.rate(e.latency.rate_per_s)),
-        Text(wording.size(e.size_bytes)),
+        _two_lines(wording.size(e.size_bytes), wording.rate(e.latency.rate_per_s)),
     ]
 
 

@@ -56,7 +56,7 @@ def run(context: Context) -> StepOutput:
     samples, calibration = draw(context)
 
     def on_sample(done: int) -> None:
-        context.run.progress(min(done, len(samples)), len(samples))
+        context.run.progress(min(done, len(samples)), len(samples), "samples")
 
     model = onnx_graph.read(candidate / ONNX)
     quantized = scheme_for(section.scheme).quantize(model, Request(section, samples, on_sample))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from mlflow.entities import Metric, Param, RunTag
 
+from slipstream import tracking
 from slipstream.contract import StepInput, StepOutput
 from slipstream.data import Data
 from slipstream.errors import SlipstreamError
@@ -113,7 +114,7 @@ def _summarize(context: Context, parent: str, report: Report, metrics: dict[str,
     mlflow = context.tracking.client
     tags = {
         "slipstream.outcome": report.outcome,
-        "slipstream.headline": report.headline,
+        tracking.HEADLINE: report.headline,
         "slipstream.winner": report.winner or "",
         "slipstream.version": report.version or "",
         "mlflow.note.content": f"**{report.headline}.** {report.explanation}\n\nThe report: artefact `{PAGE}`.",

@@ -35,6 +35,7 @@ from slipstream.tracking import StepRun
 log = logging.getLogger(__name__)
 
 PLAN = Plan()
+UNIT = "batches and rounds"
 ENGINE, REFERENCE, EAGER = "engine", "reference", "eager"
 """Subjects of the interleaved run; the baseline's own cell has no reference beside itself."""
 
@@ -126,17 +127,17 @@ class _Progress:
 
     def batch(self) -> None:
         self.done += 1
-        self.run.progress(self.done, self.total)
+        self.run.progress(self.done, self.total, UNIT)
 
     def skip(self, batches: int) -> None:
         self.done += batches
 
     def round(self, done: int, rounds: int, others_cores: float | None) -> None:
-        figures = {} if others_cores is None else {"others_cores": others_cores}
+        figures = {} if others_cores is None else {"cores used by others": others_cores}
         ahead = rounds - done
         self.done += 1
         self.total = max(self.total, self.done + ahead)
-        self.run.progress(self.done, self.total, **figures)
+        self.run.progress(self.done, self.total, UNIT, **figures)
 
 
 def _scores(context: Context, engine: Runner, progress: _Progress) -> _Scores:

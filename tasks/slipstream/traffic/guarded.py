@@ -74,7 +74,7 @@ class Stage:
     champion: Release
     challenger: Release
     run_key: str
-    progress: Callable[..., None] = lambda done, total, **figures: None
+    progress: Callable[..., None] = lambda done, total, unit, **figures: None
     timeline: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What `probe` had to adapt to the machine."""
@@ -178,7 +178,7 @@ class Stage:
         self.controller.set_routes(self.model, routes)
         log.info("traffic: %s: %d requests, %d %% of them to %s", name, requests, share, self.challenger.name)
         guard = Guard(self, before, planned, requests, shadow=routes.mirror is not None)
-        sent = self._send(name, requests, rate_per_s, guard, challenger_share=float(share))
+        sent = self._send(name, requests, rate_per_s, guard, **{"% on the challenger": float(share)})
         self.timeline += windows(name, share, sent)
         if guard.breach is not None:
             log.warning("traffic: %s stopped: %s: %s", name, guard.breach.gate, guard.breach.reason)
@@ -198,7 +198,7 @@ class Stage:
             rate_per_s=rate_per_s / self.slowdown,
             seed=self.spec.seed + len(self.timeline),  # every phase its own order, every run the same ones
         )
-        return send(load, watch, lambda done, total: self.progress(done, total, **figures))
+        return send(load, watch, lambda done, total: self.progress(done, total, "requests", **figures))
 
 
 class Guard:

@@ -5,10 +5,13 @@ from collections.abc import Mapping
 
 from mlflow.exceptions import MlflowException
 from rich.console import Console
+from rich.markup import escape
 
 from slipstream.airflow_api import FINAL, AirflowApi, TaskInstance
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home
+from slipstream.platform import addresses
+from slipstream.report import show
 from slipstream.report.find import connect
 from slipstream.watch.journal import (
     OVER,
@@ -21,7 +24,7 @@ from slipstream.watch.journal import (
     seconds_between,
     under_way,
 )
-from slipstream.watch.notes import Key, Note, Notes, be_patient_elsewhere
+from slipstream.watch.notes import PIPELINE, Key, Note, Notes, be_patient_elsewhere
 from slipstream.watch.start import Started
 from slipstream.watch.view import view
 
@@ -36,7 +39,11 @@ def follow(home: Home, run: Started, console: Console) -> int:
     Raises Unavailable when Airflow is silent for PATIENCE_S, InputError when there is no such run.
     """
     be_patient_elsewhere()
-    watch = _Watch(AirflowApi.of(home), Notes(connect(home), run.spec.model.name, run.spec.name, run.run_id), run)
+    notes = Notes(connect(home), run.spec.model.name, run.spec.name, run.run_id)
+    watch = _Watch(AirflowApi.of(home), notes, run)
+    places = addresses.load(home)
+    airflow_page = show.airflow_page(places, run.dag_id, run.run_id)
+    console.print(f"[dim]{airflow_page}[/]", highlight=False, soft_wrap=True)
     try:
         with view(console) as shown:
             while not watch.look():
@@ -47,9 +54,28 @@ def follow(home: Home, run: Started, console: Console) -> int:
         console.print(f"\nThe run goes on; follow it again with: slipstream watch {run.spec.name} {run.run_id}")
         return 0
     code = exit_code(watch.state, watch.notes)
-    mark = "[green]✓ Finished[/]" if code == 0 else "[bold red]✗ Failed[/]"
-    console.print(f"\n{mark} [dim]{run.spec.name} {run.run_id} after {duration(watch.seconds)}[/]", highlight=False)
+    pipeline = watch.notes.get(PIPELINE, Note(status=""))
+    console.print(_end(code, pipeline.headline, run, watch.seconds), highlight=False)
+    pages = {"Airflow": airflow_page}
+    if pipeline.headline and notes.experiment_id is not None:
+        pages["report"] = show.report_page(places, notes.experiment_id, pipeline.run_id)
+        pages["next"] = f"slipstream report {run.spec.name}  ({_next(code)})"
+    else:
+        pages["next"] = "see the log of the failed task in Airflow; there is no report of this run"
+    for name, value in pages.items():
+        console.print(f"  [dim]{name:<8}[/] {value}", highlight=False, soft_wrap=True)
     return code
+
+
+def _end(code: int, headline: str, run: Started, seconds: float | None) -> str:
+    """What became of the run, as its report says it, and how long it took."""
+    mark = "[green]✓[/]" if code == 0 else "[bold red]✗[/]"
+    text = escape(headline) or ("Finished" if code == 0 else "Failed")
+    return f"\n{mark} [bold]{text}[/]\n  [dim]{run.spec.name} {run.run_id} took {duration(seconds)}[/]"
+
+
+def _next(code: int) -> str:
+    return "all engines, and a request to try" if code == 0 else "all engines, and why each was refused"
 
 
 class _Watch:
@@ -100,8 +126,8 @@ class _Watch:
     def _ask_for_reasons(self) -> None:
         """Read a failed task's log once: a step that never reached MLflow says only there why it failed."""
         for task in self.tasks:
-            key = (task.task, task.index, task.tries)
-            if task.state in ("failed", "up_for_retry") and task.task != "outcome" and key not in self.reasons:
+            key = (task.id, task.tries)
+            if task.state in ("failed", "up_for_retry") and task.step != "outcome" and key not in self.reasons:
                 self.reasons[key] = self._airflow.error(self._run.dag_id, self._run.run_id, task)
 
     def footer(self) -> str:

@@ -9,18 +9,19 @@ from slipstream import flow
 from slipstream.airflow_api import TaskInstance
 from slipstream.contract import Answer
 from slipstream.errors import EXIT_GATE, EXIT_INPUT, EXIT_RETRY
-from slipstream.spec import TECHNIQUES
+from slipstream.watch.achievements import achieved
 from slipstream.watch.notes import Key, Note
 
-Kind = Literal["stage", "done", "failed", "skipped", "retry", "pass", "fail", "inconclusive", "detail"]
+Kind = Literal[
+    "stage", "done", "rejected", "undecided", "failed", "skipped", "retry", "pass", "fail", "inconclusive", "detail"
+]
 OVER = ("success", "failed", "upstream_failed", "skipped", "removed")
 UNDER_WAY = ("running", "awaiting_input", "deferred")
-UNNAMED = "#"
 VERDICTS: dict[Answer, Kind] = {"pass": "pass", "fail": "fail", "inconclusive": "inconclusive"}
 
 
-Try = tuple[str, int, int]
-"""Task, map index, number of the try."""
+Try = tuple[str, int]
+"""Task id, number of the try."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Line:
 
     kind: Kind
     text: str
-    """Without mark or colour."""
+    """Without mark or color."""
     right: str = ""
     """What stands at the end of the line: how long it took."""
 
@@ -49,56 +50,51 @@ class Journal:
     """Remembers what has been said of one run."""
 
     def __init__(self) -> None:
-        self._said: set[tuple[str, int, int, str]] = set()
+        self._said: set[tuple[str, int, str]] = set()
         self._stage = ""
 
     def lines(self, tasks: Sequence[TaskInstance], notes: Mapping[Key, Note], reasons: Mapping[Try, str]) -> list[Line]:
         """What happened since the last call, in the order of the flow. `reasons` are the errors in Airflow's logs."""
-        names = _names(tasks)
-        found: list[Line] = []
+        new: list[Line] = []
         for task in sorted(tasks, key=_place):
             state = "retry" if task.state == "up_for_retry" else task.state or ""
-            key = (task.task, task.index, task.tries, state)
+            key = (task.id, task.tries, state)
             if key in self._said or (state not in OVER and state != "retry"):
                 continue
             self._said.add(key)
-            name, reason = names.get((task.task, task.index), ""), reasons.get((task.task, task.index, task.tries), "")
-            told = list(_told(task, name, notes.get((task.task, name or None)), state, reason))
-            stage = flow.stage_of(task.task)
+            note, reason = notes.get((task.step, task.cell)), reasons.get((task.id, task.tries), "")
+            told = list(_told(task, note, state, reason))
+            stage = flow.stage_of(task.step)
             if told and stage != self._stage:
                 self._stage = stage
-                found.append(Line("stage", stage.replace("_", " ").capitalize()))
-            found += told
-        return found
+                new.append(Line("stage", stage.replace("_", " ").capitalize()))
+            new += told
+        return new
 
 
 def under_way(tasks: Sequence[TaskInstance], notes: Mapping[Key, Note]) -> list[UnderWay]:
-    """The tasks that run or wait for a person now, in the order of the flow.
-
-    Mapped ones from when they have their names, which Airflow renders seconds after it starts them.
-    """
-    names = _names(tasks)
+    """The tasks that run or wait for a person now, in the order of the flow."""
     return [
         UnderWay(
-            t.task,
-            names.get((t.task, t.index), ""),
-            t.started,
-            notes.get((t.task, names.get((t.task, t.index)))),
-            waits_for_answer=t.state == "awaiting_input",
+            task.step,
+            task.cell,
+            task.started,
+            notes.get((task.step, task.cell)),
+            waits_for_answer=task.state == "awaiting_input",
         )
-        for t in sorted(tasks, key=_place)
-        if t.state in UNDER_WAY and not names.get((t.task, t.index), "").startswith(UNNAMED)
+        for task in sorted(tasks, key=_place)
+        if task.state in UNDER_WAY
     ]
 
 
 def not_reached(tasks: Sequence[TaskInstance]) -> list[Line]:
     """One line that names the tasks that a failure kept from running; it comes last, when that is certain."""
-    names = dict.fromkeys(t.task for t in sorted(tasks, key=_place) if t.state == "upstream_failed")
-    return [Line("skipped", f"not reached: {', '.join(names)}")] if names else []
+    steps = dict.fromkeys(task.step for task in sorted(tasks, key=_place) if task.state == "upstream_failed")
+    return [Line("skipped", f"not reached: {', '.join(steps)}")] if steps else []
 
 
 def exit_code(state: str, notes: Mapping[Key, Note]) -> int:
-    """0 for a green run; else 3 when a gate said no, 2 when what was given is wrong, 1 for all else."""
+    """0 for a green run; else 3 when a gate failed, 2 when the input is wrong, 1 for all else."""
     if state == "success":
         return 0
     codes = {n.exit_code for n in notes.values() if n.status == "FAILED"}
@@ -124,45 +120,42 @@ def seconds_between(began: str | None, ended: str | None = None) -> float | None
     return (end - datetime.datetime.fromisoformat(began)).total_seconds()
 
 
-def _place(task: TaskInstance) -> tuple[int, int]:
-    order = [t for tasks in flow.STAGES.values() for t in tasks]
-    return order.index(task.task) if task.task in order else len(order), task.index
+def _place(task: TaskInstance) -> tuple[int, str]:
+    order = [step for steps in flow.STAGES.values() for step in steps]
+    return order.index(task.step) if task.step in order else len(order), task.cell
 
 
-def _names(tasks: Iterable[TaskInstance]) -> dict[tuple[str, int], str]:
-    """Map names; a task that never ran has none, but a sibling of the same mapping has it."""
-    families = dict.fromkeys(TECHNIQUES, TECHNIQUES) | dict.fromkeys(("build", "validate"), ("build", "validate"))
-    mapped = [t for t in tasks if t.name is not None]
-    found = {(t.task, t.index): t.name for t in mapped if t.name and not t.name.isdigit()}
-    for task in mapped:
-        siblings = (found.get((s, task.index)) for s in families.get(task.task, ()))
-        found.setdefault((task.task, task.index), next((s for s in siblings if s), f"{UNNAMED}{task.index}"))
-    return {k: v for k, v in found.items() if v}
-
-
-def _told(task: TaskInstance, name: str, note: Note | None, state: str, reason: str) -> Iterable[Line]:
+def _told(task: TaskInstance, note: Note | None, state: str, reason: str) -> Iterable[Line]:
     """A task's line and the lines below it."""
-    text, took = f"{task.task:<9} {name}".rstrip(), duration(task.seconds)
+    text, took = f"{task.step:<9} {task.cell}".rstrip(), duration(task.seconds)
     if state == "skipped":
-        if task.task not in TECHNIQUES:  # a recipe that lacks a technique is no news
-            yield Line("skipped", f"{text}  skipped".rstrip())
+        if not task.cell:  # a recipe that was not chosen is no news
+            yield Line("skipped", f"{text}  skipped")
     elif state == "retry":
         yield Line("retry", f"{text}  try {task.tries} failed, will be tried again", took)
         yield from _error(note, reason)
     elif state == "success":
-        if task.task != "outcome":
-            reused = "  unchanged, reused" if note and note.reused else ""
-            yield Line("done", text + reused, took)
-            yield from _verdicts(note)
-    elif state == "failed" and task.task != "outcome":  # whose message repeats what was told
+        if task.step != "outcome":
+            reused = ("unchanged, reused",) if note and note.reused else ()
+            said = (text, *reused, *achieved(task.step, note.metrics if note else {}))
+            yield Line(_outcome(note), "  ".join(said), took)
+            yield from _verdicts(note, with_passed=not task.cell)
+    elif state == "failed" and task.step != "outcome":  # whose message repeats what was told
         yield Line("failed", text, took)
-        yield from _verdicts(note)
+        yield from _verdicts(note, with_passed=True)
         yield from _error(note, reason)
 
 
-def _verdicts(note: Note | None) -> Iterable[Line]:
+def _outcome(note: Note | None) -> Kind:
+    """`done` is for what passed, or has no gate."""
+    answers = {answer for _, answer, _ in note.verdicts} if note else set()
+    return "rejected" if "fail" in answers else "undecided" if "inconclusive" in answers else "done"
+
+
+def _verdicts(note: Note | None, *, with_passed: bool) -> Iterable[Line]:
     for gate, answer, reason in note.verdicts if note else ():
-        yield Line(VERDICTS[answer], f"{gate}: {reason}")
+        if with_passed or answer != "pass":
+            yield Line(VERDICTS[answer], f"{gate}: {reason}")
 
 
 def _error(note: Note | None, reason: str) -> Iterable[Line]:

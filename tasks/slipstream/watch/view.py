@@ -18,6 +18,8 @@ from slipstream.watch.journal import Kind, Line, UnderWay, duration, seconds_bet
 MARKS: dict[Kind, tuple[str, str, int]] = {
     "stage": ("", "bold", 0),
     "done": ("✓", "green", 2),
+    "rejected": ("✗", "red", 2),
+    "undecided": ("?", "yellow", 2),
     "failed": ("✗", "bold red", 2),
     "skipped": ("·", "dim", 2),
     "retry": ("↻", "yellow", 2),
@@ -111,7 +113,8 @@ class PlainView:
             self._say(" " * indent + f"{mark} {line.text}{right}".strip())
         for task in now:
             said_s, said = self._last.get((task.task, task.name), (float("-inf"), ""))
-            text = f"  … {task.task:<9} {task.name}  {_figures(task)}".rstrip()
+            waits = "waits for an answer in Airflow" if task.waits_for_answer else _figures(task)
+            text = f"  … {task.task:<9} {task.name}  {waits}".rstrip()
             if text != said and time.monotonic() - said_s >= PROGRESS_EVERY_S:
                 self._last[task.task, task.name] = (time.monotonic(), text)
                 self._say(text)
@@ -137,18 +140,16 @@ def rendered(line: Line, width: int) -> RenderableType:
 
 
 def _bar(task: UnderWay) -> RenderableType:
-    note = task.note
-    if note is None or not note.share or note.status != "RUNNING":
-        return Text("waits for your answer in Airflow" if task.waits_for_answer else "", style="yellow")
-    return ProgressBar(total=1.0, completed=note.share, width=24, complete_style="cyan", finished_style="cyan")
+    progress = task.note.progress if task.note and task.note.status == "RUNNING" else None
+    if progress is None:
+        return Text("waits for an answer in Airflow" if task.waits_for_answer else "", style="yellow")
+    return ProgressBar(total=1.0, completed=progress.share, width=24, complete_style="cyan", finished_style="cyan")
 
 
 def _figures(task: UnderWay) -> str:
-    """`3/5  loss 0.412`."""
-    note = task.note
-    if task.waits_for_answer:
-        return "waits for an answer in Airflow"
-    if note is None or note.status != "RUNNING" or not note.done:
+    """`3/5 rounds  loss 0.412`."""
+    progress = task.note.progress if task.note and task.note.status == "RUNNING" else None
+    if task.waits_for_answer or progress is None:
         return ""
-    figures = "  ".join(f"{k} {v:.4g}" for k, v in note.figures.items())
-    return f"{note.done}/{note.total}  {figures}".rstrip()
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in progress.figures.items())
+    return f"{progress.done}/{progress.total} {progress.unit}".rstrip() + (f"  {figures}" if figures else "")
