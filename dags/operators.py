@@ -10,6 +10,7 @@ from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 import runtimes
+from links import MlflowRunLink, ReportLink
 from slipstream import catalog, flow, spec, storage
 from slipstream.contract import StepInput, StepOutput
 from slipstream.errors import InputError
@@ -82,9 +83,11 @@ class StepOperator(BaseOperator):
 
     template_fields = ("cell",)
     ui_color = "#e8f0fe"
+    operator_extra_links = (MlflowRunLink(), ReportLink())
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, model: str = "", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.model = model
         self.step, cell = flow.task_of(self.task_id)
         self.cell = cell.key if cell else None
 

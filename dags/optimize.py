@@ -37,7 +37,8 @@ def pipeline(spec: Spec) -> DAG:
         start_date=catalog.published_at(HOME, spec.name),
         catchup=False,
         max_active_runs=1,
-        default_args=RETRIES | {"weight_rule": "upstream"},  # finish one recipe before the next
+        # The weights finish one recipe before the next.
+        default_args=RETRIES | {"weight_rule": "upstream", "model": spec.model.name},
         tags=["slipstream", spec.model.name],
         auto_register=False,  # one that fails half-way must not be found; the last lines register the rest
     ) as dag:

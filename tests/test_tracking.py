@@ -5,10 +5,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from slipstream import flow
 from slipstream import spec as specs
-from slipstream.contract import Artifact, StepOutput
+from slipstream.contract import Artifact, StepOutput, Verdict
+from slipstream.data import Data, Split
 from slipstream.errors import DataError, InputError
 from slipstream.tracking import IDENTITY, OUTPUT, SPEC, STEP, Tracking, connected
 
@@ -98,3 +101,28 @@ def test_a_reused_result_is_signed_for_the_run_that_reuses_it(tracking: Tracking
     (run,) = tracking.search({"slipstream.reused_from": ours.run_id})
     assert tracking.output(run.info.run_id) == reused
     assert tracking.find(IDENTITY_OF_STEP) == ours
+
+
+def test_a_judged_engine_carries_its_figures_and_verdicts_and_the_data_they_are_about(tracking: Tracking) -> None:
+    model = tracking.client.create_logged_model(tracking.experiment_id, "engine")
+    run = tracking.start("run-1", "validate", flow.cell_of("int8@server"), IDENTITY_OF_STEP)
+    output = StepOutput(
+        step="validate",
+        cell=flow.cell_of("int8@server"),
+        identity=IDENTITY_OF_STEP,
+        run_id=run.run_id,
+        metrics={"top1": 91.5, "p50_ms": 0.2},
+        verdicts=(Verdict(gate="accuracy", answer="pass", reason="drop 0.1 points"),),
+    )
+    split = Split(np.zeros((4, 2), np.float32), np.arange(4))
+    engine = Artifact(uri="models:/m", path="data/engine", sha256="b" * 64, size_bytes=1, model_id=model.model_id)
+    run.judges(output, engine, Data(split, split), "tiny")
+    judged = tracking.client.get_logged_model(model.model_id)
+    assert {(m.key, m.value, m.dataset_name) for m in judged.metrics} == {
+        ("top1", 91.5, "tiny-test"),
+        ("p50_ms", 0.2, "tiny-test"),
+    }
+    assert judged.tags["gate.accuracy"] == "pass: drop 0.1 points"
+    inputs = tracking.client.get_run(run.run_id).inputs
+    assert [d.dataset.name for d in inputs.dataset_inputs] == ["tiny-test"]
+    assert [m.model_id for m in inputs.model_inputs] == [model.model_id]

@@ -111,15 +111,31 @@ class StepRun:
 
     def dataset(self, data: Data, name: str, sources: Mapping[str, str]) -> None:
         """Link the splits to this run, by digest; `sources` says where each split came from."""
-        found = data.digests()
         inputs = [
             DatasetInput(
-                Dataset(f"{name}-{split}", found[split][:36], "code", json.dumps({"source": source})),
-                [InputTag("mlflow.data.context", split)],
+                _dataset(data, name, split, json.dumps({"source": source})), [InputTag("mlflow.data.context", split)]
             )
             for split, source in sources.items()
         ]
         self.client.log_inputs(self.run_id, datasets=inputs)
+
+    def judges(self, output: StepOutput, engine: Artifact, data: Data, name: str) -> None:
+        """Record the figures and verdicts of an output at the logged model that was judged, by its test split.
+
+        MLflow's page of the model then shows them, and its list of models can be sorted by them.
+        """
+        if engine.model_id is None:
+            return
+        judged_on = _dataset(data, name, "test", "{}")
+        context = InputTag("mlflow.data.context", "test")
+        self.client.log_inputs(self.run_id, datasets=[DatasetInput(judged_on, [context])])
+        self.uses([engine.model_id])
+        now = int(time.time() * 1000)
+        where = {"model_id": engine.model_id, "dataset_name": judged_on.name, "dataset_digest": judged_on.digest}
+        figures = [Metric(k, float(v), now, 0, **where) for k, v in output.metrics.items()]
+        self.client.log_batch(self.run_id, metrics=figures)
+        verdicts = {f"gate.{v.gate}": f"{v.answer}: {v.reason}"[:4900] for v in output.verdicts}
+        self.client.set_logged_model_tags(engine.model_id, verdicts)
 
     def uses(self, model_ids: Iterable[str]) -> None:
         """Link the logged models that this step builds on."""
@@ -172,6 +188,11 @@ class StepRun:
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
 
 
+def _dataset(data: Data, name: str, split: str, source: str) -> Dataset:
+    """MLflow's entry for a split; its digests have at most 36 characters."""
+    return Dataset(f"{name}-{split}", data.digests()[split][:36], "code", source)
+
+
 def connected() -> MlflowClient:
     """A client of the MLflow server that MLFLOW_TRACKING_URI names. Raises InputError when that names no server."""
     try:
@@ -198,8 +219,19 @@ class Tracking:
         if self._experiment_id is None:
             name = experiment_name(self.spec.model.name)
             found = self.client.get_experiment_by_name(name)
-            self._experiment_id = found.experiment_id if found else str(self.client.create_experiment(name))
+            self._experiment_id = found.experiment_id if found else self._make_experiment(name)
         return self._experiment_id
+
+    def _make_experiment(self, name: str) -> str:
+        about = (
+            f"Runs of slipstream for the registered model **{self.spec.model.name}**. Each pipeline run has a child "
+            "for each step; its report is the artifact `report/index.html`."
+        )
+        return str(self.client.create_experiment(name, tags={"mlflow.note.content": about}))
+
+    def run(self, run_id: str) -> StepRun:
+        """A run of this experiment."""
+        return StepRun(self.client, run_id, self.experiment_id)
 
     def pipeline_run(self, run_key: str) -> str:
         """The parent run of a pipeline run; created, with the spec as its artefact, by the first step that asks."""

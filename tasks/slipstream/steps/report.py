@@ -19,7 +19,7 @@ from slipstream import tracking
 from slipstream.contract import StepInput, StepOutput
 from slipstream.data import Data
 from slipstream.errors import SlipstreamError
-from slipstream.report import page, plots
+from slipstream.report import page, plots, wording
 from slipstream.report.collect import collect
 from slipstream.report.document import PAGE, REPORT, REQUEST, Report, Sample
 from slipstream.serving import client
@@ -117,7 +117,10 @@ def _summarize(context: Context, parent: str, report: Report, metrics: dict[str,
         tracking.HEADLINE: report.headline,
         "slipstream.winner": report.winner or "",
         "slipstream.version": report.version or "",
-        "mlflow.note.content": f"**{report.headline}.** {report.explanation}\n\nThe report: artefact `{PAGE}`.",
+        "mlflow.runName": run_name(report),
+        "mlflow.source.name": f"spec {report.spec}",
+        "mlflow.source.type": "JOB",
+        "mlflow.note.content": f"**{report.headline}.** {report.explanation}\n\nThe report: artifact `{PAGE}`.",
     }
     mlflow.log_batch(
         parent,
@@ -125,4 +128,17 @@ def _summarize(context: Context, parent: str, report: Report, metrics: dict[str,
         params=[Param(k, str(v)) for k, v in context.spec.objective.model_dump().items()],
         tags=[RunTag(k, v[:4900]) for k, v in tags.items()],
     )
+    built = next((m for m in report.made if m.step == "build" and m.cell == report.winner), None)
+    if built is not None and built.model_id is not None:
+        context.tracking.run(parent).produces(built.model_id)
     mlflow.set_terminated(parent, "FINISHED" if report.ok else "FAILED")
+
+
+def run_name(report: Report) -> str:
+    """The pipeline run's name in MLflow's list: outcome, pick and gain, which no other column shows unasked."""
+    outcome = report.outcome.replace("_", " ")
+    row = report.winning_row
+    if row is None or row.evidence is None:
+        return outcome
+    gain = row.evidence.speedup_eager or row.evidence.speedup_reference
+    return f"{outcome}: {row.cell}" + (f" {wording.ratio(gain.estimate)}" if gain else "")

@@ -76,11 +76,15 @@ def run(context: Context) -> StepOutput:
     verdicts, notes = gates.settle(judgement.verdicts(), noisy=evidence.noise.noisy, ratio="speedup")
     for note in notes:
         log.warning("%s", note)
-    return context.output(
+    output = context.output(
         metrics=_metrics(evidence) | usage.metrics(),
         verdicts=verdicts,
         details={"evidence": evidence.model_dump(mode="json"), "notes": notes},
     )
+    built = _built(context, context.cell).artifact
+    assert built is not None, "a build hands on an engine"
+    context.run.judges(output, built, data, context.spec.name)
+    return output
 
 
 def _unmeasured(context: Context, reason: str) -> StepOutput:

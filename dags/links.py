@@ -1,0 +1,60 @@
+"""Links from a task in Airflow to what it recorded in MLflow. Computed once, when the task ends; kept as an XCom."""
+
+import os
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+from airflow.sdk import BaseOperatorLink
+
+from slipstream import flow
+
+TIMEOUT_S = 3
+"""A link is a convenience: MLflow being slow or away must not hold up the end of a task."""
+VIEW = "?workflowType=machine_learning"
+"""Without it MLflow's pages open in their view of language-model traces."""
+
+
+class MlflowRunLink(BaseOperatorLink):
+    """The step's own run in MLflow."""
+
+    name = "MLflow run"
+
+    def get_link(self, operator: Any, *, ti_key: Any) -> str:
+        """The address; empty where MLflow knows no such run or does not answer."""
+        step, cell = flow.task_of(operator.task_id)
+        tags = {"slipstream.step": step} | ({"slipstream.cell": cell.key} if cell else {})
+        return _page(operator.model, str(ti_key.run_id), tags)
+
+
+class ReportLink(BaseOperatorLink):
+    """The report of the pipeline run."""
+
+    name = "Report"
+
+    def get_link(self, operator: Any, *, ti_key: Any) -> str:
+        """The address; empty where MLflow knows no such run or does not answer."""
+        return _page(
+            operator.model, str(ti_key.run_id), {"slipstream.step": "pipeline"}, "/artifacts/report/index.html"
+        )
+
+
+def _page(model: str, run_key: str, tags: dict[str, str], below: str = "") -> str:
+    """Address of the newest run of a model's experiment with these tags, by MLflow's REST API."""
+    server = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not server.startswith("http"):
+        return ""
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
+    wanted = " and ".join(f"tags.`{k}` = '{v}'" for k, v in ({"slipstream.run_key": run_key} | tags).items())
+    try:
+        with httpx.Client(base_url=server, timeout=TIMEOUT_S, auth=(user, password) if user else None) as client:
+            name = quote(f"slipstream/{model}", safe="")
+            answer = client.get(f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}").raise_for_status()
+            experiment = answer.json()["experiment"]["experiment_id"]
+            query = {"experiment_ids": [experiment], "filter": wanted, "max_results": 1}
+            runs = client.post("/api/2.0/mlflow/runs/search", json=query).raise_for_status().json().get("runs", [])
+    except (httpx.HTTPError, ValueError, KeyError):
+        return ""
+    if not runs:
+        return ""
+    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs/{runs[0]['info']['run_id']}{below}{VIEW}"
