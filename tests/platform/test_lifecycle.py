@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -17,10 +17,17 @@ from tests.platform.running import Platform, silent
 from slipstream.airflow_api import AirflowApi
 from slipstream.errors import Unavailable
 from slipstream.home import Home
-from slipstream.platform import addresses, airflow, lifecycle, processes, supervisor
+from slipstream.platform import addresses, airflow, health, launch, lifecycle, processes, supervisor
 from slipstream.platform.addresses import port_of
 
 METRICS = 40
+
+
+def eventually(condition: Callable[[], object], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not become true"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +109,59 @@ def test_mlflow_killed_under_a_step_loses_nothing(platform: Platform, monkeypatc
             os.killpg(server, signal.SIGKILL)
         client.log_metric(run, "loss", 1 / (step + 1), step=step)
     assert [m.step for m in client.get_metric_history(run, "loss")] == list(range(METRICS))
+
+
+def test_the_worker_of_a_killed_mlflow_does_not_keep_its_port(platform: Platform) -> None:
+    port = port_of(platform.addresses.mlflow)
+    before, server, size = processes.listener(port), platform.pids()["mlflow"], len(of_mlflow(platform))
+    assert before is not None and server is not None and before.pid != server
+    os.kill(server, signal.SIGKILL)  # the parent alone
+    eventually(lambda: platform.status()["mlflow"].healthy, 120)
+    assert launch.identity(before.pid) is None
+    after = platform.pids()["mlflow"]
+    assert after is not None and after != server
+    assert of_mlflow(platform) == {after, *processes._descendants(after)}
+    assert len(of_mlflow(platform)) == size
+    assert len(processes._listening_inodes(port)) == 1
+
+
+def of_mlflow(platform: Platform) -> set[int]:
+    return set(launch.marked(str(platform.home.root), "mlflow"))
+
+
+def test_status_tells_that_another_process_answers_in_a_services_place(platform: Platform) -> None:
+    """As when MLflow's worker outlived its parent: what answers is not what is supervised."""
+    changed = platform.addresses.model_copy(update={"triggers": platform.addresses.mlflow})
+    status = {s.name: s for s in health.status(platform.home, changed)}
+    assert not status["triggers"].healthy
+    assert f"port {port_of(platform.addresses.mlflow)} is held by pid" in (status["triggers"].note or "")
+
+
+def test_a_killed_supervisord_is_started_again_and_takes_over_what_runs(platform: Platform) -> None:
+    daemon, before = supervisor.running_pid(platform.home), platform.pids()
+    assert daemon is not None
+    os.kill(daemon, signal.SIGKILL)
+    eventually(lambda: supervisor.running_pid(platform.home) not in (None, daemon), 60)
+    eventually(lambda: all(s.healthy for s in platform.status().values()), 60)
+    assert platform.pids() == before
+
+
+def test_up_takes_over_what_a_killed_supervisord_left_running(platform: Platform) -> None:
+    daemon, before = supervisor.running_pid(platform.home), platform.pids()
+    triggers = before["triggers"]
+    assert daemon is not None and triggers is not None
+    os.kill(triggers, signal.SIGSTOP)  # or it would be faster
+    try:
+        os.kill(daemon, signal.SIGKILL)
+        eventually(lambda: supervisor.running_pid(platform.home) is None)
+        shown = platform.command("status")
+        assert shown.returncode == 1
+        assert "envoy" in shown.stdout and "supervisord was killed" in shown.stdout
+        assert {s.state for s in platform.status().values()} == {supervisor.ORPHANED}
+    finally:
+        os.kill(triggers, signal.SIGCONT)
+    assert lifecycle.up(platform.home, silent) == platform.addresses
+    assert platform.pids() == before
 
 
 def test_a_power_cut_loses_nothing(platform: Platform) -> None:

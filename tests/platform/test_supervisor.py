@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.conftest import free_port
 
 from slipstream.errors import Unavailable
 from slipstream.home import Home
-from slipstream.platform import supervisor
-from slipstream.platform.supervisor import ABSENT, Program
+from slipstream.platform import launch, processes, supervisor
+from slipstream.platform.supervisor import ABSENT, ProcessState, Program
 
 PRINT_AND_SLEEP = "import os, sys, time; print(os.environ.get('ANSWER'), flush=True); time.sleep(600)"
 
@@ -163,3 +164,104 @@ def test_a_step_whose_supervisord_died_is_told_so(platform_home: Home, monkeypat
     monkeypatch.setenv(supervisor.MARK, str(platform_home.root))
     with pytest.raises(Unavailable, match="slipstream up"):
         supervisor.start(platform_home, program())
+
+
+def kill_supervisord(home: Home) -> int:
+    daemon = supervisor.running_pid(home)
+    assert daemon is not None
+    os.kill(daemon, signal.SIGKILL)
+    eventually(lambda: supervisor.running_pid(home) is None)
+    return daemon
+
+
+def test_what_a_killed_supervisord_left_running_is_taken_over_as_it_runs(platform_home: Home) -> None:
+    supervisor.start(platform_home, program())
+    eventually(lambda: supervisor.state(platform_home, "worker").state == "RUNNING")
+    before = pid(platform_home)
+    kill_supervisord(platform_home)
+    assert supervisor.state(platform_home, "worker") == ProcessState(supervisor.ORPHANED, before)
+    supervisor.start(platform_home, program())
+    eventually(lambda: supervisor.state(platform_home, "worker").state == "RUNNING")
+    assert pid(platform_home) == before
+    assert "goes on under a new supervisord" in supervisor.log_file(platform_home, "worker").read_text()
+    kill_supervisord(platform_home)  # the watching process goes with it, and the next one takes over likewise
+    supervisor.ensure_running(platform_home)
+    eventually(lambda: supervisor.state(platform_home, "worker").state == "RUNNING")
+    assert pid(platform_home) == before
+    os.kill(before, signal.SIGKILL)
+    eventually(lambda: supervisor.state(platform_home, "worker").pid not in (None, before))
+
+
+def test_what_was_taken_over_is_stopped_and_changed_like_any_other(platform_home: Home, tmp_path: Path) -> None:
+    stubborn = Program("stubborn", ("/bin/sh", "-c", "trap '' TERM; while :; do sleep 1; done"), stop_wait_s=2)
+    supervisor.start(platform_home, program(ANSWER="41"))
+    supervisor.start(platform_home, stubborn)
+    before, unstopped = pid(platform_home), pid(platform_home, "stubborn")
+    kill_supervisord(platform_home)
+    supervisor.start(platform_home, program(ANSWER="42"))
+    eventually(lambda: "42" in supervisor.log_file(platform_home, "worker").read_text())
+    assert pid(platform_home) != before and launch.identity(before) is None
+    eventually(lambda: supervisor.state(platform_home, "stubborn").state == "RUNNING")
+    assert pid(platform_home, "stubborn") == unstopped
+    supervisor.stop(platform_home, "stubborn")
+    assert launch.identity(unstopped) is None
+
+
+def test_children_of_a_killed_parent_are_stopped_before_it_starts_again(platform_home: Home) -> None:
+    """As those of MLflow: the worker keeps the port, and the new parent cannot have it."""
+    serve = "import socket, time; s = socket.create_server(('127.0.0.1', %d)); time.sleep(600)"
+    port = free_port()
+    parent = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", {serve % port!r}], start_new_session=True)
+sys.exit(child.wait())
+"""
+    supervisor.start(platform_home, Program("server", (sys.executable, "-c", parent)))
+    eventually(lambda: processes.listener(port) is not None)
+    before, child = pid(platform_home, "server"), processes.listener(port)
+    assert child is not None and child.pid != before
+    os.kill(before, signal.SIGKILL)
+    eventually(lambda: (now := processes.listener(port)) is not None and now.pid != child.pid)
+    assert launch.identity(child.pid) is None
+    assert processes.holds_port(pid(platform_home, "server"), port)
+
+
+def test_a_program_logs_on_when_supervisord_is_gone(platform_home: Home, tmp_path: Path) -> None:
+    say = f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)\n"
+    say += "print('still here', flush=True); time.sleep(600)"
+    supervisor.start(platform_home, Program("talker", (sys.executable, "-c", say)))
+    before = pid(platform_home, "talker")
+    kill_supervisord(platform_home)
+    (tmp_path / "go").touch()
+    eventually(lambda: "still here" in supervisor.log_file(platform_home, "talker").read_text())
+    assert supervisor.state(platform_home, "talker").pid == before
+    supervisor.ensure_running(platform_home)
+
+
+def test_logs_are_bounded_while_their_program_writes_on(
+    platform_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "LOG_BYTES", 1000)
+    say = "import time\nfor n in range(10**6):\n    print(n, 'x' * 99, flush=True); time.sleep(0.01)"
+    supervisor.start(platform_home, Program("chatty", (sys.executable, "-c", say)))
+    log = supervisor.log_file(platform_home, "chatty")
+    for number in range(1, 6):
+        eventually(lambda: log.stat().st_size > 1000)
+        supervisor.rotate_logs(platform_home)
+        assert log.with_name(f"chatty.log.{min(number, 3)}").stat().st_size > 1000
+    assert sorted(p.name for p in log.parent.glob("chatty*")) == ["chatty.log", *(f"chatty.log.{n}" for n in (1, 2, 3))]
+    eventually(lambda: 0 < log.stat().st_size < 1000)  # no hole where the earlier lines were
+
+
+def test_supervisord_gets_the_environment_of_whoever_started_it_first(
+    platform_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started by one of its programs, it hands that program's secrets to no other."""
+    supervisor.start(platform_home, program("watch", SECRET="of the watch"))
+    monkeypatch.setenv("SECRET", "of the watch")
+    monkeypatch.setenv("MINE", "of the user")
+    monkeypatch.setenv("SUPERVISOR_PROCESS_NAME", "watch")
+    monkeypatch.setenv("SLIPSTREAM_PROGRAM", "watch")
+    made = supervisor.base_environment(platform_home)
+    assert made["MINE"] == "of the user"
+    assert not made.keys() & {"SECRET", "SUPERVISOR_PROCESS_NAME", "SLIPSTREAM_PROGRAM", "SLIPSTREAM_DESCRIPTION"}

@@ -18,6 +18,8 @@ from slipstream.platform import addresses, health, lifecycle, object_store, supe
 from slipstream.platform.addresses import Profile
 from slipstream.platform.health import ServiceStatus
 
+WAITING_EVERY_S = 20
+
 
 def up(home: Home, *, new_ports: bool, profile: Profile | None = None) -> None:
     """Start the platform; progress on stderr, addresses and log-in on stdout."""
@@ -58,6 +60,9 @@ def status(home: Home, *, as_json: bool) -> bool:
         console.print_json(json.dumps(document))
     else:
         console.print(_table(services))
+        for note in dict.fromkeys(s.note for s in services if s.note):
+            names = ", ".join(s.name for s in services if s.note == note)
+            console.print(f"{names}: {note}", style="red", highlight=False, markup=False)
     return all(s.healthy for s in services)
 
 
@@ -85,13 +90,14 @@ def _table(services: Sequence[ServiceStatus]) -> Table:
 
 
 class _Progress(AbstractContextManager["_Progress"]):
-    """A live table on a terminal; elsewhere a line whenever a service becomes healthy."""
+    """A live table on a terminal; elsewhere a line whenever a service becomes healthy, or none has for a while."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._live = Live(console=self._console, transient=True) if self._console.is_terminal else None
         self._since = time.monotonic()
         self._healthy: set[str] = set()
+        self._said_s = self._since
 
     def __enter__(self) -> Self:
         if self._live:
@@ -110,6 +116,11 @@ class _Progress(AbstractContextManager["_Progress"]):
         for s in services:
             if s.healthy and s.name not in self._healthy:
                 self._healthy.add(s.name)
-                self._console.print(
-                    f"{time.monotonic() - self._since:5.1f} s  {s.name} is up", highlight=False, soft_wrap=True
-                )
+                self._say(f"{s.name} is up")
+        missing = [f"{s.name} ({s.note or s.state.lower()})" for s in services if not s.healthy]
+        if missing and time.monotonic() - self._said_s > WAITING_EVERY_S:
+            self._say(f"waiting for {', '.join(missing)}")
+
+    def _say(self, what: str) -> None:
+        self._said_s = time.monotonic()
+        self._console.print(f"{self._said_s - self._since:5.1f} s  {what}", highlight=False, soft_wrap=True)

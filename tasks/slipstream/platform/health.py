@@ -11,7 +11,7 @@ import httpx
 from slipstream.contract import Document
 from slipstream.home import Home
 from slipstream.platform import airflow, object_store, postgresql, processes, supervisor
-from slipstream.platform.addresses import Addresses
+from slipstream.platform.addresses import Addresses, port_of
 from slipstream.platform.supervisor import ABSENT, ProcessState
 from slipstream.traffic.envoy_admin import Admin
 
@@ -28,13 +28,16 @@ class ServiceStatus(Document):
 
     name: str
     state: str
-    """supervisord's word: `RUNNING`, `STARTING`, `BACKOFF`, `FATAL`, …, `ABSENT`."""
+    """supervisord's word: `RUNNING`, `STARTING`, `BACKOFF`, `FATAL`, …; `ABSENT`, or `ORPHANED` when supervisord was
+    killed and the service was left running."""
     pid: int | None
     address: str | None
     memory_mib: float
     """Of the process and its children; 0 when it does not run."""
     healthy: bool
-    """Whether it answers, not only runs."""
+    """Whether it answers, not only runs, and supervisord would start it again."""
+    note: str | None = None
+    """What is wrong, where more is known than that it does not answer."""
 
 
 def expected(addresses: Addresses) -> dict[str, str | None]:
@@ -90,14 +93,29 @@ class _Probe:
 
 def _one(name: str, address: str | None, state: ProcessState, probe: _Probe) -> ServiceStatus:
     answer = probe.healthy(name, address, state.pid) if state.pid else False
+    note = _wrong(name, address, state)
     return ServiceStatus(
         name=name,
         state=state.state,
         pid=state.pid,
         address=address,
         memory_mib=round(processes.memory_mib(state.pid), 1) if state.pid else 0.0,
-        healthy=state.state == "RUNNING" if answer is None else answer,
+        healthy=(state.state == "RUNNING" if answer is None else answer) and note is None,
+        note=note,
     )
+
+
+def _wrong(name: str, address: str | None, state: ProcessState) -> str | None:
+    """What an answer cannot tell: that nobody supervises the service, or that another process answers in its place."""
+    if state.state == supervisor.ORPHANED:
+        return "supervisord was killed: nothing would start it again; `slipstream up` takes it over"
+    # PostgreSQL's files may be closed to this user.
+    if state.pid is None or address is None or name == postgresql.NAME:
+        return None
+    port = port_of(address)
+    if processes.holds_port(state.pid, port) or (owner := processes.listener(port)) is None:
+        return None
+    return f"port {port} is held by pid {owner.pid}, which is not of this service: {owner.command[:80]}"
 
 
 def _answers(client: httpx.Client, url: str) -> bool:

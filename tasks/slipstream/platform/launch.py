@@ -1,27 +1,182 @@
-"""What supervisord runs in place of a program: read its command and environment from a file, then become it.
+"""What supervisord runs in place of a program: it becomes the program, or takes over one that already runs.
 
-The ini format of supervisord cannot carry every value (a quote of each kind, ` ;` and `#` start a comment), and
-environments hold secrets. Both are why a program's command and environment lie in a JSON file of their own, which
-only its owner can read. Run by path, with nothing imported, so that it adds some 20 ms and no memory.
+A program's command and environment lie in a JSON file of their own, which only its owner can read: the ini format
+of supervisord cannot carry every value (a quote of each kind, ` ;` and `#` start a comment), and environments hold
+secrets. Run by path, with nothing of slipstream imported, so that it adds some 20 ms and no memory.
+
+Programs outlive a supervisord that is killed. Each leaves a record of its process; under the next supervisord this
+module finds it and watches that process instead of starting a second one, so that servers go on answering. What else
+is left of a program (the children of a killed parent, which may hold its port) is stopped before the program starts.
 """
 
 import json
 import os
+import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
+
+MARK = "SLIPSTREAM_SUPERVISED"
+"""Set to the home in everything that supervisord starts; how orphans are found. Not SLIPSTREAM_HOME: a user's shell
+may carry that one."""
+PROGRAM = "SLIPSTREAM_PROGRAM"
+"""Name of the program that a process belongs to; its children inherit it."""
+DESCRIPTION = "SLIPSTREAM_DESCRIPTION"
+"""Digest of the program's description."""
+
+Record = dict[str, "int | str"]
+"""A program's process: `pid`, `identity` (see there), and `description`, the digest of what it was started by."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_PR_SET_PDEATHSIG = 1
 
 
-def main(description: str) -> None:
-    """Replace this process by the described one; 127 when its command cannot be executed, as a shell would."""
+def main(description: str, record: str, log: str) -> None:
+    """Become the described program, or watch it; 127 when its command cannot be executed, as a shell would."""
+    _write_to(log)
     with open(description, encoding="utf-8") as file:  # noqa: PTH123 (pathlib would double the start time)
         program = json.load(file)
+    known = recorded(record)
+    if known is not None and known["description"] == os.environ[DESCRIPTION]:
+        watch(int(known["pid"]), program["stop_wait_s"])
+    stop(left_over(known), program["stop_wait_s"], signal.Signals[f"SIG{program['stop_signal']}"])
     command = program["command"]
     try:
         if program["directory"]:
             os.chdir(program["directory"])
+        _record(record)
         os.execvpe(command[0], command, os.environ | program["environment"])  # noqa: S606 (no shell is the point)
     except OSError as error:
-        sys.exit(f"cannot run {command[0]}: {error}")
+        sys.stderr.write(f"cannot run {command[0]}: {error}\n")
+        sys.exit(127)
+
+
+def recorded(record: str) -> Record | None:
+    """The recorded process if it lives; None when it has ended."""
+    try:
+        with open(record, encoding="utf-8") as file:  # noqa: PTH123
+            known: Record = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return known if identity(int(known["pid"])) == known["identity"] else None
+
+
+def identity(pid: int) -> str | None:
+    """What tells a process from a later one of the same number: its start, in which boot. None when it is gone."""
+    try:
+        fields = _stat(f"/proc/{pid}/stat")
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:  # noqa: PTH123
+            boot = file.read().strip()
+    except OSError:
+        return None
+    # Fields 3 and 22 of proc(5)'s stat: the state, where Z is a zombie, and the start in clock ticks since boot.
+    return None if fields[0] == b"Z" else f"{boot}:{int(fields[19])}"
+
+
+def marked(home: str, program: str | None = None) -> Iterator[int]:
+    """Processes that carry the home's mark, of one program or of all."""
+    wanted = {f"{MARK}={home}".encode()} | ({f"{PROGRAM}={program}".encode()} if program else set())
+    for entry in os.listdir("/proc"):  # noqa: PTH208
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/environ", "rb") as file:  # noqa: PTH123
+                    variables = file.read().split(b"\0")
+            except OSError:  # it ended, or belongs to another user
+                continue
+            if wanted.issubset(variables):
+                yield int(entry)
+
+
+def left_over(known: Record | None) -> set[int]:
+    """Processes of this program: those of its mark, and its recorded one, whose environment may not be readable."""
+    found = set(marked(os.environ[MARK], os.environ[PROGRAM]))
+    found |= {int(known["pid"])} if known is not None else set()
+    return found - {os.getpid()}
+
+
+def stop(pids: set[int], wait_s: float, ask: int = signal.SIGTERM) -> None:
+    """Stop processes: by the signal `ask`, and after `wait_s` by SIGKILL. Returns when they have ended."""
+    living = {pid: name for pid in pids if (name := identity(pid)) is not None}
+    deadline, asked = time.monotonic() + wait_s, False
+    while living:
+        late = time.monotonic() > deadline
+        if not asked or late:
+            for pid in living:
+                _signal(os.kill, pid, signal.SIGKILL if late else ask)
+            asked = True
+        time.sleep(0.05)
+        living = {pid: name for pid, name in living.items() if identity(pid) == name}
+
+
+def watch(pid: int, stop_wait_s: int) -> None:
+    """Stand for a process that an earlier supervisord started: hand signals on to it, and end when it ends.
+
+    Ends itself with this supervisord, so that the next one can take the process over likewise.
+    """
+    import ctypes  # needed by nobody else
+
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # supervisord died before the call above
+        sys.exit(1)
+    group = os.getpgid(pid)
+    asked: list[int] = []
+
+    def hand_on(number: int, _: object) -> None:
+        asked.append(number)
+        _signal(os.killpg, group, number)
+        signal.alarm(max(stop_wait_s - 1, 1))  # supervisord's own SIGKILL would reach this process alone
+
+    for number in STOPS:
+        signal.signal(number, hand_on)
+    signal.signal(signal.SIGALRM, lambda *_: _signal(os.killpg, group, signal.SIGKILL))
+    print(f"process {pid} goes on under a new supervisord", flush=True)
+    _await_end(pid)
+    sys.exit(0 if asked else 1)
+
+
+def _await_end(pid: int) -> None:
+    import select
+
+    try:
+        ended = select.poll()
+        ended.register(os.pidfd_open(pid), select.POLLIN)
+        ended.poll()
+    except ProcessLookupError:
+        return
+    except OSError:  # a kernel before 5.3
+        before = identity(pid)
+        while identity(pid) == before:
+            time.sleep(0.2)
+
+
+def _write_to(log: str) -> None:
+    """Write to the log itself: a pipe to supervisord would break with it. slipstream bounds the file's size."""
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
+
+
+def _record(record: str) -> None:
+    pid = os.getpid()
+    text = json.dumps({"pid": pid, "identity": identity(pid), "description": os.environ[DESCRIPTION]})
+    with open(f"{record}.{pid}", "w", encoding="utf-8") as file:  # noqa: PTH123
+        file.write(text)
+    os.replace(f"{record}.{pid}", record)  # noqa: PTH105
+
+
+def _stat(path: str) -> list[bytes]:
+    """Fields of proc(5)'s stat from the third on: the command before may itself hold spaces and parentheses."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        return file.read().rpartition(b")")[2].split()
+
+
+def _signal(send: Callable[[int, int], None], target: int, number: int) -> None:
+    try:
+        send(target, number)
+    except ProcessLookupError:
+        return
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

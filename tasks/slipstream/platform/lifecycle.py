@@ -16,8 +16,11 @@ from slipstream.traffic import envoy
 
 log = logging.getLogger(__name__)
 
-READY_WITHIN_S = 300
-"""Airflow takes 15 to 60 s on two cores, and took 150 s beside a load of 12. What gives up is noticed at once."""
+SILENT_FOR_S = 300
+"""How long services may neither change nor log before `up` gives them up. Airflow takes 15 to 60 s on two cores, 150 s
+beside a load of 12, and more than 5 min beside one of 20, but it logs meanwhile."""
+STARTS = 10
+"""Starts of a service while `up` waits: one that ends as often will not come up."""
 
 DATA = ("airflow/airflow.db", "mlflow/mlflow.db", "postgresql/version", "object-store/formatted")
 """Files by which a home is known to hold data, and so to keep its profile."""
@@ -35,10 +38,7 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False, profile: Profile
     with _locked(home):
         chosen = _profile(home, profile)
         if supervisor.running_pid(home) is None:
-            postgresql.stop_left_over(home)
-            left = processes.stop_orphans(home)
-            if left:
-                log.info("stopped %d processes that a killed platform had left running", len(left))
+            _sort_out_orphans(home)
         found = _addresses(home, new_ports, chosen)
         secrets = addresses.ensure_secrets(home)
         environment = _environment(home, found, secrets)
@@ -57,6 +57,35 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False, profile: Profile
         if lost:
             raise Unavailable("the platform is up, but not every release:\n" + "\n".join(lost.values()))
         return found
+
+
+def _sort_out_orphans(home: Home) -> None:
+    """After the death of supervisord: stop what its successor cannot take over. The programs themselves go on.
+
+    supervisor.start brings the successor, under which each program is taken over by its record (launch.py).
+    """
+    orphaned = supervisor.states(home)
+    if postgresql.NAME not in orphaned:
+        postgresql.stop_left_over(home)
+    left = processes.stop_orphans(home, keep=supervisor.program_names(home))
+    if left:
+        log.info("stopped %d processes that a killed platform had left running", len(left))
+    if orphaned:
+        log.info("taking over what a killed supervisord left running: %s", ", ".join(orphaned))
+
+
+def revive(home: Home) -> bool:
+    """Start supervisord again where it was killed; its programs are taken over as they run. Whether it had to.
+
+    Raises Unavailable, also while `up` or `down` is under way, which see to it themselves.
+    """
+    if supervisor.running_pid(home) is not None:
+        return False
+    with alone(home.root / "platform.lock", f"{home.root} is being started or stopped", wait=False):
+        if supervisor.running_pid(home) is not None:
+            return False
+        supervisor.ensure_running(home)
+        return True
 
 
 def down(home: Home) -> list[Process]:
@@ -179,18 +208,43 @@ def _triggers(home: Home, environment: dict[str, str]) -> Program:
 
 
 def _await_healthy(home: Home, found: Addresses, watch: Listener) -> None:
-    deadline = time.monotonic() + READY_WITHIN_S
+    """Wait as long as something moves, which on a busy machine may take many minutes. Raises Unavailable."""
     wanted = health.expected(found)
+    patience = _Patience(home)
     while True:
         now = [s for s in health.status(home, found) if s.name in wanted]
         watch(now)
         missing = [s for s in now if not s.healthy]
         if not missing:
             return
-        broken = [s for s in missing if s.state == "FATAL"]
-        if broken or time.monotonic() > deadline:
-            raise Unavailable("\n".join(_why(home, s) for s in broken or missing))
+        if broken := [s for s in missing if s.state == "FATAL"] or patience.exhausted(missing, time.monotonic()):
+            raise Unavailable("\n".join(_why(home, s) for s in broken))
         time.sleep(1)
+
+
+class _Patience:
+    """Decides when waiting for services has become pointless: none moved for long, or one is started ever again."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._seen: dict[str, tuple[str, int | None, int]] = {}
+        self._processes: dict[str, set[int]] = {}
+        self._moved_s = -float("inf")
+
+    def exhausted(self, missing: list[ServiceStatus], now_s: float) -> list[ServiceStatus]:
+        """The services to give up; empty while there is hope. A service moves when its state or its log changes."""
+        seen = {s.name: (s.state, s.pid, self._log_bytes(s.name)) for s in missing}
+        if seen != self._seen:
+            self._seen, self._moved_s = seen, now_s
+        for s in missing:
+            self._processes.setdefault(s.name, set()).update({s.pid} if s.pid else ())
+        if now_s - self._moved_s > SILENT_FOR_S:
+            return missing
+        return [s for s in missing if len(self._processes[s.name]) > STARTS]
+
+    def _log_bytes(self, name: str) -> int:
+        log = supervisor.log_file(self._home, name)
+        return log.stat().st_size if log.exists() else 0
 
 
 def _why(home: Home, service: ServiceStatus) -> str:

@@ -4,12 +4,12 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from slipstream.home import Home
-from slipstream.platform.supervisor import MARK
+from slipstream.platform import launch
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +27,19 @@ class Process:
 
 def supervised(home: Home) -> list[Process]:
     """Everything that this home's supervisord, or an earlier one, started, and what that started in turn."""
-    mark = f"{MARK}={home.root}".encode()
-    return [p for p in _all() if mark in _read(p.pid, "environ").split(b"\0")]
+    marked = set(launch.marked(str(home.root)))
+    return [p for p in _all() if p.pid in marked]
 
 
-def stop_orphans(home: Home, wait_s: float = 15) -> list[Process]:
+def stop_orphans(home: Home, wait_s: float = 15, *, keep: Collection[str] = ()) -> list[Process]:
     """Stop what an ended supervisord left running: first asked, then killed. Returns what was stopped.
 
-    Call it only while no supervisord runs. The caller's own process and its ancestors are spared.
+    Call it only while no supervisord runs. The caller's own process and its ancestors are spared, and the programs
+    `keep`, which the next supervisord takes over.
     """
     stopped: list[Process] = []
     asked_until = time.monotonic() + wait_s
-    while left := [p for p in supervised(home) if p.pid not in _lineage(os.getpid())]:
+    while left := _orphans(home, keep):
         asking = time.monotonic() < asked_until
         for process in left:
             if not asking or process not in stopped:
@@ -47,6 +48,11 @@ def stop_orphans(home: Home, wait_s: float = 15) -> list[Process]:
         stopped += [p for p in left if p not in stopped]
         time.sleep(0.1)
     return stopped
+
+
+def _orphans(home: Home, keep: Collection[str]) -> list[Process]:
+    spared = _lineage(os.getpid()) | {pid for name in keep for pid in launch.marked(str(home.root), name)}
+    return [p for p in supervised(home) if p.pid not in spared]
 
 
 def stop(pid: int, command: str, wait_s: float) -> None:
@@ -66,6 +72,12 @@ def listener(port: int) -> Process | None:
     if not inodes:
         return None
     return next((p for p in _all() if inodes & _open_files(p.pid)), None)
+
+
+def holds_port(pid: int, port: int) -> bool:
+    """Whether a process or a descendant of it listens on a TCP port."""
+    inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    return any(inodes & _open_files(p) for p in (pid, *_descendants(pid)))
 
 
 def memory_mib(pid: int) -> float:

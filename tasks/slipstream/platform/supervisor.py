@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import stat
 import subprocess
@@ -25,17 +26,21 @@ from typing import Any
 
 from slipstream.errors import Unavailable
 from slipstream.home import Home, alone, write_atomically
-
-MARK = "SLIPSTREAM_SUPERVISED"
-"""Set to the home in everything that supervisord starts; how orphans are found. Not SLIPSTREAM_HOME: a user's shell
-may carry that one."""
+from slipstream.platform import launch
+from slipstream.platform.launch import DESCRIPTION, MARK, PROGRAM
 
 PRIVATE = 0o600
 ALIVE = frozenset({"STARTING", "RUNNING", "BACKOFF"})
 """States in which supervisord itself keeps a program up, or is about to try again."""
 
+ORPHANED = "ORPHANED"
+"""State of a program that a killed supervisord left running: it goes on, and nothing would start it again."""
+LOG_BYTES, LOG_BACKUPS = 10_000_000, 3
+"""Size at which a log is rotated, and how many earlier ones are kept."""
+
 _SOCKET_PATH_LIMIT = 90
 """Longest socket path in the home: Linux allows 107 bytes, and supervisord first binds PATH.PID beside it."""
+_FORGOTTEN_WAIT_S = 15
 _BAD_NAME = 10  # supervisor.xmlrpc.Faults
 _NOT_RUNNING = 70
 
@@ -57,8 +62,9 @@ class ProcessState:
     """What supervisord says of a program."""
 
     state: str
-    """`RUNNING`, `STARTING`, `STOPPED`, `BACKOFF`, `EXITED`, `FATAL`, or `ABSENT`."""
+    """`RUNNING`, `STARTING`, `STOPPED`, `BACKOFF`, `EXITED`, `FATAL`; `ORPHANED` or `ABSENT`."""
     pid: int | None
+    """The program's own process, also where supervisord watches it through another (launch.py)."""
 
 
 ABSENT = ProcessState("ABSENT", None)
@@ -74,6 +80,9 @@ def start(home: Home, program: Program) -> None:
         if running_pid(home) is None:
             (_folder(home) / "launcher.json").unlink(missing_ok=True)  # the environments may have moved since
         _write(home, program)
+        if running_pid(home) is None and os.environ.get(MARK) == str(home.root):
+            # A step's environment and interpreter are not supervisord's.
+            raise Unavailable(f"supervisord of {home.root} is gone; `slipstream up` starts it again")
         if not _ensure_running(home):
             _apply(home, program.name)
         _wait_for_process(home, program.name)
@@ -94,14 +103,16 @@ def state(home: Home, name: str) -> ProcessState:
 
 
 def states(home: Home) -> dict[str, ProcessState]:
-    """Every program that supervisord knows; empty when it is down."""
+    """Every program that supervisord knows; when it is down, those that it left running."""
     if running_pid(home) is None:
-        return {}
+        left = {name: _recorded_pid(home, name) for name in program_names(home)}
+        return {name: ProcessState(ORPHANED, pid) for name, pid in left.items() if pid is not None}
     try:
         with _calls(home) as call:
-            return {p["name"]: ProcessState(p["statename"], p["pid"] or None) for p in call.getAllProcessInfo()}
+            found = {p["name"]: ProcessState(p["statename"], p["pid"] or None) for p in call.getAllProcessInfo()}
     except Unavailable:
         return {}
+    return {n: ProcessState(s.state, s.pid and (_recorded_pid(home, n) or s.pid)) for n, s in found.items()}
 
 
 def log_file(home: Home, name: str) -> Path:
@@ -110,9 +121,33 @@ def log_file(home: Home, name: str) -> Path:
 
 
 def ensure_running(home: Home) -> None:
-    """Start supervisord, and with it every program that has a file, unless it runs. Raises Unavailable."""
+    """Start supervisord, and with it every program that has a file, unless it runs. Raises Unavailable.
+
+    Programs that an earlier supervisord left running are taken over as they are.
+    """
     with _locked(home):
         _ensure_running(home)
+
+
+def rotate_logs(home: Home) -> None:
+    """Bound the logs: copy one that is too long aside and empty it. Lines written in between are lost.
+
+    Programs hold their logs open for appending, so that a renamed file would still grow.
+    """
+    for path in sorted((home.root / "logs").glob("*.log")):
+        if path.name == log_file(home, "supervisord").name or path.stat().st_size < LOG_BYTES:
+            continue  # supervisord rotates its own
+        backups = [path.with_name(f"{path.name}.{number}") for number in range(1, LOG_BACKUPS + 1)]
+        for older, newer in zip(reversed(backups), reversed(backups[:-1]), strict=False):
+            if newer.exists():
+                newer.replace(older)
+        shutil.copy(path, backups[0])
+        os.truncate(path, 0)
+
+
+def program_names(home: Home) -> list[str]:
+    """Programs that have a file, and so run whenever supervisord does."""
+    return sorted(path.stem for path in _programs(home).glob("*.ini"))
 
 
 def shutdown(home: Home, first: tuple[str, ...] = (), last: tuple[str, ...] = (), wait_s: float = 60) -> None:
@@ -172,8 +207,9 @@ def base_environment(home: Home) -> dict[str, str]:
     Bytecode is written whatever the caller's shell says: without it Airflow and MLflow take 8 s of a core to start
     instead of 4, each time, and every step that imports torch likewise.
     """
-    unwanted = ("AIRFLOW", "PYTHONDONTWRITEBYTECODE")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
+    unwanted = ("AIRFLOW", "PYTHONDONTWRITEBYTECODE", "SUPERVISOR_", PROGRAM, DESCRIPTION)
+    added = _added_environment(home)
+    kept = {k: v for k, v in os.environ.items() if k not in added and not k.startswith(unwanted)}
     return kept | {
         MARK: str(home.root),
         "SLIPSTREAM_HOME": str(home.root),
@@ -182,13 +218,16 @@ def base_environment(home: Home) -> dict[str, str]:
     }
 
 
+def _added_environment(home: Home) -> dict[str, str]:
+    """What the caller has in its environment as a program of this home; the watch over supervisord is one."""
+    own = _programs(home) / f"{os.environ.get(PROGRAM)}.json"
+    return dict(json.loads(own.read_text())["environment"]) if own.exists() else {}
+
+
 def _ensure_running(home: Home) -> bool:
     """Whether supervisord had to be started."""
     if running_pid(home) is not None:
         return False
-    if os.environ.get(MARK) == str(home.root):
-        # The programs are orphans now, the caller among them; starting them a second time would only collide.
-        raise Unavailable(f"supervisord of {home.root} is gone; `slipstream up` cleans up and starts it again")
     _private_folder(socket_path(home).parent)
     _programs(home).mkdir(parents=True, exist_ok=True)
     log_file(home, "supervisord").parent.mkdir(parents=True, exist_ok=True)
@@ -269,13 +308,30 @@ def _forget(home: Home, name: str) -> None:
     if running_pid(home) is not None:
         with _calls(home) as call:
             _remove(call, name)
+    left = set(launch.marked(str(home.root), name))
+    if (pid := _recorded_pid(home, name)) is not None:
+        left.add(pid)
+    launch.stop(left, _FORGOTTEN_WAIT_S)
+    _record_file(home, name).unlink(missing_ok=True)
+
+
+def _record_file(home: Home, name: str) -> Path:
+    """Where launch.py writes down which process the program is."""
+    return _folder(home) / "running" / f"{name}.json"
+
+
+def _recorded_pid(home: Home, name: str) -> int | None:
+    """The program's process, if it lives."""
+    known = launch.recorded(str(_record_file(home, name)))
+    return None if known is None else int(known["pid"])
 
 
 def _write(home: Home, program: Program) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", program.name):
         raise Unavailable(f"{program.name!r} cannot name a program; use letters, digits, '.', '_' and '-'")
     folder = _programs(home)
-    log_file(home, program.name).parent.mkdir(parents=True, exist_ok=True)
+    for place in (log_file(home, program.name), _record_file(home, program.name)):
+        place.parent.mkdir(parents=True, exist_ok=True)
     description = json.dumps(asdict(program), default=str, indent=2)
     write_atomically(folder / f"{program.name}.json", description, PRIVATE)
     # The ini comes last: with it the program exists.
@@ -295,13 +351,15 @@ def _launcher(home: Home) -> list[str]:
 
 
 def _render_program(home: Home, program: Program, description: str) -> str:
-    command = shlex.join([*_launcher(home), str(_programs(home) / f"{program.name}.json")])
+    log = str(log_file(home, program.name))
+    files = (_programs(home) / f"{program.name}.json", _record_file(home, program.name), log)
+    command = shlex.join([*_launcher(home), *map(str, files)])
     # The digest makes a changed description a changed group in supervisord's eyes.
     digest = hashlib.sha256(description.encode()).hexdigest()
     return f"""\
 [program:{program.name}]
 command = {_literal(command)}
-environment = SLIPSTREAM_PROGRAM="{digest}"
+environment = {PROGRAM}="{program.name}",{DESCRIPTION}="{digest}"
 autostart = true
 autorestart = true
 startsecs = 2
@@ -311,9 +369,8 @@ stopwaitsecs = {program.stop_wait_s}
 stopasgroup = true
 killasgroup = true
 redirect_stderr = true
-stdout_logfile = {_literal(str(log_file(home, program.name)))}
-stdout_logfile_maxbytes = 10MB
-stdout_logfile_backups = 3
+stdout_logfile = {_literal(log)}
+stdout_logfile_maxbytes = 0
 """
 
 

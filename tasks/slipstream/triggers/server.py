@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
@@ -22,8 +22,8 @@ from slipstream import catalog, traffic
 from slipstream.airflow_api import AirflowApi
 from slipstream.errors import SlipstreamError, Unavailable
 from slipstream.home import Home
-from slipstream.triggers import configuration, promotion, signature
-from slipstream.triggers.reconcile import keep_reconciling, reconcile, report_drift
+from slipstream.triggers import configuration, promotion, signature, upkeep
+from slipstream.triggers.reconcile import INTERVAL_S, keep_reconciling, reconcile, report_drift
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,11 @@ def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, url: s
         if knows_traffic(home):
             report_drift(home, client, traffic.controller(home))
 
-    app = FastAPI(title="slipstream triggers", lifespan=_beside(once), docs_url=None, redoc_url=None, openapi_url=None)
+    def keep_up() -> None:
+        upkeep.keep_up(home)
+
+    loops = {"reconciler": (once, INTERVAL_S), "upkeep": (keep_up, upkeep.INTERVAL_S)}
+    app = FastAPI(title="slipstream triggers", lifespan=_beside(loops), docs_url=None, redoc_url=None, openapi_url=None)
 
     def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -135,15 +139,24 @@ def ensure_webhook(client: MlflowClient, url: str, secret: str) -> None:
         log.info("registered the webhook %s", url)
 
 
-def _beside(once: Callable[[], None]) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+Loops = Mapping[str, tuple[Callable[[], None], float]]
+"""Name → what is called again and again beside the receiver, and the seconds in between."""
+
+
+def _beside(loops: Loops) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         stop = threading.Event()
-        thread = threading.Thread(target=keep_reconciling, args=(once, stop), name="reconciler", daemon=True)
-        thread.start()
+        threads = [
+            threading.Thread(target=keep_reconciling, args=(once, stop, interval_s), name=name, daemon=True)
+            for name, (once, interval_s) in loops.items()
+        ]
+        for thread in threads:
+            thread.start()
         yield
         stop.set()
-        await run_in_threadpool(thread.join, 10)
+        for thread in threads:
+            await run_in_threadpool(thread.join, 10)
 
     return lifespan
 
