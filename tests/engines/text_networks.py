@@ -42,6 +42,58 @@ class Encoder(nn.Module):
         return answers
 
 
+HEADS, INNER = 2, 32
+
+
+class Block(nn.Module):
+    """An encoder's layer as people write them: heads of a fixed number, and a feed-forward part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.mix = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.widen, self.narrow = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+        self.mixed_norm, self.norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        parts = (self.query(states), self.key(states), self.value(states))
+        query, key, value = (p.unflatten(2, (HEADS, WIDTH // HEADS)).transpose(1, 2) for p in parts)
+        weights = (query @ key.transpose(-1, -2) / (WIDTH // HEADS) ** 0.5 + mask).softmax(-1)
+        states = self.mixed_norm(states + self.mix((weights @ value).transpose(1, 2).flatten(2)))
+        answer: torch.Tensor = self.norm(states + self.narrow(nn.functional.gelu(self.widen(states))))
+        return answer
+
+
+class Transformer(nn.Module):
+    """Two blocks. `fixed` repeats the width of the states as a number, as much code does."""
+
+    def __init__(self, fixed: bool) -> None:
+        super().__init__()
+        self.fixed = fixed
+        self.words, self.positions = nn.Embedding(len(WORDS), WIDTH), nn.Embedding(64, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.classifier = nn.Linear(WIDTH, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        real = (ids != 0).float()
+        states = self.words(ids) + self.positions(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            states = block(states, ((1 - real) * -1e4)[:, None, None, :])
+        if self.fixed:
+            states = states.reshape(-1, ids.shape[1], WIDTH)
+        answers: torch.Tensor = self.classifier((states * real[..., None]).sum(1) / real.sum(1, keepdim=True))
+        return answers
+
+
+def transformer(fixed: bool = False) -> nn.Module:
+    return Transformer(fixed)
+
+
+def train_transformer(training: Training) -> nn.Module:
+    network = transformer()
+    training.fit(network, epochs=2, learning_rate=0.01, batch_size=16, optimizer="adamw")
+    return network
+
+
 def encoder(rows: int = len(WORDS), masks: bool = True) -> nn.Module:
     return Encoder(rows, masks)
 

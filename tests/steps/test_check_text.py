@@ -12,6 +12,7 @@ from slipstream.data import Data
 from slipstream.errors import SlipstreamError
 from slipstream.frameworks.base import framework_for
 from slipstream.spec import Call, Spec
+from slipstream.steps import check
 
 
 def spec(**changes: object) -> Spec:
@@ -105,3 +106,14 @@ def test_check_names_the_token_id_when_not_even_a_batch_of_the_data_fits() -> No
         ModelError, match=r"^model.architecture: .* does not take token id \d+, the highest of the data"
     ):
         step("check", spec(model=given))
+
+
+def test_a_network_that_cannot_be_pruned_is_named_before_training() -> None:
+    framework = framework_for("torch")
+    pruned = spec(recipes={"int8": ["quantize"], "small": ["prune", "quantize"]}, prune={"round_to": 4, "epochs": 1})
+    attention_alone = framework.build(Call(function="tests.engines.text_networks:encoder"), 0)
+    (problem,) = said(check._pruning(pruned, "model.architecture", attention_alone, data()))
+    assert problem.startswith("recipes.small: model.architecture: prune: no channel can be removed")
+    assert said(check._pruning(spec(), "model.architecture", attention_alone, data())) == []
+    prunable = framework.build(Call(function="tests.engines.text_networks:transformer"), 0)
+    assert said(check._pruning(pruned, "model.architecture", prunable, data())) == []

@@ -75,3 +75,30 @@ def test_schedule_is_cubic_from_first_to_last() -> None:
     found = sparsity_schedule(Prune(sparsity=(0.3, 0.5), rounds=5))
     assert found == pytest.approx([0.3, 0.415625, 0.475, 0.496875, 0.5])
     assert sparsity_schedule(Prune(sparsity=(0.3, 0.5), rounds=1)) == [0.5]
+
+
+def test_a_text_network_is_pruned_on_token_ids(mlflow_server: str, home: Path) -> None:
+    """Training, two rounds, and the candidate again: a float sample in place of ids ended it after the training."""
+    written = {
+        "name": "text",
+        "model": {
+            "registry": "models:/pruned-text@source",
+            "architecture": "tests.engines.text_networks:transformer",
+            "train": "tests.engines.text_networks:train_transformer",
+        },
+        "data": "tests.engines.texts:data",
+        "recipes": {"small": ["prune"]},
+        "prune": {"sparsity": [0.25, 0.5], "rounds": 2, "epochs": 1, "round_to": 4}
+        | {"optimizer": "adamw", "learning_rate": 0.001},
+        "targets": {"portable": {"engine": "onnxruntime", "lengths": [8, 12]}},
+    }
+    spec = spec_of(written)
+    output = step("prune", spec, step("retrain", spec), recipe="small")
+    first, last = output.details["rounds"]
+    assert 0 < first["sparsity"] < last["sparsity"] < 0.5
+    assert output.metrics["parameters"] < output.metrics["parameters_before"]
+    assert output.artifact is not None
+    candidate = fetch(output.artifact)
+    eager = framework_for("torch").load_eager(candidate)
+    assert [eager.run(np.ones((3, length), np.int64)).shape for length in (4, 12)] == [(3, 2), (3, 2)]
+    assert framework_for("torch").load(candidate).blocks[0].widen.out_features == 16

@@ -235,6 +235,10 @@ class Trainer(Framework, Protocol):
         """A pruner for a candidate's network."""
         ...
 
+    def require_prunable(self, network: Any, samples: Split, prune: Prune) -> None:
+        """Raise ModelError for a network that cannot be pruned as the section says; it is left as it is."""
+        ...
+
     def join(self, place: launched.Place) -> Group:
         """The group that a launcher started this process for."""
         ...

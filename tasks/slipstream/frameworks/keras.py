@@ -127,6 +127,10 @@ class KerasFramework:
         """Keras has none: prune.method is `magnitude` or `2:4`, which `constrain` does."""
         raise SpecError("prune.method: channels cannot be removed from Keras networks; choose magnitude or 2:4")
 
+    def require_prunable(self, network: Any, samples: Split, prune: Prune) -> None:
+        """See `pruner`."""
+        raise SpecError("prune.method: channels cannot be removed from Keras networks; choose magnitude or 2:4")
+
     def join(self, place: Place) -> Group:
         """Keras trains in one process."""
         raise SpecError("training.workers: Keras networks are trained by one process; leave it 1")

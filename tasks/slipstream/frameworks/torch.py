@@ -34,7 +34,7 @@ from slipstream.frameworks.base import (
     read_manifest,
 )
 from slipstream.frameworks.launched import Place
-from slipstream.spec import Call
+from slipstream.spec import Call, Prune
 from slipstream.user_code import user_function
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class TorchFramework:
         if manifest.architecture is None or manifest.quantized:
             raise ModelError(f"{candidate}: holds only an ONNX form; PyTorch needs the candidate before quantization")
         network = self.build(manifest.architecture, seed=0)
-        torch_pruner.replay(network, candidate, manifest.input_shape)
+        torch_pruner.replay(network, candidate, torch_pruner.sample_of(manifest.input_shape, manifest.input_dtype))
         load_state(network, candidate / WEIGHTS, manifest.architecture)
         return network.eval()
 
@@ -129,6 +129,11 @@ class TorchFramework:
         """A pruner for a candidate's network."""
         return CandidatePruner(self, candidate)
 
+    def require_prunable(self, network: Any, samples: Split, prune: Prune) -> None:
+        """See Trainer."""
+        sample = torch_pruner.sample_of(tokens.sample_shape(samples.inputs), str(samples.inputs.dtype))
+        torch_pruner.require_prunable(network, sample, prune.sparsity[1], prune.round_to)
+
     def join(self, place: Place) -> Group:
         """The group that a launcher started this process for."""
         return torch_distributed.join(place)
@@ -146,8 +151,9 @@ class CandidatePruner(torch_pruner.ChannelPruner):
         network = framework.load(candidate)  # refuses a candidate without an architecture
         assert manifest.architecture is not None
         self._architecture = manifest.architecture
-        whole = torch_pruner.widths(framework.build(self._architecture, seed=0), manifest.input_shape)
-        super().__init__(network, manifest.input_shape, whole, torch_pruner.read_history(candidate))
+        sample = torch_pruner.sample_of(manifest.input_shape, manifest.input_dtype)
+        whole = torch_pruner.widths(framework.build(self._architecture, seed=0), sample)
+        super().__init__(network, sample, whole, torch_pruner.read_history(candidate))
 
     def save(self, folder: Path, samples: Split) -> CandidateManifest:
         """Write the network, with what was removed from it, as a candidate folder."""

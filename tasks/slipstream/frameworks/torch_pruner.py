@@ -1,6 +1,9 @@
 """Structured channel pruning with torch-pruning's dependency graph (Fang et al. 2023)."""
 
+import copy
 import json
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,13 @@ import torch_pruning
 
 from slipstream.errors import ModelError
 
+log = logging.getLogger(__name__)
+
 HISTORY = "pruning.json"
+TOKENS = 16
+"""Length of the sample for a network that takes any."""
+ATTENTION = ("Bmm", "Softmax", "ScaledDotProduct")
+"""Parts of the names of autograd's operations in attention."""
 PRUNABLE = (torch.nn.Conv2d, torch.nn.Linear)
 Removal = list[Any]
 """[module name, whether output channels, indices]: one entry of torch-pruning's history."""
@@ -21,17 +30,19 @@ class ChannelPruner:
     A layer's width goes to the multiple of `round_to` that is nearest to its share; torch-pruning's own rounding
     goes down, which makes 8 of 16 channels from a sparsity of 0.1. Ranking within each group of coupled layers
     keeps the widths what the spec says.
+
+    Left whole are the layers before attention's softmax and products, since any channel less would move the others
+    into another head; and layers whose width the network's code repeats as a number, where the others do not need
+    them to shrink too.
     """
 
-    def __init__(
-        self, network: Any, input_shape: tuple[int, ...], whole: dict[str, int], history: list[Removal]
-    ) -> None:
+    def __init__(self, network: Any, sample: Any, whole: dict[str, int], history: list[Removal]) -> None:
         self.network = network
-        self._sample = torch.zeros(2, *input_shape)
+        self._sample = sample
         self._whole = whole
-        self._start = widths(network, input_shape)
+        self._start = widths(network, sample)
         self._history = list(history)
-        self._importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+        self._roots: list[str] | None = None
 
     @property
     def history(self) -> list[Removal]:
@@ -39,27 +50,23 @@ class ChannelPruner:
         return self._history
 
     def prune(self, sparsity: float, round_to: int) -> None:
-        """Remove channels until the share `sparsity` of those at the start is gone. The outputs keep theirs."""
-        graph = _graph(self.network, self._sample)
-        names = {module: name for name, module in self.network.named_modules()}
-        outputs = _output_layers(graph)
-        for root in [group[0].dep.target.module for group in _groups(graph, outputs)]:
-            name = names[root]
-            width = int(graph.get_out_channels(root))
-            remove = width - _target(self._start[name], sparsity, round_to)
-            if remove <= 0:
-                continue
-            pruning = graph.get_pruner_of_module(root).prune_out_channels
-            importance = self._importance(graph.get_pruning_group(root, pruning, list(range(width))))
-            indices = sorted(torch.argsort(importance, stable=True)[:remove].tolist())
-            group = graph.get_pruning_group(root, pruning, indices)
-            if graph.check_pruning_group(group):
-                group.prune()
-        self._history += graph.pruning_history()
+        """Remove channels until the share `sparsity` of those at the start is gone. The outputs keep theirs.
+
+        Raises ModelError when the network cannot be traced, or does not run with fewer channels.
+        """
+        targets = {name: _target(width, sparsity, round_to) for name, width in self._start.items()}
+        if self._roots is None:
+            self._roots = _roots(self.network, self._sample, targets)
+        self._history += _cut(self.network, self._sample, self._roots, targets)
+        if (problem := _problem(self.network, self._sample)) is not None:
+            raise ModelError(f"prune: the network does not run with a sparsity of {sparsity:.3g}: {problem}")
 
     def figures(self) -> dict[str, float]:
-        """`sparsity` (share of the architecture's channels that is gone), `macs` of one sample, `parameters`."""
-        left = widths(self.network, tuple(self._sample.shape[1:]))
+        """`sparsity` (share of the architecture's channels that is gone), `macs` of one sample, `parameters`.
+
+        A sample is a text of 16 tokens where the network takes any length.
+        """
+        left = widths(self.network, self._sample)
         macs, parameters = torch_pruning.utils.count_ops_and_params(self.network, self._sample[:1])
         return {
             "sparsity": 1 - sum(left.values()) / max(sum(self._whole.values()), 1),
@@ -68,9 +75,31 @@ class ChannelPruner:
         }
 
 
-def widths(network: Any, input_shape: tuple[int, ...]) -> dict[str, int]:
+def sample_of(shape: tuple[int, ...], dtype: str) -> Any:
+    """Two samples to trace a network with, (2, …) in the data's dtype; `shape` is of one, with -1 where it varies.
+
+    Whole numbers are ones: a token id or category that every network knows, where 0 would be padding alone.
+    """
+    sizes = [TOKENS if size == -1 else size for size in shape]
+    kind = getattr(torch, dtype)
+    return torch.zeros(2, *sizes, dtype=kind) if kind.is_floating_point else torch.ones(2, *sizes, dtype=kind)
+
+
+def require_prunable(network: Any, sample: Any, sparsity: float, round_to: int) -> None:
+    """Raise ModelError unless channels can be removed from the network; it is left as it is."""
+    tried = ChannelPruner(copy.deepcopy(network), sample, {}, [])
+    tried.prune(sparsity, round_to)
+    if not tried.history:
+        raise ModelError(
+            f"prune: no channel can be removed at sparsity {sparsity} with widths in multiples of {round_to}: the "
+            "layers are narrower, belong to attention, or have widths that the network's code repeats as numbers; "
+            "leave `prune` out of the recipes, or lower prune.round_to"
+        )
+
+
+def widths(network: Any, sample: Any) -> dict[str, int]:
     """Output channels of each convolution and linear layer but the last ones, whose channels are the classes."""
-    outputs = _output_layers(_graph(network, torch.zeros(2, *input_shape)))
+    outputs = _output_layers(_graph(network, sample))
     return {
         name: int(module.weight.shape[0])
         for name, module in network.named_modules()
@@ -78,13 +107,13 @@ def widths(network: Any, input_shape: tuple[int, ...]) -> dict[str, int]:
     }
 
 
-def replay(network: Any, candidate: Path, input_shape: tuple[int, ...]) -> None:
+def replay(network: Any, candidate: Path, sample: Any) -> None:
     """Remove from a whole network what was removed from the candidate's."""
     history = read_history(candidate)
     if not history:
         return
     try:
-        _graph(network, torch.zeros(2, *input_shape)).load_pruning_history(history)
+        _graph(network, sample).load_pruning_history(history)
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise ModelError(
             f"{candidate / HISTORY}: does not fit the architecture ({error}); the architecture function has "
@@ -115,14 +144,68 @@ def _target(start: int, sparsity: float, round_to: int) -> int:
     return min(max(nearest, round_to), start)
 
 
+def _roots(network: Any, sample: Any, targets: dict[str, int]) -> list[str]:
+    """The first layer of each group of coupled layers that can be cut to its target."""
+    graph = _graph(network, sample)
+    names = {module: name for name, module in network.named_modules()}
+    groups = graph.get_all_groups(ignored_layers=_output_layers(graph), root_module_types=list(PRUNABLE))
+    roots = [names[g[0].dep.target.module] for g in groups if not _is_grouped(g) and not _is_attention(g)]
+    whole = sorted({names[g[0].dep.target.module] for g in groups} - set(roots))
+    if not _runs_with(network, sample, roots, targets):
+        fitting = [root for root in roots if _runs_with(network, sample, [root], targets)]
+        whole += sorted(set(roots) - set(fitting))
+        roots = fitting
+    if whole:
+        log.info("left whole, with the layers that are coupled to them: %s", ", ".join(whole))
+    return roots
+
+
+def _runs_with(network: Any, sample: Any, roots: list[str], targets: dict[str, int]) -> bool:
+    """Whether the network still runs when these layers are cut."""
+    tried = copy.deepcopy(network)
+    _cut(tried, sample, roots, targets)
+    return _problem(tried, sample) is None
+
+
+def _cut(network: Any, sample: Any, roots: Collection[str], targets: dict[str, int]) -> list[Removal]:
+    """Cut these layers, and what is coupled to them, to their targets; what was removed."""
+    graph = _graph(network, sample)
+    importance_of = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+    for name in roots:
+        root = network.get_submodule(name)
+        width = int(graph.get_out_channels(root))
+        remove = width - targets[name]
+        if remove <= 0:
+            continue
+        pruning = graph.get_pruner_of_module(root).prune_out_channels
+        importance = importance_of(graph.get_pruning_group(root, pruning, list(range(width))))
+        indices = sorted(torch.argsort(importance, stable=True)[:remove].tolist())
+        group = graph.get_pruning_group(root, pruning, indices)
+        if graph.check_pruning_group(group):
+            group.prune()
+    removals: list[Removal] = graph.pruning_history()
+    return removals
+
+
+def _problem(network: Any, sample: Any) -> str | None:
+    """Why the network does not run; None when it does."""
+    try:
+        with torch.inference_mode():
+            network(sample)
+    except Exception as error:  # the user's network may raise anything
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def _graph(network: Any, sample: Any) -> Any:
     network.eval()
-    return torch_pruning.DependencyGraph().build_dependency(network, example_inputs=sample)
-
-
-def _groups(graph: Any, ignored: list[Any]) -> list[Any]:
-    groups = graph.get_all_groups(ignored_layers=ignored, root_module_types=list(PRUNABLE))
-    return [g for g in groups if not _is_grouped(g)]
+    try:
+        return torch_pruning.DependencyGraph().build_dependency(network, example_inputs=sample)
+    except Exception as error:  # torch-pruning's own, or the user's network's
+        raise ModelError(
+            f"prune: torch-pruning cannot trace {type(network).__name__} on {tuple(sample.shape)} {sample.dtype}: "
+            f"{type(error).__name__}: {error}; leave `prune` out of the recipes"
+        ) from error
 
 
 def _output_layers(graph: Any) -> list[Any]:
@@ -141,3 +224,10 @@ def _is_grouped(group: Any) -> bool:
     """Whether a grouped convolution (but not a depthwise one) takes part: its groups would have to stay equal."""
     modules = [dep.target.module for dep, _ in group]
     return any(isinstance(m, torch.nn.Conv2d) and m.groups not in (1, m.out_channels) for m in modules)
+
+
+def _is_attention(group: Any) -> bool:
+    """Whether products of activations or a softmax take part: its channels are heads, which must stay equal."""
+    kinds = torch_pruning.ops.OPTYPE
+    targets = [dep.target for dep, _ in group]
+    return any(t.type == kinds.MHA or any(name in t.name for name in ATTENTION) for t in targets)

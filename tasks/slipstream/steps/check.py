@@ -136,8 +136,20 @@ def _networks_and_data(spec: Spec, context: Context, buildable: Mapping[str, Tar
         network, problems = _network(spec, framework, (field, name), make, loaded)
         yield from problems
         if not problems:
+            yield from _pruning(spec, field, network, loaded)
             save = partial(framework.save, network, architecture, loaded.test)
             yield from rehearse(context.home, f"{field}: {name}", save, buildable, context.workdir)
+
+
+def _pruning(spec: Spec, field: str, network: Any, loaded: Data) -> Iterator[SlipstreamError]:
+    """Why channels cannot be removed from a network that some recipe prunes; asked before it is trained."""
+    distilled = field == "distill.student"
+    pruned = [r for r, steps in spec.recipes.items() if "prune" in steps and ("distill" in steps) == distilled]
+    if field != "model.file" and pruned and spec.prune.method == "channels":
+        try:
+            trainer_for(spec.model.framework).require_prunable(network, loaded.train, spec.prune)
+        except ModelError as error:
+            yield ModelError(f"recipes.{pruned[0]}: {field}: {error}")
 
 
 def _network(
