@@ -43,14 +43,21 @@ def init(
     model: Annotated[
         str,
         typer.Argument(
-            help="models:/NAME@ALIAS or /VERSION, an ONNX file, a SavedModel's folder, a .keras or .h5 file, or "
-            "module:function that builds the network."
+            help="models:/NAME@ALIAS or /VERSION, an ONNX file, a SavedModel's folder, a .keras or .h5 file, PyTorch "
+            "weights as .safetensors with --architecture, or module:function that builds the network."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Write the spec here, and a data function beside it.")],
-    data: Annotated[str | None, typer.Option(help="Your data function, as module:function.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Your data: a function as module:function, or two files with arrays `inputs` and `labels`, "
+            "TRAIN.npz,TEST.npz. Files OUT-train.npz and OUT-test.npz beside OUT are found without it."
+        ),
+    ] = None,
     architecture: Annotated[
-        str | None, typer.Option(help="The function that builds a registered PyTorch model, as module:function.")
+        str | None,
+        typer.Option(help="The function that builds the network into which weights are loaded, as module:function."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
 ) -> None:

@@ -1,5 +1,6 @@
 """`slipstream init` as a person calls it, from the core environment."""
 
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from slipstream import spec as specs
+from slipstream.spec.sections import DataFiles
 
 ROOT = Path(__file__).parent.parent.parent
 SLIPSTREAM = Path(sys.executable).parent / "slipstream"
@@ -113,7 +115,91 @@ def test_a_function_and_its_data(tmp_path: Path) -> None:
     assert spec.model.architecture is not None and spec.model.architecture.function == "mine:network"
     assert set(spec.recipes) == {"int8", "pruned-int8"}
     assert "3×4 float32 → 3; 67 weights" in done.stdout and "2 Linear" in done.stdout
-    assert "weights.safetensors as a version of network" in done.stdout
+    assert "say `file: weights.safetensors` under model" in done.stdout
+
+
+PYTORCH = """
+import sys, pathlib, numpy as np, torch, safetensors.torch
+from torch import nn
+folder = pathlib.Path(sys.argv[1])
+model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 3))
+torch.save(model.state_dict(), folder / "my net.pt")
+safetensors.torch.save_file(model.state_dict(), folder / "net.safetensors")
+for name, n in (("train", 40), ("test", 20)):
+    np.savez(folder / f"mine-{name}.npz", inputs=np.ones((n, 3, 4), np.float32), labels=np.arange(n) % 3)
+"""
+NETWORK = """
+def network():
+    from torch import nn
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 3))
+def other():
+    from torch import nn
+    return nn.Linear(12, 3)
+"""
+
+
+@pytest.fixture
+def pytorch_folder(tmp_path: Path) -> Path:
+    """Weights in both forms, both splits, and the function that builds the network."""
+    make("torch", PYTORCH, tmp_path)
+    (tmp_path / "mine.py").write_text(NETWORK)
+    return tmp_path
+
+
+def test_weights_and_files_of_data_become_a_spec_without_any_code(pytorch_folder: Path) -> None:
+    done = init(
+        pytorch_folder,
+        *("net.safetensors", "--architecture", "mine:network", "--out", "net.yaml"),
+        *("--data", "mine-train.npz,mine-test.npz"),
+    )
+    assert done.returncode == 0, done.stderr
+    spec = specs.load(pytorch_folder / "net.yaml")
+    assert (spec.model.file, spec.model.registry) == ("net.safetensors", "models:/net@source")
+    assert spec.model.architecture is not None and spec.model.architecture.function == "mine:network"
+    assert isinstance(spec.data, DataFiles)
+    assert spec.data.splits == {"train": "mine-train.npz", "test": "mine-test.npz"}
+    assert "3×4 float32 → 3; 67 weights" in done.stdout
+    assert not (pytorch_folder / "net_data.py").exists() and "data: " not in done.stdout
+
+
+def test_files_beside_the_spec_are_used_where_they_are(pytorch_folder: Path) -> None:
+    done = init(pytorch_folder, "net.safetensors", "--architecture", "mine:network", "--out", "mine.yaml")
+    assert done.returncode == 0, done.stderr
+    spec = specs.load(pytorch_folder / "mine.yaml")
+    assert isinstance(spec.data, DataFiles) and spec.data.test == "mine-test.npz"
+
+
+def test_what_init_says_of_a_pickled_file_leads_to_a_spec_when_it_is_followed_literally(pytorch_folder: Path) -> None:
+    refused = init(pytorch_folder, "my net.pt", "--out", "net.yaml")
+    assert refused.returncode == 2
+    _, python, _, command, *_ = refused.stderr.splitlines()
+    model = "from mine import network; model = network(); model.load_state_dict(torch.load('my net.pt'))"
+    done = subprocess.run(
+        [str(ROOT / ".envs/torch/bin/python"), "-c", f"import torch, safetensors.torch; {model}\n{python.strip()}"],
+        cwd=pytorch_folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    slipstream, verb, *arguments = shlex.split(command.replace("module:function", "mine:network"))
+    assert (slipstream, verb) == ("slipstream", "init")
+    made = init(pytorch_folder, *arguments)
+    assert made.returncode == 0, made.stderr
+    [out] = [a for a in arguments if a.endswith(".yaml")]
+    assert specs.load(pytorch_folder / out).model.file == "my net.safetensors"
+
+
+def test_weights_need_a_function_that_they_fit(pytorch_folder: Path) -> None:
+    alone = init(pytorch_folder, "net.safetensors", "--out", "net.yaml")
+    assert alone.returncode == 2
+    assert "slipstream init net.safetensors --architecture module:function --out net.yaml" in alone.stderr
+    misfit = init(pytorch_folder, "net.safetensors", "--architecture", "mine:other", "--out", "net.yaml")
+    assert misfit.returncode == 2
+    assert "the weights do not fit mine:other: 2 missing (bias, weight)" in misfit.stderr
+    unknown = init(pytorch_folder, "mine:network", "--out", "net.yaml", "--data", "mine-train.npz,none.npz")
+    assert unknown.returncode == 2 and "no such file: none.npz" in unknown.stderr
+    assert not (pytorch_folder / "net.yaml").exists()
 
 
 class Bomb:

@@ -18,33 +18,55 @@ from slipstream.init import registered
 from slipstream.init.compose import Plan, about, data_text, spec_text
 from slipstream.init.facts import Facts, Question, Reply
 from slipstream.init.machine import this_machine
-from slipstream.init.source import Source, about_pickled, name_of, source_of
+from slipstream.init.source import NPZ, Source, about_pickled, about_weights, name_of, source_of
 from slipstream.spec.fields import function
 
 ENVIRONMENT = {kind: FRAMEWORKS[kind].environment for kind in ("onnx", "keras")}
 
 
 def init(home: Home, model: str, out: Path, *, data: str | None, architecture: str | None, force: bool) -> None:
-    """Look at MODEL and at this machine, and write a spec and, unless `data` names one, a data function.
+    """Look at MODEL and at this machine, and write a spec and, unless there is data already, a data function.
 
-    Raises InputError when a file is there already, ModelError when nothing can start from the model.
+    `data` is a function or `TRAIN.npz,TEST.npz`; without it, such files beside `out` are used where they are. Raises
+    InputError when a file is there already, ModelError when nothing can start from the model.
     """
-    for name, value in (("--data", data), ("--architecture", architecture)):
+    files = _data_files(data, out)
+    function_given = data if files is None else None
+    for name, value in (("--data", function_given), ("--architecture", architecture)):
         _require_function(name, value)
     beside = _data_file(out)
-    _require_absent([out, *([] if data else [beside])], force=force)
-    plan = _plan(home, source_of(model), out, data, architecture)
+    known = data is not None or files is not None
+    _require_absent([out, *([] if known else [beside])], force=force)
+    plan = _plan(home, source_of(model), out, files or function_given, architecture)
     text = spec_text(plan)
     specs.parse(text, str(out))  # what is written is valid, or nothing is
     write_atomically(out, text)
-    if data is None:
+    if not known:
         write_atomically(beside, data_text(plan, out.stem))
-    _tell(home, plan, out, beside if data is None else None)
+    _tell(home, plan, out, None if known else beside)
 
 
 def _data_file(out: Path) -> Path:
     """Where the data function goes: beside the spec, by a name that Python imports."""
     return out.with_name(re.sub(r"\W", "_", out.stem) + "_data.py")
+
+
+def _data_files(data: str | None, out: Path) -> tuple[Path, Path] | None:
+    """The .npz files that `--data` names, or those that lie where the written data function would look for them.
+
+    Raises InputError when one that was named is not there.
+    """
+    if data is None:
+        beside = (out.with_name(f"{out.stem}-train{NPZ}"), out.with_name(f"{out.stem}-test{NPZ}"))
+        return beside if all(path.is_file() for path in beside) else None
+    if not data.endswith(NPZ):
+        return None
+    paths = [Path(part.strip()) for part in data.split(",")]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if len(paths) != 2 or missing:
+        why = f"no such file: {', '.join(missing)}" if missing else f"{len(paths)} files instead of two"
+        raise InputError(f"--data {data}: {why}; name both splits, TRAIN{NPZ},TEST{NPZ}")
+    return paths[0], paths[1]
 
 
 def _require_function(option: str, value: str | None) -> None:
@@ -61,8 +83,11 @@ def _require_absent(paths: list[Path], *, force: bool) -> None:
         raise InputError(f"{', '.join(there)}: there already; choose another --out, or overwrite it with --force")
 
 
-def _plan(home: Home, source: Source, out: Path, data: str | None, architecture: str | None) -> Plan:
-    """Everything that the two files are written from."""
+def _plan(
+    home: Home, source: Source, out: Path, data: str | tuple[Path, Path] | None, architecture: str | None
+) -> Plan:
+    """Everything that the two files are written from; `data` is a function, or the files of both splits."""
+    samples = str(data[0].resolve()) if isinstance(data, tuple) else data
     registry, file, size = f"models:/{source.name}@source", None, None
     notes: tuple[str, ...] = ()
     if source.kind == "registered":
@@ -74,10 +99,19 @@ def _plan(home: Home, source: Source, out: Path, data: str | None, architecture:
         architecture = source.location if source.kind == "function" else architecture
         if architecture is None:
             raise ModelError(about_pickled(Path(source.location)))
-        facts = _look(home, Question(kind="function", location=architecture, data=data))
+        facts = _look(home, Question(kind="function", location=architecture, data=samples))
         notes = (
-            f"weights: log {WEIGHTS} as a version of {source.name} and set its alias source; nothing is unpickled",
+            f"weights: save them as safetensors, and say `file: {WEIGHTS}` under model; nothing is unpickled. Or log "
+            f"that file as a version of {source.name}, and set its alias source",
         )
+    elif source.kind == "weights":
+        path = Path(source.location)
+        if architecture is None:
+            raise ModelError(
+                f"{path}: holds weights alone; name the function that builds the network:\n  {about_weights(path)}"
+            )
+        facts = _look(home, Question(kind="function", location=architecture, weights=str(path.resolve()), data=samples))
+        file, size = _from_code(home, path.resolve()), path.stat().st_size
     else:
         path = Path(source.location).resolve()
         facts = _look(home, Question(kind=source.kind, location=str(path)))
@@ -88,7 +122,8 @@ def _plan(home: Home, source: Source, out: Path, data: str | None, architecture:
         registry=registry,
         facts=facts,
         machine=this_machine(),
-        data=data or f"{_module(home, _data_file(out))}:data",
+        data=data if isinstance(data, str) else f"{_module(home, _data_file(out))}:data",
+        data_files=_splits(home, data) if isinstance(data, tuple) else None,
         data_known=data is not None,
         size_bytes=size,
         file=file,
@@ -117,6 +152,11 @@ def _from_code(home: Home, path: Path) -> str:
     return str(path.relative_to(home.code) if path.is_relative_to(home.code) else path)
 
 
+def _splits(home: Home, files: tuple[Path, Path]) -> tuple[str, str]:
+    train, test = (_from_code(home, path.resolve()) for path in files)
+    return train, test
+
+
 def _module(home: Home, path: Path) -> str:
     """The module that a file is, seen from the user's code; its bare name where it is not below it."""
     path = path.resolve()
@@ -136,5 +176,8 @@ def _tell(home: Home, plan: Plan, out: Path, beside: Path | None) -> None:
     for line in plan.unknown:
         typer.echo(f"  {line}")
     if beside is not None and "." not in plan.data and beside.resolve().parent != home.code:
-        typer.echo(f"The data function is found only with SLIPSTREAM_CODE={beside.resolve().parent}")
+        typer.echo(
+            f"The data function is found only with SLIPSTREAM_CODE={beside.resolve().parent}, set for `slipstream up` "
+            "and for every other command; slipstream's own DAGs need not lie there"
+        )
     typer.echo(f"Next: slipstream validate {out}, then slipstream run {out} --watch")

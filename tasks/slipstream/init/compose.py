@@ -1,5 +1,6 @@
 """Writes the spec and the data function: text with comments, since a person goes on from here."""
 
+import json
 from dataclasses import dataclass
 
 from slipstream.engines import ENGINES
@@ -28,6 +29,8 @@ class Plan:
     file: str | None = None
     architecture: str | None = None
     notes: tuple[str, ...] = ()
+    data_files: tuple[str, str] | None = None
+    """Training and test split as files, instead of the function."""
 
     @property
     def metric(self) -> tuple[str, str]:
@@ -100,6 +103,9 @@ def _model(plan: Plan) -> list[str]:
         lines.append(f"  architecture: {plan.architecture}     # builds the network; weights are loaded into it")
     if plan.file is not None:
         lines.append(f"  file: {plan.file}     # the first run registers it, and sets the alias")
+    if plan.data_files is not None:
+        train, test = plan.data_files
+        return [*lines, f"data: {{train: {json.dumps(train)}, test: {json.dumps(test)}}}     # `inputs` and `labels`"]
     check = "" if plan.data_known else "     # CHECK: write the files that it reads, or read yours there"
     return [*lines, f"data: {plan.data}{check}"]
 

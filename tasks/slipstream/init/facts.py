@@ -38,7 +38,11 @@ class Question(Document):
 
     kind: str
     location: str
+    """Path, or the function that builds the network as module:function."""
+    weights: str | None = None
+    """A safetensors file that is loaded into that network."""
     data: str | None = None
+    """The data function, or a split's .npz file."""
     framework: str = "torch"
 
 

@@ -10,9 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slipstream.errors import ModelError, SlipstreamError
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.errors import DataError, ModelError, SlipstreamError
 from slipstream.frameworks.base import trainer_for
 from slipstream.init.facts import Facts, Question, Reply
+from slipstream.init.source import NPZ
 from slipstream.spec import Call
 from slipstream.user_code import user_function
 
@@ -69,9 +73,12 @@ def _dimensions(shape: Any) -> tuple[int, ...]:
 
 
 def function(question: Question) -> Facts:
-    """A function that builds a network; its shapes are known once data is there."""
-    call = Call(function=question.location)
-    network = trainer_for(question.framework).build(call, seed=0)
+    """A function that builds a network, and the weights for it; its shapes are known once data is there."""
+    call, trainer = Call(function=question.location), trainer_for(question.framework)
+    if question.weights is None:
+        network = trainer.build(call, seed=0)
+    else:
+        network = trainer.load_weights(trainer.find_model(Path(question.weights)), call)
     if question.framework == "keras":
         layers = Counter(type(layer).__name__ for layer in network.layers)
         parameters = network.count_params()
@@ -84,7 +91,7 @@ def function(question: Question) -> Facts:
 
 def _tried(facts: Facts, network: Any, data: str) -> Facts:
     """The facts, with the shapes that the network has on two samples of the data."""
-    inputs = user_function(Call(function=data))().train.inputs[:2]
+    inputs = _samples(data)
     try:
         outputs = trainer_for(facts.framework).logits(network, inputs)
     except Exception as error:  # the user's network may raise anything
@@ -94,6 +101,18 @@ def _tried(facts: Facts, network: Any, data: str) -> Facts:
         ) from error
     shapes = {"input_shape": inputs.shape[1:], "input_dtype": str(inputs.dtype), "output_shape": outputs.shape[1:]}
     return facts.model_copy(update=shapes)
+
+
+def _samples(data: str) -> npt.NDArray[Any]:
+    """Two inputs of the training split. Raises DataError."""
+    if not data.endswith(NPZ):
+        inputs: npt.NDArray[Any] = user_function(Call(function=data))().train.inputs[:2]
+        return inputs
+    try:
+        with np.load(data, allow_pickle=False) as arrays:
+            return np.asarray(arrays["inputs"][:2])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{data}: not an .npz file with arrays `inputs` and `labels`: {error}") from error
 
 
 KINDS: dict[str, Callable[[Question], Facts]] = {"onnx": onnx_file, "keras": keras_file, "function": function}

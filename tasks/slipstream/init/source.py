@@ -4,6 +4,7 @@ Nothing is unpickled: of archives that PyTorch wrote only the list of files is r
 """
 
 import re
+import shlex
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,8 @@ from slipstream.spec.fields import FUNCTION_NAME
 
 REGISTERED = re.compile(r"^models:/(?P<name>[A-Za-z0-9_.-]+)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>\d+))$")
 KERAS = (".keras", ".h5", ".hdf5")
+WEIGHTS = ".safetensors"
+NPZ = ".npz"
 TORCH = (".pt", ".pth", ".ts", ".torchscript", ".bin")
 SAVED_MODEL = "saved_model.pb"
 NAMED = 8
@@ -24,7 +27,7 @@ class Source:
     """A model, and how to look at it."""
 
     kind: str
-    """`registered`, `onnx`, `keras`, `function`, or `pickled` for PyTorch's own files."""
+    """`registered`, `onnx`, `keras`, `function`, `weights` for PyTorch's as safetensors, or `pickled` for its own."""
     location: str
     """URI, path, or module:function."""
 
@@ -56,29 +59,37 @@ def source_of(model: str) -> Source:
         return Source("function", model)
     if not path.exists():
         raise ModelError(
-            f"{model}: no such file or folder; name an ONNX file, a SavedModel's folder, a .keras or .h5 file, "
-            "models:/NAME@ALIAS, or the function that builds the network as module:function"
+            f"{model}: no such file or folder; name an ONNX file, a SavedModel's folder, a .keras or .h5 file, a "
+            f"{WEIGHTS} file, models:/NAME@ALIAS, or the function that builds the network as module:function"
         )
-    return Source(_kind_of(path), model)
+    kind = _kind_of(path)
+    if kind == "weights" and path.is_dir():
+        [path] = path.glob(f"*{WEIGHTS}")
+    return Source(kind, str(path))
 
 
 def _kind_of(path: Path) -> str:
-    """The kind of a file or folder."""
+    """The kind of a file or folder. Raises ModelError."""
     if path.is_dir():
-        if (path / SAVED_MODEL).is_file():
-            return "keras"
-        if len(list(path.glob("*.onnx"))) == 1:
-            return "onnx"
-        raise ModelError(f"{path}: neither a SavedModel ({SAVED_MODEL}) nor a folder with one .onnx file")
-    if path.suffix == ".onnx":
-        return "onnx"
-    if path.suffix in KERAS:
-        return "keras"
-    if zipfile.is_zipfile(path) or path.suffix in TORCH:
+        return _kind_of_folder(path)
+    kinds = {".onnx": "onnx", WEIGHTS: "weights"} | dict.fromkeys(KERAS, "keras") | dict.fromkeys(TORCH, "pickled")
+    if path.suffix in kinds:
+        return kinds[path.suffix]
+    if zipfile.is_zipfile(path):
         return "pickled"
     raise ModelError(
-        f"{path}: an unknown kind of file; ONNX is .onnx, Keras {', '.join(KERAS)} or a SavedModel's folder"
+        f"{path}: an unknown kind of file; ONNX is .onnx, Keras {', '.join(KERAS)} or a SavedModel's folder, and "
+        f"PyTorch's weights are {WEIGHTS}"
     )
+
+
+def _kind_of_folder(path: Path) -> str:
+    if (path / SAVED_MODEL).is_file():
+        return "keras"
+    for kind, suffix in (("onnx", ".onnx"), ("weights", WEIGHTS)):
+        if len(list(path.glob(f"*{suffix}"))) == 1:
+            return kind
+    raise ModelError(f"{path}: neither a SavedModel ({SAVED_MODEL}) nor a folder with one .onnx or {WEIGHTS} file")
 
 
 def about_pickled(path: Path) -> str:
@@ -93,9 +104,17 @@ def about_pickled(path: Path) -> str:
     else:
         shown = ", ".join(code[:NAMED]) + (", …" if len(code) > NAMED else "")
         what = f"a TorchScript file ({constants} constants; code of {shown})"
+    weights = path.with_suffix(WEIGHTS)
     return (
         f"{path}: {what}. It holds a pickle, which runs code when it is loaded, so only its list of files was read. "
-        "If you trust it, load it yourself; then export it (torch.onnx.export) and name the ONNX file, or save the "
-        "weights (safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')), log that file as an MLflow "
-        "model and name the function that builds the network by --architecture"
+        "If you trust it, load it yourself and save its weights in Python:\n"
+        f"  safetensors.torch.save_file(model.state_dict(), '{weights}')\n"
+        "then name them with the function that builds the network:\n"
+        f"  {about_weights(weights)}\n"
+        "or export it (torch.onnx.export), and name the ONNX file instead"
     )
+
+
+def about_weights(path: Path) -> str:
+    """The command that makes a spec from weights."""
+    return f"slipstream init {shlex.quote(str(path))} --architecture module:function --out {name_of(path.stem)}.yaml"
