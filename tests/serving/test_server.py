@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -78,7 +79,7 @@ def server(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         assert process.wait(timeout=20) == 0
 
 
-@pytest.mark.parametrize("batch", [1, 3, 2000], ids=["single", "batch", "batch outside the event loop"])
+@pytest.mark.parametrize("batch", [1, 3, 64], ids=["single", "batch", "the largest batch, in parts"])
 def test_answers_are_the_engines(server: Running, batch: int) -> None:
     x = samples(batch)
     got = client.infer(server.http, MODEL, x)
@@ -132,6 +133,11 @@ def changed(**changes: object) -> bytes:
     return json.dumps(document).encode()
 
 
+def extended(**entries: object) -> bytes:
+    return json.dumps(json.loads(client.body(samples(1))) | entries).encode()
+
+
+BINARY_TEXT = {"name": "output", "parameters": {"binary_data": "yes"}}
 REFUSED = {
     "not JSON": (b"{", "not an Open Inference Protocol V2 request"),
     "not an object": (b"[]", "not an Open Inference Protocol V2 request"),
@@ -146,6 +152,21 @@ REFUSED = {
     "no shape": (changed(shape=5), "not an Open Inference Protocol V2 request"),
     "NaN": (changed(data=[float("nan")] * 256), "not an Open Inference Protocol V2 request"),
     "beyond float32": (changed(data=[1e300] * 256), "NaN or infinity"),
+    "strings": (changed(data=["0.5"] * 256), "not [1, 1, 16, 16] values of FP32"),
+    "booleans": (changed(data=[True] * 256), "not [1, 1, 16, 16] values of FP32"),
+    "a boolean among numbers": (changed(data=[0.5] * 255 + [True]), "not [1, 1, 16, 16] values of FP32"),
+    "nested too deep": (changed(data=[[[[[0.5]]]]] * 256), "not [1, 1, 16, 16] values of FP32"),
+    "too many samples": (changed(shape=[65, *SHAPE], data=[0.5] * 65 * 256), "a request may have 64, 4 times"),
+    "an id that is no string": (extended(id=5), "id is not a string of at most 256"),
+    "a long id": (extended(id="x" * 257), "id is not a string of at most 256"),
+    "a nested id": (extended(id=[[[]]]), "id is not a string of at most 256"),
+    "outputs that are no list": (extended(outputs={"name": "output"}), "outputs is not a list"),
+    "an unknown output": (extended(outputs=[{"name": "other"}]), "only output is 'output'"),
+    "an output twice": (extended(outputs=[{"name": "output"}] * 2), "the model has one, 'output'; 2 are"),
+    "parameters of an output": (extended(outputs=[{"name": "output", "parameters": 5}]), "not an object of scalars"),
+    "binary_data as text": (extended(outputs=[BINARY_TEXT]), "true or false; got yes"),
+    "parameters of a request": (extended(parameters=[1]), "not an object of scalars"),
+    "bytes that do not follow": (changed(parameters={"binary_data_size": 4}, data=None), "data is not a list"),
 }
 
 
@@ -178,6 +199,14 @@ BROKEN = {
     "a number as shape": binary(TENSOR | {"shape": 5, "data": [0.5]}),
     "texts as shape": binary(TENSOR | {"shape": ["1", "1", "16", "16"], "data": [0.5] * 256}),
     "parameters that are none": binary(TENSOR | {"data": [0.5] * 256}, parameters=5),
+    "parameters of an output": binary(TENSOR | RAW, outputs=[{"name": "output", "parameters": 5}]),
+    "an output 100,000 times": binary(TENSOR | RAW, outputs=[{"name": "output"}] * 100_000),
+    "an output 1,000 times": binary(TENSOR | RAW, outputs=[{"name": "output"}] * 1000),
+    "an id nested deep": binary(TENSOR | RAW, id=json.loads("[" * 300 + "]" * 300)),
+    "10,000 samples": binary(TENSOR | RAW | {"shape": [10_000, *SHAPE]}),
+    "no length": (b"{}", {"inference-header-content-length": "-1"}),
+    "a length beyond the body": (b"{}", {"inference-header-content-length": "100"}),
+    "a length of 5,000 digits": (b"{}", {"inference-header-content-length": "1" * 5000}),
 }
 
 
@@ -185,7 +214,8 @@ BROKEN = {
 def test_a_broken_binary_request_gets_400_too(server: Running, case: str) -> None:
     content, headers = BROKEN[case]
     response = server.post(content, **headers)
-    assert (response.status_code, response.json().keys()) == (400, {"error"})
+    assert response.status_code == (413 if "100,000" in case else 400)
+    assert response.json().keys() == {"error"}
     assert "Traceback" not in server.log.read_text()
 
 
@@ -206,9 +236,11 @@ def test_only_the_protocol_is_answered_and_no_client_unloads_the_model(server: R
 
 
 def test_a_request_that_is_too_large_is_refused_unread(server: Running) -> None:
-    response = server.post(b" " * (65 * 2**20))
-    assert response.status_code == 413
-    assert "64 MiB" in response.json()["error"]
+    """This engine's largest request is 64 samples of 256 values, in JSON 32 bytes each."""
+    for content in (b" " * 2**20, iter([b" " * 2**19, b" " * 2**19])):  # with its length, and in chunks
+        response = server.http.post(client.infer_path(MODEL), content=content)
+        assert response.status_code == 413
+        assert "larger than 0.562 MiB" in response.json()["error"]
     assert server.post(client.body(samples(1))).status_code == 200
 
 
@@ -250,27 +282,63 @@ def test_concurrent_requests_get_their_own_answers(server: Running) -> None:
     assert all(len(server.lines(f"many-{i}")) == 1 for i in range(190))
 
 
-def test_a_request_that_waited_too_long_is_refused_and_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def slow_model(seconds: float = 0.2, greatest: int = 16) -> tuple[Any, list[int]]:
+    """A model whose engine takes so long for each call, and the sizes of the batches that it ran."""
     from slipstream.serving import server as module
 
     ran: list[int] = []
 
     class Slow:
         def run(self, batch: np.ndarray) -> np.ndarray:
-            ran.append(1)
-            time.sleep(0.2)
+            ran.append(len(batch))
+            time.sleep(seconds)
             return batch
 
-    monkeypatch.setattr(module, "MOST_WAIT_S", 0.3)
-    model = module.EngineModel(MODEL, cast(Any, None), Slow(), cast(Any, None))
+    manifest = SimpleNamespace(target=Target(engine="openvino", batch=(1, 1, greatest)))
+    model = module.EngineModel(MODEL, cast(Any, manifest), Slow(), cast(Any, None))
     model._ms_per_value = 1e6  # so that it runs beside the event loop
+    return model, ran
+
+
+def test_a_request_that_waited_too_long_is_refused_and_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slipstream.serving import server as module
+
+    monkeypatch.setattr(module, "MOST_WAIT_S", 0.3)
+    model, ran = slow_model()
 
     async def ask() -> list[Any]:
         return await asyncio.gather(*(model._run(np.zeros(1)) for _ in range(6)), return_exceptions=True)
 
     refused = [r for r in asyncio.run(ask()) if isinstance(r, module.Refused)]
-    assert {r.status for r in refused} == {503}
+    assert {(r.status, r.headers[client.REFUSED]) for r in refused} == {(429, "overload")}
     assert 1 <= len(refused) == 6 - len(ran) <= 5
+
+
+def test_a_request_is_refused_at_once_where_too_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slipstream.serving import server as module
+
+    monkeypatch.setattr(module, "MOST_WAITING", 2)
+    model, ran = slow_model()
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*(model._run(np.zeros(1)) for _ in range(6)), return_exceptions=True)
+
+    refused = [r for r in asyncio.run(ask()) if isinstance(r, module.Overload)]
+    assert (len(refused), len(ran)) == (3, 3)
+
+
+def test_a_long_batch_lets_others_have_their_turn() -> None:
+    model, ran = slow_model(0.02, greatest=4)
+
+    async def ask() -> Any:
+        long = asyncio.create_task(model._run(np.arange(15)))
+        await asyncio.sleep(0)
+        await model._run(np.zeros(1))
+        assert not long.done()
+        return await long
+
+    np.testing.assert_array_equal(asyncio.run(ask()), np.arange(15))
+    assert ran == [4, 1, 4, 4, 3]
 
 
 def test_it_listens_on_one_address_and_stays_quiet(server: Running) -> None:
@@ -293,3 +361,30 @@ def test_an_engine_for_another_machine_is_refused_with_exit_2(engine: Path, tmp_
     log = (tmp_path / "server.log").read_text()
     assert "built for another machine (cpu_features" in log
     assert "Traceback" not in log
+
+
+def test_an_output_that_overflows_is_an_error_and_not_an_answer() -> None:
+    """JSON has no infinity: KServe's encoder wrote null. The values are the client's, so it is no 5xx."""
+    from slipstream.serving import protocol
+    from slipstream.serving import server as module
+
+    model, _ = slow_model(0)
+    request = protocol.decode(client.body(samples(1)), {})
+    for value in (np.inf, np.nan):
+        with pytest.raises(module.Refused, match="overflow in this engine") as refusal:
+            asyncio.run(model.answer(request, np.full((1, 4), value, np.float32), "id"))
+        assert refusal.value.status == 422
+
+
+def test_a_long_request_id_is_refused(server: Running) -> None:
+    assert server.post(client.body(samples(1)), x_request_id="x" * 257).status_code == 400
+
+
+def test_what_clients_do_wrong_fills_no_log(server: Running) -> None:
+    before = server.log.stat().st_size
+    for content in (b"{", changed(data=["a"]), extended(outputs=[{"name": "other"}])):
+        server.post(content)
+    server.http.post(client.infer_path("other"), content=b"{}")
+    server.http.get("/v2/models/other/ready")
+    server.http.get(client.infer_path(MODEL))
+    assert server.log.stat().st_size == before

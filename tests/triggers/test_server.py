@@ -1,7 +1,10 @@
 """Alias moved in a real MLflow → webhook over HTTP → signature → a run in Airflow, once for each version."""
 
+import base64
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from mlflow.exceptions import MlflowException
 
 from slipstream.airflow_api import AirflowApi
 from slipstream.home import Home
-from slipstream.triggers import server
+from slipstream.serving.connections import Bounded
+from slipstream.triggers import server, signature
 
 from .conftest import SECRET, until, version
 
@@ -32,7 +36,7 @@ def receiver(
     for left in client.list_webhooks():
         client.delete_webhook(left.webhook_id)
     app = server.create_app(here, client, api, url, SECRET)
-    running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    running = uvicorn.Server(uvicorn.Config(app, log_level="warning", http=Bounded))
     thread = threading.Thread(target=running.run, args=([listening],))
     thread.start()
     until(lambda: running.started and len(client.list_webhooks()) == 1)
@@ -72,6 +76,41 @@ def test_a_forged_delivery_is_refused(receiver: str, client: MlflowClient, model
         )
     assert answer.status_code == 401
     assert not airflow.runs
+
+
+def signed_headers(body: bytes, timestamp: str) -> dict[str, str]:
+    digest = base64.b64encode(signature.sign(SECRET, "1", timestamp, body)).decode()
+    named = {"X-MLflow-Delivery-Id": "1", "X-MLflow-Timestamp": timestamp, "X-MLflow-Signature": f"v1,{digest}"}
+    return {**named, "content-type": "application/json"}
+
+
+def test_a_signed_delivery_without_a_proper_time_is_refused(receiver: str) -> None:
+    for timestamp in ("1" * 4000, "-1", "1e9", ""):
+        assert httpx.post(receiver, content=b"{}", headers=signed_headers(b"{}", timestamp)).status_code == 401
+
+
+def test_a_signed_document_of_another_kind_is_refused(receiver: str) -> None:
+    now = str(int(time.time()))
+    for body in (b"", b"[]", b"\xff", b"[" * 20_000):
+        assert httpx.post(receiver, content=body, headers=signed_headers(body, now)).status_code == 422
+
+
+def test_large_posts_do_not_fill_the_memory(receiver: str) -> None:
+    """In chunks, so that no length gives them away; 64 MiB each, without a signature or with a false one."""
+    part = b" " * 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    before = peak_mib()
+    for headers, status in (({}, 401), (signed_headers(b"", str(int(time.time()))), 413)):
+        for _ in range(3):
+            with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError):  # closed while still sending
+                answer = httpx.post(receiver, content=iter([part] * 64), headers=headers, timeout=30)
+                assert answer.status_code == status
+    assert peak_mib() - before < 32
+
+
+def peak_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def test_while_airflow_is_down_the_delivery_is_put_off(

@@ -1,21 +1,27 @@
 """What a model server takes: one tensor, of the engine's inputs or, where the release has a tokenizer, of texts."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from kserve import InferInput, InferRequest
-from kserve.errors import InvalidInput
 
 from slipstream.engines.base import EngineManifest
 from slipstream.frameworks.base import INPUT
-from slipstream.serving.client import BYTES, DATATYPES, TEXT
+from slipstream.serving.client import BYTES, DATATYPES, MOST_BYTES, TEXT
+from slipstream.serving.protocol import BadRequest, Tensor
 from slipstream.tokens import TOKENIZER, Tokenizer
 
-
-class BadRequest(InvalidInput):  # type: ignore[misc]  # kserve has no type information
-    """An InvalidInput that is answered without a traceback in the log: the mistake is the client's."""
+BATCHES = 4
+"""Greatest batches of the target that a request may have: it runs them one after the other."""
+MOST_TEXT = 64 * 2**10
+"""Characters of one text. Every text is cut to the target's greatest length, but read to its end before."""
+NUMBER_BYTES = 32
+"""Of a number in JSON, with what separates it from the next; the longest float32 has 24."""
+ENVELOPE_BYTES = 64 * 2**10
+"""Of a request's body, beside its values."""
 
 
 class Inputs:
@@ -25,6 +31,8 @@ class Inputs:
         """`folder` is the engine's, which has been loaded, and so checked."""
         self._dtype = np.dtype(manifest.input_dtype)
         self._datatype, self._shape = DATATYPES[manifest.input_dtype], [-1, *manifest.input_shape]
+        self.most_samples = BATCHES * manifest.target.batch[-1]
+        self._longest = max(manifest.target.lengths, default=0)
         has_tokenizer = TOKENIZER in manifest.files
         self._tokenizer = Tokenizer((folder / TOKENIZER).read_text(encoding="utf-8")) if has_tokenizer else None
 
@@ -33,47 +41,52 @@ class Inputs:
         tensors = [{"name": INPUT, "datatype": self._datatype, "shape": self._shape}]
         return tensors + ([{"name": TEXT, "datatype": BYTES, "shape": [-1]}] if self._tokenizer is not None else [])
 
-    def batch(self, payload: Any) -> npt.NDArray[Any]:
-        """The request's only tensor, as (N, …) in the engine's dtype. Raises BadRequest."""
-        if not isinstance(payload, InferRequest):
-            raise BadRequest("the model speaks the Open Inference Protocol V2 only: POST /v2/models/NAME/infer")
-        wanted = " or ".join(map(str, self.types()))
-        if len(payload.inputs) != 1:
-            raise BadRequest(f"inputs: one tensor is expected, {wanted}; there are {len(payload.inputs)}")
-        tensor = payload.inputs[0]
+    def most_bytes(self) -> int:
+        """Bytes of a body, at most: what the largest request that is taken may need. More is refused unread."""
+        sizes = [size if size >= 1 else self._longest for size in self._shape[1:]]
+        if self._tokenizer is not None or 0 in sizes:
+            return MOST_BYTES
+        return min(MOST_BYTES, self.most_samples * math.prod(sizes) * NUMBER_BYTES + ENVELOPE_BYTES)
+
+    def batch(self, tensor: Tensor) -> npt.NDArray[Any]:
+        """The tensor, as (N, …) in the engine's dtype. Raises BadRequest."""
         for kind in self.types():
             same = (tensor.name, tensor.datatype) == (kind["name"], kind["datatype"])
             if same and _fits(tensor.shape, kind["shape"]):
+                self._require_few(tensor)
                 return self._tokens(tensor) if kind["name"] == TEXT else self._values(tensor)
-        got = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
-        raise BadRequest(f"inputs[0]: {wanted} is expected, where -1 is any size of at least 1; got {got}")
+        expected = " or ".join(map(str, self.types()))
+        got = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+        raise BadRequest(f"inputs[0]: {expected} is expected, where -1 is any size of at least 1; got {got}")
 
-    def _values(self, tensor: InferInput) -> npt.NDArray[Any]:
-        try:
-            batch = np.ascontiguousarray(tensor.as_numpy(), dtype=self._dtype)
-        except (ValueError, TypeError, OverflowError) as error:
-            what = f"{list(tensor.shape)} values of {self._datatype}"
-            raise BadRequest(f"inputs[0].data: not {what}: {error}") from error
+    def _require_few(self, tensor: Tensor) -> None:
+        if tensor.shape[0] > self.most_samples:
+            raise BadRequest(
+                f"inputs[0].shape: {tensor.shape[0]} samples, but a request may have {self.most_samples}, {BATCHES} "
+                "times the target's greatest batch (`batch` in the spec); send the others in further requests"
+            )
+
+    def _values(self, tensor: Tensor) -> npt.NDArray[Any]:
+        if self._longest and tensor.shape[1] > BATCHES * self._longest and self._shape[1] == -1:
+            raise BadRequest(f"inputs[0].shape: {tensor.shape[1]} tokens, but the target's greatest is {self._longest}")
+        batch = np.ascontiguousarray(tensor.values(), dtype=self._dtype)
         if np.issubdtype(batch.dtype, np.floating) and not np.isfinite(batch).all():
             raise BadRequest("inputs[0].data: holds NaN or infinity")
         if self._tokenizer is not None and not 0 <= batch.min() <= batch.max() < self._tokenizer.size:
             raise BadRequest(f"inputs[0].data: token ids go from 0 to {self._tokenizer.size - 1}")
         return batch
 
-    def _tokens(self, tensor: InferInput) -> npt.NDArray[np.int64]:
+    def _tokens(self, tensor: Tensor) -> npt.NDArray[np.int64]:
         assert self._tokenizer is not None, "the tensor of texts is among the types only with a tokenizer"
-        try:
-            given = tensor.as_numpy().ravel().tolist()
-            texts = [text.decode() if isinstance(text, bytes) else text for text in given]
-        except (ValueError, TypeError) as error:
-            raise BadRequest(f"inputs[0].data: not {list(tensor.shape)} texts in UTF-8: {error}") from error
-        if not all(isinstance(text, str) for text in texts):
-            raise BadRequest("inputs[0].data: texts are strings")
+        texts = tensor.texts()
+        longest = max(map(len, texts))
+        if longest > MOST_TEXT:
+            raise BadRequest(f"inputs[0].data: a text of {longest} characters; {MOST_TEXT} are taken")
         return self._tokenizer.encode(texts)
 
 
-def _fits(shape: Any, wanted: list[int]) -> bool:
-    """Whether a shape, as a client gave it, is the wanted one, where -1 stands for any size of at least 1."""
-    if not isinstance(shape, list) or len(shape) != len(wanted) or not all(isinstance(n, int) for n in shape):
+def _fits(shape: Sequence[int], expected: list[int]) -> bool:
+    """Whether a shape is the expected one, where -1 stands for any size of at least 1."""
+    if len(shape) != len(expected):
         return False
-    return all(n >= 1 if w == -1 else n == w for n, w in zip(shape, wanted, strict=True))
+    return all(n >= 1 if size == -1 else n == size for n, size in zip(shape, expected, strict=True))

@@ -5,8 +5,20 @@
 Only the paths of `PATHS` are answered: the SDK would also let any client unload the model, and fails (501) where a path
 names a version.
 
-`/metrics` has, beside the SDK's own figures, `slipstream_requests_total{status="2xx"}` of the inference endpoint and
-the process's `process_resident_memory_bytes`, in the text format of Prometheus.
+Statuses of an inference request, each with `{"error": …}` where it is not 200:
+
+    400  the request is malformed, or has more samples than a request may have (inputs.py)
+    404  another model
+    408  the body did not come in time; 413: it is larger than the largest request that is taken
+    422  the output holds NaN or infinity: the values overflow in this engine
+    429  a limit was reached, and the header `x-slipstream-refused: overload` says so; ask again later
+    500  the engine failed
+
+A refusal for overload is not a 5xx, which says that the release is at fault: proxies eject servers for those, and the
+guardrails count them. What clients send is never a 5xx either.
+
+`/metrics` has `slipstream_requests_total{status="2xx"}` of the inference endpoint and the process's
+`process_resident_memory_bytes`, in the text format of Prometheus.
 """
 
 import argparse
@@ -24,23 +36,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import uvloop
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
-from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
-from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER, PredictorProtocol
-from kserve.errors import ModelNotReady
+from kserve import Model, ModelServer
 from kserve.model_server import app
-from kserve.protocol.rest.v2_datamodels import InferenceRequest
 from prometheus_client import Counter
+from starlette.requests import ClientDisconnect
 
 from slipstream.engines.base import EngineManifest, Runner, load_engine, read_manifest
 from slipstream.errors import DataError, SlipstreamError
 from slipstream.frameworks.base import OUTPUT
+from slipstream.serving import protocol
 from slipstream.serving.answers import AnswerLog
-from slipstream.serving.client import RELEASE, REQUEST_ID, SERVER_MS, infer_path
-from slipstream.serving.inputs import BadRequest, Inputs
+from slipstream.serving.client import REFUSED, RELEASE, REQUEST_ID, SERVER_MS, infer_path
+from slipstream.serving.connections import Bounded, allow_files
+from slipstream.serving.inputs import Inputs
+from slipstream.serving.protocol import MOST_ID, BadRequest
+
+log = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -51,15 +65,22 @@ WARM_UP = 20
 WARM_UP_LENGTH = 16
 """Tokens of the warm-up's text where the target has no lengths."""
 GRACE_S = 10
-PATHS = re.compile(r"/|/metrics|/v2(/health/(live|ready)|/models(/[^/]+(/(ready|infer))?)?)?")
-NOT_HERE = JSONResponse({"error": "not here; a model is asked at POST /v2/models/NAME/infer"}, 404)
-MOST_BYTES = 64 * 2**20
-"""Of a request's body; what is larger is refused (413) before it is read to its end."""
-MOST_WAIT_S = 10.0
-"""A request that waited longer for the engine is refused (503): whoever asked has given up, as Envoy does by then, and
-answering it would keep the others waiting."""
+PATHS = r"/|/metrics|/v2(/health/(live|ready)|/models(/{model}(/(ready|infer))?)?)?"
+IS_READY = JSONResponse({"ready": True})
+"""Of the health check, which Envoy makes four times a second. The server listens only once its engine is loaded."""
+NOT_FOUND = JSONResponse({"error": "not found; send inference requests to POST /v2/models/NAME/infer"}, 404)
+MOST_WAIT_S = 8.0
+"""A request that waits longer for the engine is refused: less than Envoy's 10 s, after which nobody would read it."""
+MOST_WAITING = 256
+"""Requests that wait for the engine, at most; as many as Envoy has connections to a server."""
+MOST_HELD_BYTES = 256 * 2**20
+"""Of all bodies that are read or answered at a time."""
+BODY_IDLE_S, BODY_S = 5.0, 25.0
+"""Between two parts of a body, and for all of it."""
 INLINE_MS = 5.0
 """Inferences up to about this long run in the event loop: a hop to a thread and back costs more than they take."""
+DECODE_INLINE_BYTES = 256 * 2**10
+"""Bodies up to this size are decoded in the event loop, for the same reason."""
 
 
 REQUESTS = Counter("slipstream_requests", "Inference requests by class of status.", ["status"])
@@ -88,6 +109,7 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
         # Longer inferences run here, so that health checks are answered meanwhile.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._turn = asyncio.Lock()
+        self._waiting = 0
         self._ms_per_value = 0.0
 
     def load(self) -> bool:
@@ -112,48 +134,76 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
         """Output tensor for the protocol's metadata."""
         return [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, *self._manifest.output_shape]}]
 
-    async def predict(self, payload: InferRequest, headers: dict[str, str] | None = None) -> InferResponse:
-        """Answer one request. Raises BadRequest, which becomes status 400."""
+    async def answer(self, request: protocol.Request, batch: npt.NDArray[Any], request_id: str) -> Response:
+        """Run the engine and encode its output. Raises BadRequest, Refused."""
         try:
-            output = await self._run(self._inputs.batch(payload))
+            output = await self._run(batch)
         except DataError as error:  # a text of token ids that is too long for the engine
             raise BadRequest(f"inputs[0]: {error}") from error
+        if not np.isfinite(output).all():
+            raise Refused(422, "the output holds NaN or infinity: the values overflow in this engine")
         answer = _answer.get()
-        answer.request_id = (headers or {}).get(REQUEST_ID) or payload.id or ""
-        answer.output = output
-        tensor = InferOutput(name=OUTPUT, shape=list(output.shape), datatype="FP32")
-        tensor.set_data_from_numpy(output, binary_data=bool(payload.use_binary_outputs))
-        return InferResponse(
-            response_id=answer.request_id,
-            model_name=self.name,
-            infer_outputs=[tensor],
-            use_binary_outputs=payload.use_binary_outputs,
-            requested_outputs=payload.request_outputs,
-        )
+        answer.request_id, answer.output = request_id, output
+        content, headers = protocol.encode(self.name, request_id, output, request.binary)
+        return Response(content, headers=headers)
 
     async def _run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        asked = time.monotonic()
-        async with self._turn:  # a runner serves one thread at a time
-            if time.monotonic() - asked > MOST_WAIT_S:
-                raise Refused(503, f"the request waited for more than {MOST_WAIT_S:g} s; send fewer at a time")
+        """The outputs of a batch (N, …). Others get their turn between any two of the target's greatest batches."""
+        most = self._manifest.target.batch[-1]
+        if len(batch) <= most:
+            return await self._one(batch)
+        return np.concatenate([await self._one(batch[n : n + most]) for n in range(0, len(batch), most)])
+
+    async def _one(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        await self._take_turn()  # a runner serves one thread at a time
+        try:
             if self._ms_per_value * batch.size <= INLINE_MS:
                 return self._runner.run(batch)
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, batch)
+        finally:
+            self._turn.release()
+
+    async def _take_turn(self) -> None:
+        if not self._turn.locked():
+            await self._turn.acquire()
+            return
+        if self._waiting >= MOST_WAITING:
+            raise Overload(f"{MOST_WAITING} requests are waiting for the engine")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(MOST_WAIT_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise Overload(f"the request waited for more than {MOST_WAIT_S:g} s") from None
+        finally:
+            self._waiting -= 1
 
 
 class Refused(Exception):
     """Answered with this status and reason."""
+
+    headers: dict[str, str] | None = None
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
 
 
+class Overload(Refused):
+    """More is asked than this server can answer in time."""
+
+    headers = {REFUSED: "overload", "retry-after": "1"}  # noqa: RUF012 (read only)
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(429, f"{reason}; send fewer at a time")
+
+
 class Releases:
     """ASGI middleware that names the release in every response, counts, and logs every answer after it was sent."""
 
-    def __init__(self, application: Application, release: str, log: AnswerLog | None) -> None:
+    def __init__(self, application: Application, model: str, release: str, log: AnswerLog | None) -> None:
         self._application = application
+        self._paths = re.compile(PATHS.replace("{model}", re.escape(model)))
         self._header = (RELEASE.encode(), release.encode())
         self._log = log
         for status in CLASSES:  # so that a figure that is missing is never taken for none
@@ -175,7 +225,9 @@ class Releases:
                 message["headers"] = [*message.get("headers", ()), self._header, took]
             await send(message)
 
-        application = self._application if PATHS.fullmatch(scope["path"]) else NOT_HERE
+        application = self._application if self._paths.fullmatch(scope["path"]) else NOT_FOUND
+        if scope["path"] == "/v2/health/ready":
+            application = IS_READY
         try:
             await application(scope, receive, named)
         finally:
@@ -188,84 +240,136 @@ class Releases:
 class Server(ModelServer):  # type: ignore[misc]  # kserve has no type information
     """KServe's server on one address, HTTP only, one process, without a line for each request.
 
-    Its inference endpoint is replaced: FastAPI reads and writes JSON with the standard library, which takes 0.8 ms
-    for 784 numbers where orjson takes 0.03 ms (measured on a busy machine).
+    Its inference endpoint is replaced: FastAPI and the SDK read and write JSON with the standard library, which takes
+    0.8 ms for 784 numbers where orjson takes 0.03 ms (measured on a busy machine), and check too late (protocol.py).
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, model: EngineModel, inputs: Inputs) -> None:
         super().__init__(
             http_port=port, workers=1, enable_grpc=False, enable_latency_logging=False, grace_period=GRACE_S
         )
         self._host = host
+        self._model, self._inputs = model, inputs
+        self._most_bytes = inputs.most_bytes()
+        self._held_bytes = 0
         app.add_api_route(infer_path("{model_name}"), self.infer, methods=["POST"])
         for chatty in ("kserve.trace", "uvicorn.access"):
             logging.getLogger(chatty).handlers.clear()
             logging.getLogger(chatty).propagate = False
 
-    async def infer(self, model_name: str, request: Request) -> Response:
-        """Answer an inference request, in JSON or with binary tensors. Raises BadRequest, Refused, ModelNotFound."""
-        headers, body = dict(request.headers), await _body(request)
-        if not await self.dataplane.model_ready(model_name, disable_predictor_health_check=True):
-            raise ModelNotReady(model_name)
-        decoded = self._decode(body, headers, model_name)
-        response, extra = await self.dataplane.infer(model_name=model_name, request=decoded, headers=headers)
-        encoded, more = self.dataplane.encode(model_name, response, headers, req_attributes={})
-        if isinstance(encoded, bytes):
-            return Response(encoded, headers={**extra, **more}, media_type="application/octet-stream")
-        return Response(orjson.dumps(encoded), headers={**extra, **more}, media_type="application/json")
-
-    def _decode(self, body: bytes, headers: dict[str, str], model_name: str) -> InferRequest:
-        binary = INFERENCE_CONTENT_LENGTH_HEADER in headers
+    async def infer(self, request: Request) -> Response:
+        """Answer an inference request, in JSON or with binary tensors. Raises BadRequest, Refused."""
+        request_id = request.headers.get(REQUEST_ID, "")
+        if len(request_id) > MOST_ID:
+            raise BadRequest(f"{REQUEST_ID}: has {len(request_id)} characters; {MOST_ID} are taken")
+        held = _Held(self)
         try:
-            content = body if binary else InferenceRequest.model_validate(orjson.loads(body))
-            decoded, _ = self.dataplane.decode(content, headers, PredictorProtocol.REST_V2.value, model_name)
-            _ = decoded.use_binary_outputs  # fails where parameters are no object
-        except Exception as error:  # KServe's decoder raises what it stumbles over: AttributeError, struct.error, …
-            raise BadRequest(f"not an Open Inference Protocol V2 request: {error}") from error
-        return decoded
+            body = await self._body(request, held)
+            decoded, batch = await self._decoded(body, request)
+            return await self._model.answer(decoded, batch, request_id or decoded.id)
+        except ClientDisconnect:
+            return Response(status_code=400)  # read by nobody
+        except (BadRequest, Refused):
+            raise
+        except Exception as error:  # one line for each request; supervisord rotates the log
+            log.error("%s: %s: %s", self._model.name, type(error).__name__, str(error)[:500])
+            raise Refused(500, "the engine failed; the server's log says why") from error
+        finally:
+            held.release()
+
+    async def _decoded(self, body: bytes, request: Request) -> tuple[protocol.Request, npt.NDArray[Any]]:
+        def decode() -> tuple[protocol.Request, npt.NDArray[Any]]:
+            decoded = protocol.decode(body, request.headers)
+            return decoded, self._inputs.batch(decoded.tensor)
+
+        return decode() if len(body) <= DECODE_INLINE_BYTES else await asyncio.to_thread(decode)
+
+    async def _body(self, request: Request, held: "_Held") -> bytes:
+        """The request's body. Raises Refused as soon as it is too large or too late, Overload, ClientDisconnect."""
+        self._require_small(_length(request))
+        parts, size = [], 0
+        stream = aiter(request.stream())
+        try:
+            async with asyncio.timeout(BODY_S) as whole:
+                while True:
+                    async with asyncio.timeout(BODY_IDLE_S):
+                        part = await anext(stream, None)
+                    if part is None:
+                        break
+                    size += len(part)
+                    self._require_small(size)
+                    held.add(len(part))
+                    parts.append(part)
+        except TimeoutError:
+            late = f"{BODY_S:g} s" if whole.expired() else f"{BODY_IDLE_S:g} s after its last part"
+            raise Refused(408, f"the body did not come within {late}") from None
+        return b"".join(parts)
+
+    def _require_small(self, size: int) -> None:
+        if size > self._most_bytes:
+            most = f"{self._most_bytes / 2**20:.3g} MiB"
+            raise Refused(413, f"the request is larger than {most}; send fewer samples at a time")
 
     def setup_event_loop(self) -> None:
         """Use uvloop. KServe's own method configures a loop that `start` then does not run."""
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
 
     async def _serve(self) -> None:
-        # KServe listens on every address and has no option for it.
+        # KServe listens on every address, with uvicorn's own protocol, and has no options for either.
         self._rest_server.config.host = self._host
+        self._rest_server.config.http = Bounded
         await super()._serve()
 
 
-async def _body(request: Request) -> bytes:
-    """The request's body. Raises Refused as soon as it is too large."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MOST_BYTES:
-            raise Refused(413, f"the request is larger than {MOST_BYTES >> 20} MiB; send fewer samples at a time")
-        parts.append(part)
-    return b"".join(parts)
+class _Held:
+    """Bytes that one request holds, counted in those of all."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._size = server, 0
+
+    def add(self, size: int) -> None:
+        """Raises Overload when all requests together hold too much."""
+        if self._server._held_bytes + size > MOST_HELD_BYTES:
+            raise Overload(f"all requests together hold more than {MOST_HELD_BYTES >> 20} MiB")
+        self._server._held_bytes += size
+        self._size += size
+
+    def release(self) -> None:
+        """The request is answered."""
+        self._server._held_bytes -= self._size
+        self._size = 0
+
+
+def _length(request: Request) -> int:
+    """What the client says that the body has; 0 where it does not say. The HTTP parser has checked the number."""
+    return int(request.headers.get("content-length", 0))
 
 
 async def refused(request: Request, error: Exception) -> JSONResponse:
     """Status 400 for a BadRequest, its own for a Refused."""
-    return JSONResponse({"error": str(error)}, error.status if isinstance(error, Refused) else 400)
+    if isinstance(error, Refused):
+        return JSONResponse({"error": str(error)}, error.status, error.headers)
+    return JSONResponse({"error": str(error)}, 400)
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Load the engine and serve until SIGTERM. Raises EngineError when the engine may not be loaded here."""
     manifest = read_manifest(arguments.engine)
     runner = load_engine(arguments.engine)
-    model = EngineModel(arguments.model, manifest, runner, Inputs(manifest, arguments.engine))
+    inputs = Inputs(manifest, arguments.engine)
+    model = EngineModel(arguments.model, manifest, runner, inputs)
     model.load()
-    log = AnswerLog(arguments.answers, arguments.release) if arguments.answers else None
-    server = Server(arguments.host, arguments.port)
-    app.add_middleware(Releases, release=arguments.release, log=log)
+    allow_files()
+    answers = AnswerLog(arguments.answers, arguments.release) if arguments.answers else None
+    server = Server(arguments.host, arguments.port, model, inputs)
+    app.add_middleware(Releases, model=arguments.model, release=arguments.release, log=answers)
     for kind in (BadRequest, Refused):
         app.add_exception_handler(kind, refused)
     try:
         server.start([model])
     finally:
-        if log is not None:
-            log.close()
+        if answers is not None:
+            answers.close()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

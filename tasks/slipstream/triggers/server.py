@@ -4,6 +4,7 @@ A delivery that cannot be served now is answered with 503, so that MLflow sends 
 found by the reconciler, which runs beside.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -17,11 +18,13 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from mlflow import MlflowClient
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from slipstream import catalog, traffic
 from slipstream.airflow_api import AirflowApi
 from slipstream.errors import SlipstreamError, Unavailable
 from slipstream.home import Home
+from slipstream.serving.connections import Bounded, allow_files
 from slipstream.triggers import configuration, promotion, signature, upkeep
 from slipstream.triggers.reconcile import INTERVAL_S, keep_reconciling, reconcile, report_drift
 
@@ -30,6 +33,10 @@ log = logging.getLogger(__name__)
 PATH = "/webhooks/mlflow"
 NAME = "slipstream"
 EVENT = "model_version_alias.created"
+MOST_BYTES = 2**20
+"""Of a delivery; MLflow's have some hundred bytes."""
+BODY_S = 10.0
+"""For the whole body."""
 
 
 class Alias(BaseModel):
@@ -82,18 +89,7 @@ def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, url: s
         return {"status": "ok"}
 
     async def receive(request: Request) -> dict[str, list[str]]:
-        body, headers = await request.body(), request.headers
-        wrong = signature.verify(
-            secret,
-            body,
-            delivery_id=headers.get("X-MLflow-Delivery-Id", ""),
-            timestamp=headers.get("X-MLflow-Timestamp", ""),
-            header=headers.get("X-MLflow-Signature", ""),
-            now_s=time.time(),
-        )
-        if wrong:
-            log.warning("webhook refused: %s", wrong)
-            raise HTTPException(401, wrong)
+        body = await _genuine(request, secret)
         try:
             return {"started": await run_in_threadpool(deliver, home, client, airflow, body)}
         except ValidationError as error:
@@ -105,6 +101,46 @@ def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, url: s
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route(PATH, receive, methods=["POST"])
     return app
+
+
+async def _genuine(request: Request, secret: str) -> bytes:
+    """The body of a signed delivery. What is not signed is refused by its headers, where they show it, unread."""
+    headers = request.headers
+    try:
+        signed = signature.read_headers(
+            headers.get("X-MLflow-Delivery-Id", ""),
+            headers.get("X-MLflow-Timestamp", ""),
+            headers.get("X-MLflow-Signature", ""),
+            time.time(),
+        )
+        body = await _body(request)
+        signature.verify(secret, signed, body)
+    except signature.SignatureError as error:
+        log.warning("webhook refused: %s", error)
+        raise HTTPException(401, str(error)) from error
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the body is not complete") from error
+    return body
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a request. Raises HTTPException as soon as it is too large, or too late; ClientDisconnect."""
+    _require_small(int(request.headers.get("content-length", 0)))
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                size += len(part)
+                _require_small(size)
+                parts.append(part)
+    except TimeoutError as error:
+        raise HTTPException(408, f"the body did not come within {BODY_S:g} s") from error
+    return b"".join(parts)
+
+
+def _require_small(size: int) -> None:
+    if size > MOST_BYTES:
+        raise HTTPException(413, f"a delivery has at most {MOST_BYTES >> 20} MiB")
 
 
 def deliver(home: Home, client: MlflowClient, airflow: promotion.Runs, body: bytes) -> list[str]:
@@ -176,7 +212,8 @@ def main() -> None:
     os.environ |= {configuration.MLFLOW: found.mlflow, **retries}
     airflow = AirflowApi(found.airflow, found.airflow_user, found.airflow_password)
     app = create_app(home, MlflowClient(), airflow, found.url, found.secret)
-    uvicorn.run(app, host=found.host, port=found.port, log_level="warning")
+    allow_files()
+    uvicorn.run(app, host=found.host, port=found.port, log_level="warning", http=Bounded)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""What uvicorn lets clients do without end: send headers or a body slowly, send headers of any size, open connections.
+
+`Bounded` closes a connection whose request is not there in time, and, where there are too many connections, the one
+that has gone without a whole request for longest. uvicorn's own `limit_concurrency` refuses whoever comes next instead:
+clients that only hold connections would then shut out all others, and the proxy in front among them.
+"""
+
+import asyncio
+import resource
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEADERS_WITHIN_S = 10.0
+"""From the connection, or the first byte of a later request, to the end of its headers."""
+BODY_WITHIN_S = 30.0
+"""From there to the end of the body."""
+MOST_HEADER_BYTES = 64 * 2**10
+MOST_CONNECTIONS = 1000
+FILES = 4096
+"""File descriptors that a server asks for: connections, and what the engine's libraries open."""
+
+
+class Bounded(HttpToolsProtocol):  # type: ignore[misc]  # uvicorn is not in the core's environment
+    """uvicorn's HTTP protocol with these bounds: `uvicorn.Config(http=Bounded)`."""
+
+    idle: ClassVar[dict["Bounded", None]] = {}
+    """Connections without a whole request, longest first."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._header_bytes = 0
+        self._in_headers = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """A connection was opened."""
+        super().connection_made(transport)
+        self._expect(HEADERS_WITHIN_S)
+        if len(self.connections) > MOST_CONNECTIONS:
+            next(iter(Bounded.idle)).transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """A connection was closed."""
+        self._complete()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes arrived; of headers, not without end."""
+        if self._in_headers:
+            self._header_bytes += len(data)
+        super().data_received(data)
+        if self._in_headers and self._header_bytes > MOST_HEADER_BYTES:
+            self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        """A request begins, perhaps on a connection that had one before."""
+        self._in_headers, self._header_bytes = True, 0
+        self._expect(HEADERS_WITHIN_S)
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """The headers are there."""
+        self._in_headers = False
+        self._expect(BODY_WITHIN_S)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The request is there."""
+        self._complete()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer was sent; uvicorn closes the connection unless another request comes in time."""
+        super().on_response_complete()
+        if not self.transport.is_closing() and self._deadline is None:
+            Bounded.idle[self] = None
+
+    def _expect(self, within_s: float) -> None:
+        """Something must come within this time."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self.loop.call_later(within_s, self.transport.abort)
+        Bounded.idle.setdefault(self, None)
+
+    def _complete(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        Bounded.idle.pop(self, None)
+
+
+def allow_files() -> None:
+    """Let this process open `FILES` files, where the system allows it: a login shell's 1,024 are soon used up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
