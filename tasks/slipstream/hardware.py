@@ -8,6 +8,11 @@ from pathlib import Path
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "i8mm")
 
+X86 = ("x86_64", "AMD64")
+EXACT_SUMS = {"avx512_vnni", "avx_vnni"}
+"""x86 instruction sets that add products of uint8 and int8 in 32 bits. Without them libraries use AVX2's, which adds
+two products in 16 bits, and cuts off what exceeds them."""
+
 
 @cache
 def describe() -> dict[str, str]:
@@ -28,6 +33,12 @@ def describe() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     return found | ({"gpu": gpus} if (gpus := _gpus()) else {})
+
+
+def int8_sums() -> str:
+    """`exact`, or `saturating` where fast kernels may cut off sums of products of uint8 and int8."""
+    x86 = platform.machine() in X86
+    return "saturating" if x86 and not EXACT_SUMS & set(describe()["cpu_features"].split()) else "exact"
 
 
 def _gpus(driver: Path = Path("/proc/driver/nvidia")) -> str:

@@ -8,9 +8,10 @@ import pytest
 from tests.engines.candidates import network, quantized, write
 from tests.engines.images import CLASSES, SHAPE, samples
 
-from slipstream import digests
-from slipstream.engines.base import MANIFEST, build_engine, engine_for, load_engine, read_manifest
+from slipstream import digests, hardware
+from slipstream.engines.base import MANIFEST, build_engine, engine_for, load_engine, read_manifest, record_answers
 from slipstream.engines.peak import peak_memory_mib
+from slipstream.engines.recorded import FILE
 from slipstream.errors import DataError, EngineError
 from slipstream.frameworks.base import ONNX
 from slipstream.spec import Target
@@ -31,6 +32,11 @@ def edit_manifest(engine: Path, **changes: object) -> None:
     """Change fields of engine.json as somebody with an editor would."""
     document = json.loads((engine / MANIFEST).read_text())
     (engine / MANIFEST).write_text(json.dumps({**document, **changes}))
+
+
+def change_facts(engine: Path, **facts: str) -> None:
+    """Change the fingerprint in engine.json, as if the engine had been built elsewhere."""
+    edit_manifest(engine, fingerprint=read_manifest(engine).fingerprint | facts)
 
 
 class EngineContract:
@@ -103,9 +109,31 @@ class EngineContract:
         assert {"device", "cpu_features", "precision", target.engine} <= set(manifest.fingerprint)
 
     def test_an_engine_for_another_machine_is_refused_with_each_difference(self, engine: Path) -> None:
-        fingerprint = read_manifest(engine).fingerprint
-        edit_manifest(engine, fingerprint={**fingerprint, "cpu_features": "amx_int8", "device": "NPU"})
-        with pytest.raises(EngineError, match=r"(?s)cpu_features: built with 'amx_int8'.*device|device.*cpu_features"):
+        change_facts(engine, precision="f8", device="NPU")
+        with pytest.raises(EngineError, match=r"(?s)precision: built with 'f8'.*device|device.*precision: built with"):
+            load_engine(engine)
+
+    def test_an_older_version_is_refused_and_a_later_one_loads(self, engine: Path, target: Target) -> None:
+        record_answers(engine, load_engine(engine), samples(5))
+        version = read_manifest(engine).fingerprint[target.engine]
+        change_facts(engine, **{target.engine: f"{version.partition('.')[0]}.0.0"})
+        load_engine(engine)
+        change_facts(engine, **{target.engine: f"{version.partition('.')[0]}.999"})
+        with pytest.raises(EngineError, match=f"{target.engine}: built with '.*999', here.*slipstream rebuild"):
+            load_engine(engine)
+
+    def test_a_processor_with_other_features_loads_it_if_it_repeats_its_answers(self, engine: Path) -> None:
+        change_facts(engine, cpu_features="")
+        with pytest.raises(EngineError, match="no recorded answers"):
+            load_engine(engine)
+        change_facts(engine, cpu_features=hardware.describe()["cpu_features"])
+        record_answers(engine, load_engine(engine), samples(5))
+        change_facts(engine, cpu_features="")
+        load_engine(engine)
+        with np.load(engine / FILE) as stored:
+            np.savez(engine / FILE, samples=stored["samples"], answers=stored["answers"] + 0.1)
+        edit_manifest(engine, files=read_manifest(engine).files | {FILE: digests.file(engine / FILE)})
+        with pytest.raises(EngineError, match=r"its own answers to 5 samples.*differs by up to 0\.1.*cpu_features"):
             load_engine(engine)
 
     def test_a_fact_that_this_version_does_not_know_is_a_difference(self, engine: Path) -> None:

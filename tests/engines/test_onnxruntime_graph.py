@@ -13,9 +13,10 @@ from tests.engines.candidates import projections, quantized, write
 from tests.engines.images import samples
 
 from slipstream.engines.base import build_engine, load_engine
-from slipstream.engines.onnxruntime import OPTIMISED, X86
+from slipstream.engines.onnxruntime import OPTIMISED
 from slipstream.engines.onnxruntime_graph import rows_first, unsigned
 from slipstream.frameworks.base import ONNX
+from slipstream.hardware import X86
 from slipstream.spec import Target
 from slipstream.steps.build import reference
 

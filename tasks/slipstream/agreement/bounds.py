@@ -38,6 +38,23 @@ ROUNDED = {"f16": Bound("FP16", relative=0.05), "bf16": Bound("BF16", relative=0
 """A hundred and fifty times the rounding of one operation (2⁻¹¹ and 2⁻⁸), since errors add up along a network."""
 
 
+REPEATED_LABELS = 0.9
+REPEATED = {
+    "f32": Bound("FP32", largest=1e-3, labels=REPEATED_LABELS),
+    "f16": Bound("FP16", relative=0.01, labels=REPEATED_LABELS),
+    "bf16": Bound("BF16", relative=0.05, labels=REPEATED_LABELS),
+}
+"""Between two loads of the same engine: weights and ranges are the same bytes, so only the kernels' sums differ."""
+REPEATED_QUANTIZED = Bound("quantized", relative=0.05, labels=REPEATED_LABELS)
+"""A ResNet-14 in INT8 gave the same bits under two older versions each of OpenVINO and ONNX Runtime. Sums that saturate
+in 16 bits (AVX2 instead of VNNI) moved it by 0.013, and three projections of an attention by 0.07."""
+
+
+def repeated(precision: str, *, quantized: bool) -> Bound:
+    """The bound for an engine that is loaded again, under another version of its library or on another processor."""
+    return REPEATED_QUANTIZED if quantized else REPEATED.get(precision, REPEATED["f32"])
+
+
 def bound_for(precision: str, *, quantized: bool) -> Bound:
     """The bound for what computes in `precision` (f32, f16, bf16), from quantized weights or not."""
     if quantized:

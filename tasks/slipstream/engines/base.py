@@ -5,6 +5,7 @@ module with an object `ENGINE`, one entry in `engines.ENGINES`, and a subclass o
 """
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -12,8 +13,10 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, ValidationError
 
 from slipstream import digests, tokens
+from slipstream.agreement.bounds import repeated
 from slipstream.contract import Document
-from slipstream.engines import ENGINES, SERVE, lengths
+from slipstream.engines import ENGINES, SERVE, lengths, recorded
+from slipstream.engines.compatibility import Relation, differences
 from slipstream.errors import DataError, EngineError
 from slipstream.spec import Target
 from slipstream.spec.fields import Section
@@ -46,7 +49,14 @@ class Engine(Protocol):
         ...
 
     def fingerprint(self, target: Target) -> dict[str, str]:
-        """Versions, device and hardware facts that must be equal where an engine is built and where it is loaded."""
+        """Versions, device and hardware facts: recorded where an engine is built, compared where it is loaded."""
+        ...
+
+    def relations(self, manifest: "EngineManifest") -> Mapping[str, Relation]:
+        """How facts of the fingerprint may differ where an engine that was built so is loaded.
+
+        A fact that is not named must be equal.
+        """
         ...
 
     def build(self, candidate: Path, target: Target, folder: Path) -> dict[str, float] | None:
@@ -57,7 +67,7 @@ class Engine(Protocol):
         ...
 
     def load(self, folder: Path, target: Target) -> Runner:
-        """Load the files that `build` wrote. The fingerprint has been checked before."""
+        """Load the files that `build` wrote. The fingerprint has been compared before."""
         ...
 
 
@@ -244,8 +254,9 @@ def build_engine(candidate: Path, target: Target, folder: Path, tokenizer: str |
 def load_engine(folder: Path) -> Runner:
     """Load an engine after its files and its fingerprint have been checked; in the target's length buckets, if any.
 
-    Raises EngineError, naming each fact that differs, when it was built for other hardware or versions, and
-    when a file is not the one that was built.
+    Under other facts than it was built under, it must also repeat its recorded answers. Raises EngineError, naming each
+    fact, when its relations forbid to load it here or when it answers differently, and when a file is not the one that
+    was built.
     """
     manifest = read_manifest(folder)
     engine = engine_for(manifest.engine)
@@ -253,13 +264,31 @@ def load_engine(folder: Path) -> Runner:
     if isinstance(engine, BuildsAhead):
         engine.check_load(manifest.target)
     here = engine.fingerprint(manifest.target)
-    differing = [
-        f"{k}: built with {v!r}, here {here.get(k)!r}" for k, v in manifest.fingerprint.items() if here.get(k) != v
-    ]
-    if differing:
-        raise EngineError(f"{folder.name}: built for another machine ({'; '.join(differing)}); build it here again")
+    if problems := differences(engine.relations(manifest), manifest.fingerprint, here):
+        raise EngineError(
+            f"{folder.name}: built for another machine ({'; '.join(problems)}); build it here again: "
+            "`slipstream rebuild MODEL` does that for a champion"
+        )
     for name, sha256 in manifest.files.items():
         if not (folder / name).is_file() or digests.file(folder / name) != sha256:
             raise EngineError(f"{folder / name}: missing, or not the file that was built; fetch the engine again")
     runner = engine.load(folder, manifest.target)
-    return lengths.Bucketed(runner, manifest.target.lengths) if manifest.target.lengths else runner
+    runner = lengths.Bucketed(runner, manifest.target.lengths) if manifest.target.lengths else runner
+    if changes := differences({}, manifest.fingerprint, here):
+        bound = repeated(manifest.target.precision, quantized=manifest.quantized)
+        recorded.require_repeated(folder, runner, bound, changes)
+    return runner
+
+
+def size_bytes(folder: Path) -> int:
+    """Size of an engine folder without its recorded answers, which are evidence rather than engine."""
+    evidence = folder / recorded.FILE
+    return digests.folder_size(folder) - (evidence.stat().st_size if evidence.exists() else 0)
+
+
+def record_answers(folder: Path, runner: Runner, samples: npt.NDArray[Any]) -> None:
+    """Record what a new engine answers to the first of the samples (N, …), and name the file in its manifest."""
+    path = recorded.record(folder, runner, samples)
+    manifest = read_manifest(folder)
+    files = manifest.files | {path.name: digests.file(path)}
+    (folder / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=2))

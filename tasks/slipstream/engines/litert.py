@@ -7,6 +7,7 @@ float32.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,8 @@ import numpy.typing as npt
 from pydantic import Field
 
 from slipstream import digests, hardware
-from slipstream.engines.base import Options, Runner, read_options, require_batch
+from slipstream.engines.base import EngineManifest, Options, Runner, read_options, require_batch
+from slipstream.engines.compatibility import Relation
 from slipstream.engines.litert_file import SAVED_MODEL, arena_bytes, convert, open_interpreter
 from slipstream.errors import EngineError
 from slipstream.frameworks.base import read_manifest
@@ -87,6 +89,10 @@ class LiteRT:
             "cpu_features": hardware.describe()["cpu_features"],
             "precision": target.precision,
         }
+
+    def relations(self, manifest: EngineManifest) -> Mapping[str, Relation]:
+        """The file is the same for all processors, and later versions read those of earlier ones."""
+        return {"litert": Relation.SAME_MAJOR, "cpu_features": Relation.ANY}
 
     def build(self, candidate: Path, target: Target, folder: Path) -> dict[str, float]:
         """Convert, and measure the tensor arena. Raises EngineError, also for an arena above the target's limit."""

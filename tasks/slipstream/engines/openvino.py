@@ -4,6 +4,7 @@ The precision is always pinned. Without INFERENCE_PRECISION_HINT OpenVINO runs F
 have it, and a comparison against "FP32" would be one against BF16.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,8 @@ from pydantic import Field
 from slipstream import digests, hardware
 from slipstream.engines import openvino_devices as devices
 from slipstream.engines import openvino_strides as strides
-from slipstream.engines.base import Options, Runner, read_options, require_batch
+from slipstream.engines.base import EngineManifest, Options, Runner, read_options, require_batch
+from slipstream.engines.compatibility import Relation
 from slipstream.errors import EngineError
 from slipstream.frameworks.base import ONNX, read_manifest
 from slipstream.spec import Target
@@ -133,7 +135,20 @@ class OpenVINO:
             "cpu_features": hardware.describe()["cpu_features"],
             "precision": target.precision,
         }
+        found |= {"int8_sums": hardware.int8_sums()} if "CPU" in used else {}
         return found | ({"execution_devices": _chosen(target)} if devices.composed(target.device) else {})
+
+    def relations(self, manifest: EngineManifest) -> Mapping[str, Relation]:
+        """OpenVINO reads IR of earlier versions, and compiles it for the processor that loads it.
+
+        An INT8 engine that was judged with exact sums needs them; devices other than a CPU must be the same model.
+        """
+        relations = {"openvino": Relation.NOT_OLDER, "cpu_features": Relation.ANY}
+        if manifest.fingerprint.get("int8_sums") == "saturating" or not manifest.quantized:
+            relations["int8_sums"] = Relation.ANY
+        if manifest.target.device == "CPU":
+            relations["device_name"] = Relation.ANY
+        return relations
 
     def build(self, candidate: Path, target: Target, folder: Path) -> None:
         """Convert to IR. Weights stay in FP32 (or INT8): compressing them to FP16 is a change nobody asked for."""

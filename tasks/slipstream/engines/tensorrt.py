@@ -6,12 +6,14 @@ here, with `options.compute_capability`; such an engine can be built anywhere, b
 """
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 from slipstream import gpu
 from slipstream.contract import digest
 from slipstream.engines import tensorrt_layers
-from slipstream.engines.base import Runner
+from slipstream.engines.base import EngineManifest, Runner
+from slipstream.engines.compatibility import Relation
 from slipstream.engines.tensorrt_api import DISTRIBUTIONS, FLAVOUR, MAJOR, NAME, RTX, VERSION, trt
 from slipstream.engines.tensorrt_build import build_plan
 from slipstream.engines.tensorrt_options import TensorRTOptions, options_of, ordinal_of, ranked
@@ -87,6 +89,10 @@ class TensorRT:
         if options.hardware_compatibility == "none":
             facts |= {"device_name": here.name, "driver": here.driver}
         return facts
+
+    def relations(self, manifest: EngineManifest) -> Mapping[str, Relation]:
+        """All that binds the plan must be equal; the options for compatibility leave facts out of the fingerprint."""
+        return {}
 
     def cache_file(self, target: Target) -> Path | None:
         """What was timed (TensorRT) or compiled (TensorRT for RTX) for this GPU; None where nothing can be.

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 
 from slipstream import digests, hardware
-from slipstream.engines.base import Options, Runner, read_options, require_batch
+from slipstream.engines.base import EngineManifest, Options, Runner, read_options, require_batch
+from slipstream.engines.compatibility import Relation
 from slipstream.errors import EngineError, ModelError
 from slipstream.frameworks.base import MANIFEST, ONNX, CandidateManifest, read_manifest
 from slipstream.frameworks.torch import FRAMEWORK
@@ -86,6 +87,12 @@ class Torch:
             "mode": options.mode,
         }
         return found | ({"compiler": _compiler_version()} if options.compiles else {})
+
+    def relations(self, manifest: EngineManifest) -> Mapping[str, Relation]:
+        """Weights and TorchScript are portable, and `compile` compiles where it runs; AOTInductor's code is bound."""
+        if read_options(manifest.target, TorchOptions).mode == "aotinductor":
+            return {}
+        return {"torch": Relation.SAME_MAJOR, "cpu_features": Relation.ANY, "compiler": Relation.ANY}
 
     def build(self, candidate: Path, target: Target, folder: Path) -> None:
         """Write weights, a TorchScript file or an AOTInductor package, as the mode wants, beside the manifest."""

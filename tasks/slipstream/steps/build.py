@@ -29,6 +29,8 @@ from slipstream.engines.base import (
     engine_for,
     load_engine,
     read_manifest,
+    record_answers,
+    size_bytes,
     why_not_loadable,
 )
 from slipstream.errors import EngineError
@@ -69,9 +71,10 @@ def run(context: Context) -> StepOutput:
         started = time.monotonic()
         manifest = build_engine(candidate, target, folder, _tokenizer(context.data, target))
         build_s = time.monotonic() - started
+        gzip_bytes = digests.folder_gzip_size(folder)  # before answers are recorded, which are no part of the engine
         metrics = check(candidate, folder, context.data.train.inputs[:SAMPLES]) if reason is None else {}
-    metrics |= {"size_bytes": float(digests.folder_size(folder)), "build_s": build_s, **manifest.figures}
-    metrics["size_gzip_bytes"] = float(digests.folder_gzip_size(folder))
+    metrics |= {"size_bytes": float(size_bytes(folder)), "size_gzip_bytes": float(gzip_bytes), "build_s": build_s}
+    metrics |= manifest.figures
     _log_result(context.cell.key, metrics, reason)
     details: dict[str, Any] = {"fingerprint": manifest.fingerprint}
     details |= {"not_loadable": reason} if reason is not None else {}
@@ -106,11 +109,13 @@ def _log_layers(context: Context, folder: Path) -> dict[str, int]:
 def check(candidate: Path, folder: Path, samples: npt.NDArray[Any]) -> dict[str, float]:
     """Load the engine as the server will, and compare its answers to samples (N, …) with ONNX Runtime's.
 
-    Raises EngineError, naming the first layer that departs, when they are further apart than the engine's precision
-    explains (a quantized ONNX can be fine and the engine built from it broken: NVIDIA/Model-Optimizer#126).
+    Its answers to some of them are recorded in its folder. Raises EngineError, naming the first layer that departs,
+    when they are further apart than the engine's precision explains (a quantized ONNX can be fine and the engine built
+    from it broken: NVIDIA/Model-Optimizer#126).
     """
     expected = reference(candidate / ONNX, samples)
-    got = load_engine(folder).run(np.ascontiguousarray(samples))
+    runner = load_engine(folder)
+    got = runner.run(np.ascontiguousarray(samples))
     manifest = read_manifest(folder)
     bound = bound_for(manifest.target.precision, quantized=manifest.quantized)
     problem = objection(expected, got, bound)
@@ -119,6 +124,7 @@ def check(candidate: Path, folder: Path, samples: npt.NDArray[Any]) -> dict[str,
         raise EngineError(
             f"the {manifest.engine} engine, compared with ONNX Runtime on {len(samples)} samples, {problem}; {where}"
         )
+    record_answers(folder, runner, samples)
     return measure(expected, got).metrics()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from slipstream import digests, gpu, hardware
 from slipstream.contract import Cell, StepInput, StepOutput, Verdict, digest
 from slipstream.data import Data, Split
-from slipstream.engines.base import Runner, engine_for, gpu_of, load_engine, why_not_loadable
+from slipstream.engines.base import Runner, engine_for, gpu_of, load_engine, size_bytes, why_not_loadable
 from slipstream.engines.peak import peak_memory_mib
 from slipstream.errors import DataError, ModelError
 from slipstream.evidence import EngineEvidence, Interval, Latency
@@ -325,7 +325,7 @@ class _Sizes:
         built = _built(context, context.cell)
         gzipped, arena = (built.metrics.get(name) for name in ("size_gzip_bytes", "arena_bytes"))
         return cls(
-            engine=digests.folder_size(context.fetch(built)),
+            engine=size_bytes(context.fetch(built)),
             gzipped=None if gzipped is None else int(gzipped),
             arena=None if arena is None else int(arena),
             peak_memory_mib=peak_memory_mib,

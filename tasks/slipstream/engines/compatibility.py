@@ -1,0 +1,50 @@
+"""Where an engine may be loaded: how each fact of its fingerprint may differ from the machine that loads it.
+
+An engine states a relation for each fact (`Engine.relations`); a fact without one must be equal. Loading says nothing
+about answers: an engine that is loaded under other facts than it was built under must also repeat its recorded answers
+(recorded.py).
+"""
+
+import re
+from collections.abc import Mapping
+from enum import Enum
+
+
+class Relation(Enum):
+    """What a fact here must be, given what it was where the engine was built. The value is the wording in the docs."""
+
+    EQUAL = "equal"
+    NOT_OLDER = "the same version or a later one"
+    SAME_MAJOR = "the same version or a later one, with the same major number"
+    INCLUDES = "all that the build had, or more"
+    ANY = "any; recorded only"
+
+
+def differences(
+    relations: Mapping[str, Relation], built: Mapping[str, str], here: Mapping[str, str]
+) -> tuple[str, ...]:
+    """A phrase for each fact of `built` that forbids loading the engine here; none when it may be loaded."""
+    return tuple(
+        f"{fact}: built with {value!r}, here {here.get(fact)!r}"
+        for fact, value in built.items()
+        if not _holds(relations.get(fact, Relation.EQUAL), value, here.get(fact))
+    )
+
+
+def _holds(relation: Relation, built: str, here: str | None) -> bool:
+    if relation is Relation.ANY or here == built:
+        return True
+    if here is None or relation is Relation.EQUAL:
+        return False
+    if relation is Relation.INCLUDES:
+        return set(built.split()) <= set(here.split())
+    numbers = release(built), release(here)
+    if not all(numbers):
+        return False
+    return numbers[0] <= numbers[1] and (relation is Relation.NOT_OLDER or numbers[0][0] == numbers[1][0])
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The release part of a version, `1.32.0rc1+cpu` → (1, 32, 0); empty for text that is not a version."""
+    leading = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, leading[0].split("."))) if leading else ()

@@ -1,0 +1,88 @@
+"""An engine's own answers to a few real samples, recorded when it was built, in its folder.
+
+The same bytes can answer differently under another version of a library or on another processor. Such an engine must
+repeat these answers when it is loaded, within what its precision explains; otherwise what is served is not what was
+judged. The file is bounded, and not counted as part of the engine's size.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.agreement.bounds import Agreement, Bound, measure, objection
+from slipstream.errors import EngineError
+
+log = logging.getLogger(__name__)
+
+FILE = "recorded.npz"
+SAMPLES = 16
+MOST_BYTES = 2 * 2**20
+"""Of samples and answers together; a model with large ones gets fewer than SAMPLES, but at least one."""
+
+
+class Runs(Protocol):
+    """A loaded engine (engines.base.Runner)."""
+
+    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(N, …) inputs to (N, …) outputs."""
+        ...
+
+
+def record(folder: Path, runner: Runs, samples: npt.NDArray[Any]) -> Path:
+    """Write the engine's answers to the first of the samples (N, …), and the samples. Returns the file.
+
+    Each sample is asked alone, as most requests are: an engine may have another form for a batch of one.
+    """
+    answers: list[npt.NDArray[Any]] = []
+    for i in range(min(SAMPLES, len(samples))):
+        answers.append(runner.run(np.ascontiguousarray(samples[i : i + 1])))
+        if (i + 2) * (samples[:1].nbytes + answers[0].nbytes) > MOST_BYTES:
+            break
+    path = folder / FILE
+    np.savez(path, samples=samples[: len(answers)], answers=np.concatenate(answers))
+    return path
+
+
+def read(folder: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Samples (N, …) and answers (N, …). Raises EngineError where there are none."""
+    try:
+        with np.load(folder / FILE, allow_pickle=False) as stored:
+            return stored["samples"], stored["answers"]
+    except (OSError, ValueError, KeyError) as error:
+        raise EngineError(
+            f"{folder.name}: it has no recorded answers ({error}), so that nothing shows whether it answers here as it "
+            "did where it was judged; build it again"
+        ) from error
+
+
+def answer(runner: Runs, samples: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(N, …) answers, each sample asked alone."""
+    return np.concatenate([runner.run(samples[i : i + 1]) for i in range(len(samples))])
+
+
+def require_repeated(folder: Path, runner: Runs, bound: Bound, changes: Sequence[str]) -> Agreement:
+    """How far the engine's answers are from the recorded ones.
+
+    Raises EngineError when that is more than `bound` explains. `changes` say what is different here, for the message.
+    """
+    samples, expected = read(folder)
+    answers = answer(runner, samples)
+    problem = objection(expected, answers, bound)
+    if problem is not None:
+        raise EngineError(
+            f"{folder.name}: compared with its own answers to {len(samples)} samples, recorded where it was built, it "
+            f"{problem} ({'; '.join(changes)}); `slipstream rebuild MODEL` builds a champion again for this machine"
+        )
+    agreement = measure(expected, answers)
+    log.info(
+        "%s: repeats its answers to %d recorded samples, largest difference %.2g (%s)",
+        folder.name,
+        len(samples),
+        agreement.max_abs_diff,
+        "; ".join(changes),
+    )
+    return agreement
