@@ -212,6 +212,21 @@ def rollback(model: Annotated[str, typer.Argument(help="Registered model, such a
 
 
 @app.command()
+def rebuild(
+    model: Annotated[str, typer.Argument(help="Registered model, such as fashion-resnet.")],
+    alias: Annotated[
+        Literal["champion", "previous"], typer.Option(help="The release that cannot be loaded here.")
+    ] = "champion",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")] = False,
+) -> None:
+    """Build a release that cannot be loaded here again, from its candidate, and put it in place without an outage."""
+    from slipstream.home import Home
+    from slipstream.traffic import rebuild as command
+
+    typer.echo(command.by_hand(model, Home.from_environment(), alias, dry_run=dry_run))
+
+
+@app.command()
 def up(
     new_ports: Annotated[bool, typer.Option(help="Where a remembered port is taken, choose another one.")] = False,
     profile: Annotated[

@@ -29,6 +29,8 @@ ARTIFACT_SIGNATURE = "slipstream.artifact_signature"
 KIND = "slipstream.kind"
 SHA256 = "slipstream.sha256"
 PIPELINE_RUN = "slipstream.pipeline_run"
+REBUILT_FROM = "slipstream.rebuilt_from"
+"""Version whose engine could not be loaded any more, and from whose candidate this one was built."""
 ROLLED_BACK = "slipstream.rolled_back_at"
 ABSENT_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """What MLflow's stores raise for a missing alias; which one depends on the store and its version."""

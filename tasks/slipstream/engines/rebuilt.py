@@ -1,0 +1,103 @@
+"""Builds an engine again from its candidate, where its libraries are: `python -m slipstream.engines.rebuilt`.
+
+`load FOLDER` says why an engine folder cannot be loaded in this environment, if so. `build REQUEST` (JSON) builds the
+same target from the same candidate, compares the answers with those that the old engine recorded, and logs the new
+engine to MLflow. Both print one JSON document as their last line; errors carry their exit code.
+"""
+
+import sys
+from pathlib import Path
+
+from slipstream import log_lines, tokens
+from slipstream.agreement.bounds import measure, objection, repeated
+from slipstream.contract import Artifact, Document, Verdict
+from slipstream.engines import recorded
+from slipstream.engines.base import build_engine, load_engine, read_manifest, record_answers
+from slipstream.errors import SlipstreamError
+
+GATE = "recorded answers"
+
+
+class Request(Document):
+    """What is built again."""
+
+    engine: Path
+    """Folder of the old engine."""
+    candidate: Path
+    """Folder of the candidate that it was built from."""
+    folder: Path
+    """Where the new engine is built."""
+    cell: str
+    parent: str
+    """Logged model of the candidate."""
+    run_id: str
+    experiment_id: str
+
+
+class Finding(Document):
+    """What came of it."""
+
+    problem: str = ""
+    """Why the engine cannot be loaded or built; empty when it can."""
+    exit_code: int = 0
+    artifact: Artifact | None = None
+    verdict: Verdict | None = None
+
+
+def load(folder: Path) -> Finding:
+    """Whether an engine loads here, and repeats its recorded answers where the facts of its build differ."""
+    try:
+        load_engine(folder)
+    except SlipstreamError as error:
+        return Finding(problem=str(error), exit_code=error.exit_code)
+    return Finding()
+
+
+def build(request: Request) -> Finding:
+    """Build, compare and, when the answers are as recorded, log."""
+    try:
+        verdict = _build(request)
+        return Finding(verdict=verdict, artifact=_log(request) if verdict.passed else None)
+    except SlipstreamError as error:
+        return Finding(problem=str(error), exit_code=error.exit_code)
+
+
+def _build(request: Request) -> Verdict:
+    """Whether the new engine, now in its folder, answers as the old one recorded."""
+    old, tokenizer = read_manifest(request.engine), request.engine / tokens.TOKENIZER
+    samples, expected = recorded.read(request.engine)
+    build_engine(request.candidate, old.target, request.folder, tokenizer.read_text() if tokenizer.exists() else None)
+    runner = load_engine(request.folder)
+    answers = recorded.answer(runner, samples)
+    problem = objection(expected, answers, repeated(old.target.precision, quantized=old.quantized))
+    if problem is not None:
+        return Verdict(gate=GATE, answer="fail", reason=f"the rebuilt engine {problem}", n=len(samples))
+    record_answers(request.folder, runner, samples)
+    largest = measure(expected, answers).max_abs_diff
+    reason = f"the answers to {len(samples)} samples are those of the old engine, largest difference {largest:.2g}"
+    return Verdict(gate=GATE, answer="pass", reason=reason, n=len(samples))
+
+
+def _log(request: Request) -> Artifact:
+    from slipstream.signature import signature
+    from slipstream.tracking import StepRun, connected
+
+    manifest = read_manifest(request.folder)
+    return StepRun(connected(), request.run_id, request.experiment_id).log_model(
+        request.folder,
+        request.cell,
+        signature(manifest.input_shape, manifest.input_dtype, manifest.output_shape),
+        parents=[request.parent],
+        metadata={"fingerprint": manifest.fingerprint, "candidate_sha256": manifest.candidate_sha256},
+    )
+
+
+def main(action: str, argument: str) -> None:
+    """Print the finding."""
+    log_lines.configure()
+    finding = load(Path(argument)) if action == "load" else build(Request.model_validate_json(argument))
+    sys.stdout.write(f"\n{finding.model_dump_json()}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,197 @@
+"""rebuild: a release whose engine cannot be loaded here any more gets one that can, without an outage.
+
+The engine is built again from the same candidate, must answer as the old one recorded, and is registered as a new
+version that names the old one. It is deployed before the traffic moves, and the traffic moves before the alias. Until
+then nothing changes, so that a rebuild that was stopped is simply asked for again.
+
+The held-out samples are not asked: stage 1 judged this candidate on them, and evidence is measured once.
+"""
+
+import datetime
+import getpass
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from slipstream import traffic
+from slipstream.contract import Artifact
+from slipstream.engines import ENGINES
+from slipstream.engines.base import EngineManifest, read_manifest, server_environment
+from slipstream.engines.rebuilt import Finding, Request
+from slipstream.errors import EngineError, GateFailed, RegistryError, Unavailable
+from slipstream.frameworks import FRAMEWORKS
+from slipstream.frameworks.base import read_manifest as read_candidate
+from slipstream.home import Home
+from slipstream.registry import CHAMPION, PIPELINE_RUN, REBUILT_FROM, Registry, translated, verdict_tags
+from slipstream.report.find import connect
+from slipstream.tracking import CELL, STEP, experiment_name, fetch
+from slipstream.traffic.base import Routes, TrafficController
+from slipstream.traffic.releases import moving_alone, sweep
+
+log = logging.getLogger(__name__)
+
+WITHIN_S = 3600
+"""A build of a large engine takes minutes."""
+
+
+def by_hand(model: str, home: Home, alias: str = CHAMPION, *, dry_run: bool = False) -> str:
+    """What `slipstream rebuild MODEL` does; returns a sentence that says what it did, or would do.
+
+    Raises RegistryError, EngineError, ModelError, GateFailed when the rebuilt engine answers otherwise; Unavailable,
+    also while a test, rollout or rollback is under way.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with moving_alone(home, model, wait=False):
+        client = connect(home)
+        rebuild = Rebuild(Registry(model, client), client, home, alias, f"{getpass.getuser()} at {now}")
+        return rebuild.run(lambda: traffic.controller(home), dry_run=dry_run)
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """A release that is looked at and, where its engine cannot be loaded here, built again."""
+
+    registry: Registry
+    client: MlflowClient
+    home: Home
+    alias: str
+    by: str
+    """Who asked."""
+
+    def run(self, controller: Callable[[], TrafficController], *, dry_run: bool = False) -> str:
+        """The whole of it; returns a sentence. `controller` is called only when there is traffic to move."""
+        model, version = self.registry.model, self.registry.alias(self.alias)
+        if version is None:
+            raise RegistryError(f"{model}: no version has the alias {self.alias}; there is nothing to rebuild")
+        old = _Old(version, self.registry.artifact(version))
+        problem = _ask(self.home, server_environment(old.folder), "load", str(old.folder)).problem
+        if not problem:
+            return f"{model}: version {version} ({self.alias}) loads here; there is nothing to rebuild"
+        candidate = self._candidate(old)
+        log.warning("%s: version %s (%s) cannot be loaded here: %s", model, version, self.alias, problem)
+        if dry_run:
+            return (
+                f"{model}: would build {old.manifest.engine} again from candidate {candidate.sha256[:12]}, compare it "
+                f"with the recorded answers of version {version}, and make it the {self.alias}; nothing was changed"
+            )
+        rebuilt, reason = self._new_version(old, candidate)
+        self._put_in_place(controller(), version, rebuilt)
+        now = "serves" if self.alias == CHAMPION else f"is {self.alias}"
+        return f"{model}: version {rebuilt} {now}, rebuilt from the candidate of version {version}: {reason}"
+
+    def _candidate(self, old: "_Old") -> Artifact:
+        """The candidate; its digest is the one in the engine's own folder, which is signed."""
+        with translated(f"reading the lineage of version {old.version}"):
+            try:
+                parent = self.client.get_logged_model(str(old.artifact.model_id)).tags["slipstream.parent"]
+                logged = self.client.get_logged_model(parent)
+            except KeyError as error:
+                raise RegistryError(
+                    f"{self.registry.model} version {old.version} does not say which candidate it was built from; "
+                    "release the model with a new run of its spec"
+                ) from error
+        path = f"data/{logged.tags.get('slipstream.kind', 'candidate')}"
+        uri, sha256 = str(logged.artifact_location), old.manifest.candidate_sha256
+        return Artifact(uri=uri, path=path, sha256=sha256, size_bytes=0, model_id=parent)
+
+    def _new_version(self, old: "_Old", candidate: Artifact) -> tuple[str, str]:
+        """Version of the rebuilt engine, and why it may serve. Raises EngineError, GateFailed."""
+        tags, work = self.registry.tags(old.version), self.home.work / f"rebuild-{self.registry.model}"
+        cell, model = tags.get(CELL, "rebuilt"), self.registry.model
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        with self._mlflow_run(old, cell) as run:
+            request = Request(
+                engine=old.folder,
+                candidate=fetch(candidate),
+                folder=work / "engine",
+                cell=cell,
+                parent=str(candidate.model_id),
+                run_id=run.info.run_id,
+                experiment_id=run.info.experiment_id,
+            )
+            finding = _ask(self.home, _builds(old, request.candidate), "build", request.model_dump_json())
+            if finding.problem:
+                raise EngineError(f"{model} version {old.version} cannot be rebuilt: {finding.problem}")
+            verdict = finding.verdict
+            assert verdict is not None, "without a problem there is a verdict"
+            if finding.artifact is None:
+                raise GateFailed(
+                    f"{model} version {old.version}: {verdict.reason}; nothing was changed. Release the model with a "
+                    "new run of its spec, which judges it on the held-out samples"
+                )
+        version = self.registry.register(finding.artifact, cell, tags.get(PIPELINE_RUN, run.info.run_id), ())
+        audit = {REBUILT_FROM: old.version, "slipstream.rebuilt_by": self.by, **verdict_tags("rebuild", (verdict,))}
+        self.registry.tag(version, audit)
+        shutil.rmtree(work, ignore_errors=True)
+        return version, verdict.reason
+
+    @contextmanager
+    def _mlflow_run(self, old: "_Old", cell: str) -> Iterator[Run]:
+        """A run in the model's experiment, which ends as what is done within."""
+        with translated(f"starting a run for {self.registry.model}"):
+            experiment = self.client.get_experiment_by_name(experiment_name(self.registry.model))
+            assert experiment is not None, "its engines were logged there"
+            labels = {STEP: "rebuild", CELL: cell, REBUILT_FROM: old.version, "slipstream.by": self.by}
+            run = self.client.create_run(experiment.experiment_id, tags=labels, run_name=f"rebuild {cell}")
+        status = "FAILED"
+        try:
+            yield run
+            status = "FINISHED"
+        finally:
+            self.client.set_terminated(run.info.run_id, status)
+
+    def _put_in_place(self, controller: TrafficController, old: str, version: str) -> None:
+        """Deploy, move the traffic where it is the champion, then the alias. Every write can be repeated."""
+        registry, release = self.registry, self.registry.release(version)
+        controller.deploy(release, fetch(registry.artifact(version)))
+        if registry.alias(self.alias) != old:
+            raise RegistryError(
+                f"{registry.model}@{self.alias} was moved while version {old} was rebuilt; version {version} is "
+                "registered, and neither alias nor traffic was changed"
+            )
+        if self.alias == CHAMPION:
+            controller.set_routes(registry.model, Routes(weights={release.name: 100}))
+        registry.set_alias(self.alias, version)
+        sweep(controller, registry)
+
+
+@dataclass(frozen=True)
+class _Old:
+    """The release that cannot be loaded."""
+
+    version: str
+    artifact: Artifact
+
+    @cached_property
+    def folder(self) -> Path:
+        return fetch(self.artifact)
+
+    @cached_property
+    def manifest(self) -> EngineManifest:
+        return read_manifest(self.folder)
+
+
+def _builds(old: _Old, candidate: Path) -> str:
+    """The environment that builds the engine."""
+    return ENGINES[old.manifest.engine].environment or FRAMEWORKS[read_candidate(candidate).framework].environment
+
+
+def _ask(home: Home, environment: str, action: str, argument: str) -> Finding:
+    """What `engines.rebuilt` finds in an environment; in this one where there are no others (an image)."""
+    python = home.require_python(environment, "rebuild") if home.envs.is_dir() else Path(sys.executable)
+    command = [str(python), "-m", "slipstream.engines.rebuilt", action, argument]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=WITHIN_S)
+        return Finding.model_validate_json(done.stdout.strip().splitlines()[-1])
+    except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
+        raise Unavailable(f"rebuild: {action} in {python.parent.parent} ended without an answer: {error}") from error
