@@ -4,7 +4,7 @@ from tests.engines.contract import EngineContract, fp32, int8  # noqa: F401 (fix
 from tests.engines.images import samples
 
 from slipstream import hardware
-from slipstream.engines.base import build_engine, load_engine
+from slipstream.engines.base import build_engine, load_engine, record_answers
 from slipstream.engines.openvino import BF16_FEATURES, ENGINE, IR, OpenVINORunner
 from slipstream.errors import EngineError
 from slipstream.spec import Target
@@ -109,3 +109,35 @@ def test_wrong_options_are_refused_with_all_that_there_are(options, said):
     first, last = str(refused.value).splitlines()
     assert first.startswith(f"openvino: {said}")
     assert last.startswith("openvino has `hint`: ") and "`num_streams`: " in last
+
+
+def test_int8_that_was_judged_with_exact_sums_is_refused_where_they_saturate(
+    fp32,  # noqa: F811
+    int8,  # noqa: F811
+    target,
+    tmp_path,
+    monkeypatch,
+):
+    """Elsewhere OpenVINO compiles the IR for the processor: fewer or more instruction sets, and FP32 anywhere."""
+    for built, here, loads in (
+        ("exact", "saturating", {"fp32"}),
+        ("saturating", "exact", {"fp32", "int8"}),
+    ):
+        for name, candidate in (("fp32", fp32), ("int8", int8)):
+            folder = tmp_path / f"{name}-{built}"
+            monkeypatch.setattr(hardware, "int8_sums", lambda built=built: built)
+            build_engine(candidate, target, folder)
+            record_answers(folder, load_engine(folder), samples(4))
+            monkeypatch.setattr(hardware, "int8_sums", lambda here=here: here)
+            if name in loads:
+                load_engine(folder)
+                continue
+            with pytest.raises(EngineError, match="int8_sums: built with 'exact', here 'saturating'"):
+                load_engine(folder)
+
+
+def test_an_engine_for_another_kind_of_gpu_is_refused(fp32, target, tmp_path):  # noqa: F811
+    manifest = build_engine(fp32, target, tmp_path / "engine")
+    gpu = manifest.model_copy(update={"target": target.model_copy(update={"device": "GPU"})})
+    assert "device_name" in ENGINE.relations(manifest)
+    assert "device_name" not in ENGINE.relations(gpu)
