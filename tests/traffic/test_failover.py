@@ -11,13 +11,17 @@ import pytest
 from tests.traffic.contract import A, B, engine, load, shares
 
 from slipstream.home import Home
-from slipstream.platform import supervisor
+from slipstream.platform import health, supervisor
+from slipstream.platform.addresses import Addresses
 from slipstream.traffic import envoy_config
 from slipstream.traffic.base import Release, Routes
 from slipstream.traffic.envoy import EnvoyController
+from slipstream.traffic.envoy_admin import Admin
 from slipstream.traffic.load import Sent
 
 C = Release(model="net", name="v3")
+NOWHERE = "http://127.0.0.1:1"
+NOTHING_ELSE = Addresses(airflow=NOWHERE, mlflow=NOWHERE, envoy=NOWHERE, triggers=NOWHERE)
 
 
 @pytest.fixture
@@ -76,11 +80,13 @@ def test_a_frozen_champion_costs_no_request_and_serves_again_afterwards(
     load(released, 5)
     with frozen(envoy_home[0], B):
         sent = load(released, 90, rate=30)
-        ejected = released.ejected()
+        ejected = Admin(envoy_home[0].envoy).ejected()
+        found = {s.name: s for s in health.status(envoy_home[0], NOTHING_ELSE)}["server-net--v2"]
     assert statuses(sent) == {200}
     assert shares(sent)["v1"] > 90  # a few were answered before the stop
-    assert ejected == {B.key}
-    until(lambda: not released.ejected())
+    assert ejected == {B.key: "v1"}
+    assert (found.healthy, found.note) == (False, "ejected by Envoy: v1 answers its requests")
+    until(lambda: not Admin(envoy_home[0].envoy).ejected())
     until(lambda: shares(load(released, 5)) == {"v2": 100})
 
 
@@ -91,7 +97,7 @@ def test_an_ejected_release_without_a_fallback_is_still_asked(
     toy_envoy.deploy(A, engine(tmp_path / "v1" / "engine"))
     toy_envoy.set_routes("net", Routes(weights={"v1": 100}))
     with frozen(envoy_home[0], A):
-        until(lambda: toy_envoy.ejected() == {A.key})
+        until(lambda: Admin(envoy_home[0].envoy).ejected() == {A.key: None})
     assert statuses(load(toy_envoy, 5)) == {200}  # at once, before a health check has passed
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from slipstream.contract import Document
+from slipstream.errors import Unavailable
 from slipstream.home import Home
 from slipstream.platform import airflow, object_store, postgresql, processes, supervisor
 from slipstream.platform.addresses import Addresses, port_of
@@ -60,7 +61,7 @@ def status(home: Home, addresses: Addresses) -> list[ServiceStatus]:
     wanted = expected(addresses) | {name: servers.get(name) for name in sorted((states | servers).keys())}
     wanted |= expected(addresses)
     with httpx.Client(timeout=5) as client:
-        probe = _Probe(home, addresses, client, _airflow_health(addresses))
+        probe = _Probe(home, addresses, client, _airflow_health(addresses), _ejected(home))
         return [_one(name, address, states.get(name, ABSENT), probe) for name, address in wanted.items()]
 
 
@@ -72,6 +73,8 @@ class _Probe:
     addresses: Addresses
     client: httpx.Client
     airflow_health: Mapping[str, Any]
+    ejected: Mapping[str, str]
+    """Program of a model server that Envoy does not send requests to → what happens to them."""
 
     def healthy(self, name: str, address: str | None, pid: int) -> bool | None:
         """None for a program that has no address to ask at."""
@@ -93,7 +96,7 @@ class _Probe:
 
 def _one(name: str, address: str | None, state: ProcessState, probe: _Probe) -> ServiceStatus:
     answer = probe.healthy(name, address, state.pid) if state.pid else False
-    note = _wrong(name, address, state)
+    note = _wrong(name, address, state) or probe.ejected.get(name)
     return ServiceStatus(
         name=name,
         state=state.state,
@@ -116,6 +119,17 @@ def _wrong(name: str, address: str | None, state: ProcessState) -> str | None:
     if processes.holds_port(state.pid, port) or (owner := processes.listener(port)) is None:
         return None
     return f"port {port} is held by pid {owner.pid}, which is not of this service: {owner.command[:80]}"
+
+
+def _ejected(home: Home) -> dict[str, str]:
+    try:
+        ejected = Admin(home.envoy).ejected()
+    except Unavailable:  # which its own line says
+        return {}
+    return {
+        f"server-{key}": f"ejected by Envoy: {fallback} answers its requests" if fallback else "not healthy to Envoy"
+        for key, fallback in ejected.items()
+    }
 
 
 def _answers(client: httpx.Client, url: str) -> bool:

@@ -159,10 +159,6 @@ class EnvoyController:
         requests, errors = self._counted(release)
         return Observation(requests, errors, self._memory_mib(release))
 
-    def ejected(self) -> set[str]:
-        """Keys of the releases whose server Envoy found dead or frozen, and asks only where there is no fallback."""
-        return envoy_config.ejected(self._admin.json("/clusters", format="json"))
-
     def endpoint(self, model: str) -> Endpoint:
         """See the protocol."""
         return Endpoint(self._envoy)

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from slipstream.errors import Unavailable
+from slipstream.traffic import envoy_config
 from slipstream.traffic.envoy_config import ADMIN
 
 TIMEOUT_S = 5.0
@@ -48,6 +49,17 @@ class Admin:
         except Unavailable:
             return False
         return True
+
+    def ejected(self) -> dict[str, str | None]:
+        """Key of each release whose server is dead or frozen → the release that answers meanwhile. Raises Unavailable.
+
+        Without one, or while that is ejected too, Envoy goes on asking the server.
+        """
+        keys = envoy_config.ejected(self.json("/clusters", format="json"))
+        routes = envoy_config.loaded_actions(self.json("/config_dump", resource="dynamic_route_configs"))
+        clusters = [name.partition(envoy_config.AND) for weights, _ in routes.values() for name in weights]
+        fallbacks = {key: fallback for key, _, fallback in clusters if fallback}
+        return {key: fallbacks.get(key) for key in sorted(keys)}
 
 
 class _Connection(http.client.HTTPConnection):
