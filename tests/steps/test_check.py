@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from tests.steps.training import document, spec_of, step
+from tests.user_code import use
 
 from slipstream.errors import EngineError, ModelError, SpecError, Unavailable
 from slipstream.spec import Target
@@ -77,7 +78,7 @@ def test_a_network_that_does_not_fit_the_data_is_found(
 ) -> None:
     module = f"misfit_{abs(hash(body))}"
     (tmp_path / f"{module}.py").write_text(f"from torch import nn\ndef network():\n    return {body}\n")
-    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
+    use(tmp_path, monkeypatch)
     written = document("misfits")
     written["model"]["architecture"] = f"{module}:network"
     with pytest.raises(ModelError, match=f"^model.architecture: .*{said}"):
@@ -91,7 +92,7 @@ def test_an_operator_that_cannot_be_exported_is_found(tmp_path: Path, monkeypatc
         "    def forward(self, images):\n"
         "        return self.dense(images.flatten(1)) + torch.linalg.svdvals(images[:, 0])[:, :1]\n"
     )
-    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
+    use(tmp_path, monkeypatch)
     written = document("operators")
     written["model"]["architecture"] = "operator_case:Network"
     with pytest.raises(ModelError, match=r"^model.architecture: operator_case:Network cannot be exported to ONNX"):
@@ -156,8 +157,7 @@ def wrong(outputs, labels):
 
 def detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **objective: str) -> dict[str, Any]:
     (tmp_path / "detection_case.py").write_text(DETECTION)
-    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
+    use(tmp_path, monkeypatch)
     written = document("detection") | {"recipes": {"int8": ["quantize"]}, "data": "detection_case:data"}
     written["model"] |= {"architecture": "detection_case:network", "train": "detection_case:network"}
     return written | {"objective": {"metric": "map"} | objective, "distill": None}
@@ -199,7 +199,7 @@ def test_a_loss_makes_boxes_trainable(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_loader_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_loader.py").write_text("def data():\n    return [][1]\n")
-    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
+    use(tmp_path, monkeypatch)
     written = document("loader")
     written["data"] = "broken_loader:data"
     with pytest.raises(Exception, match="data: the loader failed: IndexError"):
@@ -223,8 +223,7 @@ def test_a_service_that_is_away_is_no_fault_of_what_was_given(
 ) -> None:
     """So that the step is tried again: a DataError or a ModelError would end the run."""
     (tmp_path / "away_case.py").write_text(AWAY)
-    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
+    use(tmp_path, monkeypatch)
     written = document("away")
     if field == "data":
         written["data"] = "away_case:data"

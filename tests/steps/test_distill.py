@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from tests.steps.training import RUN_KEY, document, spec_of, step
+from tests.user_code import use
 
 from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.errors import ModelError
@@ -72,7 +73,7 @@ def test_student_for_other_classes_is_refused(
     (tmp_path / "narrow_student.py").write_text(
         "def student():\n    from torch import nn\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))\n"
     )
-    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
+    use(tmp_path, monkeypatch)
     written["distill"]["student"] = "narrow_student:student"
     with pytest.raises(ModelError, match="both must answer alike"):
         step("distill", spec_of(written), baseline, recipe="small")

@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib", reason="needs the environment serve")
 
 from mlflow import MlflowClient
 from tests.report import sample
+from tests.user_code import use
 
 from slipstream import spec as specs
 from slipstream.contract import Cell, StepInput, StepOutput
@@ -40,8 +41,7 @@ def spec(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_ser
     """The example spec, for a model of its own, on a small data set."""
     mlflow.set_tracking_uri(mlflow_server)
     (tmp_path / "small_data.py").write_text(CODE)
-    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
+    use(tmp_path, monkeypatch)
     text = Path("examples/fashion.yaml").read_text().replace("examples.fashion:data", "small_data:data")
     name = re.sub(r"[^a-z]", "-", tmp_path.name)
     yield specs.parse(text.replace("models:/fashion-resnet", f"models:/{name}"), "test")

@@ -14,6 +14,7 @@ from tests.s3_gateway import Gateway
 from tests.steps.killed import Attempts
 from tests.steps.pipeline import small_spec
 from tests.steps.training import RUN_KEY, document, spec_of, step
+from tests.user_code import use
 
 from slipstream import digests
 from slipstream.errors import InputError, ModelError
@@ -76,8 +77,7 @@ def loss(outputs, labels):
 def test_training_with_another_loss_is_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A train function that gives `fit` no loss trains with the spec's."""
     (tmp_path / "loss_case.py").write_text(LOSS.format(factor=1))
-    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
+    use(tmp_path, monkeypatch)
     written = document("with-loss", limit=60)
     plain = step("retrain", spec_of(written))
     written["model"]["loss"] = "loss_case:loss"

@@ -16,6 +16,7 @@ pytest.importorskip("torch", reason="needs the environment torch")
 pytest.importorskip("mlperf_loadgen", reason="needs the environment torch")
 
 from mlflow import MlflowClient
+from tests.user_code import use
 
 from slipstream import digests, evidence
 from slipstream import spec as specs
@@ -125,8 +126,7 @@ def keep(home: Home, made: Path, step: str, recipe: str | None) -> StepOutput:
 def case(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, mlflow_server: str) -> Case:
     mlflow.set_tracking_uri(mlflow_server)
     (tmp_path / "validate_case.py").write_text(CODE)
-    monkeypatch.setenv("SLIPSTREAM_CODE", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
+    use(tmp_path, monkeypatch)
     monkeypatch.setattr(validate, "PLAN", UNHEEDED)
     spec = specs.parse(SPEC.format(name=re.sub(r"\W", "-", tmp_path.name)), "test")
     torch = framework_for("torch")
