@@ -161,8 +161,8 @@ def _environment(job: Job) -> dict[str, str]:
     kept |= {"SLIPSTREAM_HOME": str(job.home.root), "SLIPSTREAM_CODE": str(job.home.code), "PYTHONUNBUFFERED": "1"}
     # Release steps tell this machine's supervisord what to start: a path on this machine.
     kept["SLIPSTREAM_ENVS"] = str(job.home.envs)
-    if "MLFLOW_TRACKING_URI" not in kept and job.home.addresses_file().exists():
-        kept["MLFLOW_TRACKING_URI"] = addresses.load(job.home).mlflow
+    if job.home.addresses_file().exists():
+        addresses.reach_mlflow(job.home, kept)
     return kept | job.settings.environment
 
 

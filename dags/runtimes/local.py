@@ -104,6 +104,6 @@ def _environment(job: Job) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.lstrip("_").startswith("AIRFLOW")}
     kept |= {"SLIPSTREAM_HOME": str(home.root), "SLIPSTREAM_ENVS": str(home.envs), "SLIPSTREAM_CODE": str(home.code)}
     kept |= {"PYTHONUNBUFFERED": "1"} | job.settings.environment
-    if "MLFLOW_TRACKING_URI" not in kept and home.addresses_file().exists():
-        kept["MLFLOW_TRACKING_URI"] = addresses.load(home).mlflow
+    if home.addresses_file().exists():
+        addresses.reach_mlflow(home, kept)
     return kept

@@ -53,7 +53,8 @@ class User:
         """Version that holds the alias, asked of MLflow itself."""
         query = {"name": "tiny-resnet", "alias": "champion"}
         url = f"{addresses.load(self.home).mlflow}/api/2.0/mlflow/registered-models/alias"
-        answer = httpx.get(url, params=query)
+        login = addresses.load_secrets(self.home)
+        answer = httpx.get(url, params=query, auth=(login.mlflow_user, login.mlflow_password))
         return str(answer.json()["model_version"]["version"]) if answer.is_success else None
 
     def report(self, spec: str) -> dict[str, Any]:

@@ -53,7 +53,10 @@ def test_a_taken_port_is_named_with_its_owner(tmp_path_factory: pytest.TempPathF
 
 def test_everything_answers(platform: Platform) -> None:
     assert {name: s.healthy for name, s in platform.status().items()} == dict.fromkeys(platform.status(), True)
-    assert "<title>MLflow" in httpx.get(platform.addresses.mlflow).text
+    assert httpx.get(platform.addresses.mlflow).status_code == 401
+    login = addresses.load_secrets(platform.home)
+    page = httpx.get(platform.addresses.mlflow, auth=(login.mlflow_user, login.mlflow_password), timeout=30)
+    assert "<title>MLflow" in page.text
 
 
 def test_pools_get_the_slots_that_they_lack(platform: Platform) -> None:

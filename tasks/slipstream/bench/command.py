@@ -29,16 +29,17 @@ def measure(files: Sequence[Path], out: Path | None, run: str) -> str:
 
 def _measure(files: Sequence[Path], folder: Path, run: str) -> str:
     home = Home.from_environment()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or addresses.load(home).mlflow
+    environment = dict(os.environ)
+    addresses.reach_mlflow(home, environment)
     folder.mkdir(parents=True, exist_ok=True)
-    measured = [_measure_one(home, file, folder, run, uri) for file in files]
+    measured = [_measure_one(home, file, folder, run, environment) for file in files]
     if not any(measured):
         raise InputError(f"nothing to measure: no finished run of {', '.join(map(str, files))}")
     found = sorted(folder.glob("*.json"))
     return page.render([Bench.model_validate_json(path.read_text()) for path in found])
 
 
-def _measure_one(home: Home, file: Path, folder: Path, run: str, uri: str) -> bool:
+def _measure_one(home: Home, file: Path, folder: Path, run: str, environment: dict[str, str]) -> bool:
     """Whether there was a run to measure; the process says why not."""
     spec = specs.load(file)
     environments = {spec.environment_of("validate", target) for target in spec.targets}
@@ -46,7 +47,7 @@ def _measure_one(home: Home, file: Path, folder: Path, run: str, uri: str) -> bo
     python = home.require_python(min(special or environments), f"bench of {spec.name}")
     out = folder / f"{spec.name}.json"
     command = [str(python), "-m", "slipstream.bench.measure", str(file), "--run", run, "--out", str(out)]
-    code = subprocess.run(command, env=os.environ | {"MLFLOW_TRACKING_URI": uri}, check=False).returncode
+    code = subprocess.run(command, env=environment, check=False).returncode
     if code not in (0, EXIT_INPUT):
         raise Unavailable(f"bench {spec.name}: the measurement ended with exit code {code}; what it said is above")
     return code == 0

@@ -34,7 +34,8 @@ def download(uri: str, folder: Path, architecture: str | None) -> Downloaded:
     """Fetch a version. Raises ModelError for one that is only pickled, RegistryError, Unavailable."""
     import mlflow
 
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or addresses.load(Home.from_environment()).mlflow)
+    addresses.reach_mlflow(Home.from_environment(), os.environ)
+    mlflow.set_tracking_uri(os.environ[addresses.MLFLOW])
     with translated(f"downloading {uri}"):
         found = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
     named = REGISTERED.fullmatch(uri)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import secrets
 import socket
+from collections.abc import MutableMapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -23,6 +24,11 @@ Profile = Literal["local", "server"]
 """`local` keeps metadata in SQLite and artefacts in files; `server` in PostgreSQL and behind an S3 endpoint."""
 PROFILES: dict[Profile, frozenset[str]] = {"local": frozenset(), "server": frozenset({"postgresql", "s3"})}
 """Services of each profile beyond those that every one has."""
+
+
+MLFLOW = "MLFLOW_TRACKING_URI"
+MLFLOW_USER, MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+"""Variables that MLflow's client reads."""
 
 
 class Addresses(Document):
@@ -59,6 +65,10 @@ class Secrets(Document):
     airflow_fernet_key: str
     webhook_secret: str
     mlflow_webhook_key: str
+    mlflow_user: str = ""
+    """Empty in a home of an earlier version, whose MLflow has no log-in yet."""
+    mlflow_password: str = ""
+    mlflow_session_key: str = ""
     postgresql_password: str
     s3_access_key: str
     s3_secret_key: str
@@ -83,6 +93,26 @@ def load_secrets(home: Home) -> Secrets:
         return Secrets.model_validate_json((home.root / "secrets.json").read_text())
     except OSError as error:
         raise Unavailable(f"no platform under {home.root}; start it with `slipstream up`") from error
+
+
+def mlflow_variables(addresses: Addresses, login: Secrets) -> dict[str, str]:
+    """What MLflow's client needs to reach the embedded server."""
+    variables = {MLFLOW: addresses.mlflow, MLFLOW_USER: login.mlflow_user, MLFLOW_PASSWORD: login.mlflow_password}
+    return {name: value for name, value in variables.items() if value}
+
+
+def reach_mlflow(home: Home, variables: MutableMapping[str, str]) -> None:
+    """Add what MLflow's client needs for the embedded server, unless the variables name another server.
+
+    Raises Unavailable where they name none and none was started here.
+    """
+    named = variables.get(MLFLOW)
+    if named and not home.addresses_file().exists():
+        return
+    found = load(home)
+    if named in (None, "", found.mlflow):
+        own = {k: v for k, v in variables.items() if v and k in (MLFLOW_USER, MLFLOW_PASSWORD)}
+        variables.update(mlflow_variables(found, load_secrets(home)) | own)
 
 
 def choose(home: Home, taken: set[int], profile: Profile = "local") -> Addresses:
@@ -137,6 +167,9 @@ def ensure_secrets(home: Home) -> Secrets:
         "airflow_fernet_key": _fernet_key(),
         "webhook_secret": secrets.token_urlsafe(32),
         "mlflow_webhook_key": _fernet_key(),
+        "mlflow_user": "admin",
+        "mlflow_password": secrets.token_urlsafe(18),
+        "mlflow_session_key": secrets.token_urlsafe(32),
         "postgresql_password": secrets.token_urlsafe(24),
         "s3_access_key": "slipstream",
         "s3_secret_key": secrets.token_urlsafe(24),

@@ -28,7 +28,7 @@ def up(home: Home, *, new_ports: bool, profile: Profile | None = None) -> None:
     login = addresses.load_secrets(home)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"Airflow  {found.airflow}  user {login.airflow_user}, password {login.airflow_password}")
-    console.print(f"MLflow   {found.mlflow}")
+    console.print(f"MLflow   {found.mlflow}  user {login.mlflow_user}, password {login.mlflow_password}")
     console.print(f"Models   {found.envoy}  Open Inference Protocol V2")
     if found.s3:
         console.print(f"Storage  {found.s3}  bucket {object_store.BUCKET}, credentials in {home.root / 'secrets.json'}")
@@ -37,9 +37,10 @@ def up(home: Home, *, new_ports: bool, profile: Profile | None = None) -> None:
 def environment(home: Home) -> None:
     """Print the variables by which MLflow and the store are reached, as a shell takes them. Raises Unavailable."""
     found = addresses.load(home)
-    variables = {"MLFLOW_TRACKING_URI": found.mlflow}
+    login = addresses.load_secrets(home)
+    variables = addresses.mlflow_variables(found, login)
     if found.s3:
-        variables |= object_store.environment(found.s3, addresses.load_secrets(home))
+        variables |= object_store.environment(found.s3, login)
     for name, value in variables.items():
         print(f"export {name}={shlex.quote(value)}")
 

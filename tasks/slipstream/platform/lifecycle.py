@@ -7,7 +7,16 @@ from contextlib import contextmanager
 
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home, alone
-from slipstream.platform import addresses, airflow, health, object_store, postgresql, processes, supervisor
+from slipstream.platform import (
+    addresses,
+    airflow,
+    health,
+    mlflow_server,
+    object_store,
+    postgresql,
+    processes,
+    supervisor,
+)
 from slipstream.platform.addresses import Addresses, Profile, Secrets, port_of
 from slipstream.platform.health import ServiceStatus
 from slipstream.platform.processes import Process
@@ -46,7 +55,7 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False, profile: Profile
         envoy.bootstrap(home, port_of(found.envoy))
         _start_stores(home, found, secrets)
         # MLflow and Envoy come up while Airflow's database is made.
-        supervisor.start(home, _mlflow(home, found, secrets, environment))
+        supervisor.start(home, mlflow_server.program(home, found, secrets, environment))
         supervisor.start(home, envoy.program(home))
         airflow.prepare(home, with_airflow, secrets)
         for program in (*airflow.programs(home, with_airflow), _triggers(home, environment)):
@@ -152,7 +161,9 @@ def _start_stores(home: Home, found: Addresses, secrets: Secrets) -> None:
         object_store.ensure_bucket(found.s3, secrets)
     if found.postgresql is not None:
         postgresql.await_ready(home, found.postgresql)
-        postgresql.ensure_databases(home, found.postgresql)
+        postgresql.ensure_databases(
+            home, found.postgresql, (postgresql.AIRFLOW, postgresql.MLFLOW, mlflow_server.USERS)
+        )
 
 
 def _database_access(home: Home, found: Addresses) -> dict[str, str]:
@@ -168,7 +179,7 @@ def _environment(home: Home, found: Addresses, secrets: Secrets) -> dict[str, st
         "SLIPSTREAM_CODE": str(home.code),
         "SLIPSTREAM_SPECS": home.specs,
         "SLIPSTREAM_RUNS": home.runs,
-        "MLFLOW_TRACKING_URI": found.mlflow,
+        **addresses.mlflow_variables(found, secrets),
         # Retries after 0, 2, 4, … s: a server that is away for a minute costs a step nothing but time.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "8",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -177,29 +188,6 @@ def _environment(home: Home, found: Addresses, secrets: Secrets) -> dict[str, st
         "GIT_PYTHON_REFRESH": "quiet",
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def _mlflow(home: Home, found: Addresses, secrets: Secrets, environment: dict[str, str]) -> Program:
-    folder = home.root / "mlflow"
-    folder.mkdir(parents=True, exist_ok=True)
-    backend, artifacts = f"sqlite:///{folder}/mlflow.db", str(folder / "artifacts")
-    if found.postgresql is not None:
-        backend = postgresql.uri(found.postgresql, postgresql.MLFLOW)
-    if found.s3 is not None:
-        artifacts = f"s3://{object_store.BUCKET}/mlflow"
-    command = (
-        *(str(home.envs / "airflow" / "bin" / "mlflow"), "server"),
-        *("--host", "127.0.0.1", "--port", str(port_of(found.mlflow)), "--workers", "1"),
-        *("--backend-store-uri", backend, "--artifacts-destination", artifacts),
-    )
-    settings = {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 420 MB instead of 1.2 GB
-        # Webhooks go to a receiver on this machine, without TLS; their secrets must survive a restart.
-        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
-        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
-        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": secrets.mlflow_webhook_key,
-    }
-    return Program("mlflow", command, environment | _database_access(home, found) | settings)
 
 
 def _triggers(home: Home, environment: dict[str, str]) -> Program:

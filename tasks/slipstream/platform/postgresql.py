@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: Debian's programs, a data folder in the home, one role with a password, two databases.
+"""The embedded PostgreSQL: Debian's programs, a data folder in the home, one role with a password, three databases.
 
 The password is in no URI, argument or log: clients find it by PGPASSFILE, as libpq and asyncpg do.
 """
@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from slipstream.errors import Unavailable
@@ -82,10 +82,10 @@ def await_ready(home: Home, url: str) -> None:
         time.sleep(0.1)
 
 
-def ensure_databases(home: Home, url: str) -> None:
+def ensure_databases(home: Home, url: str, names: Sequence[str]) -> None:
     """Create the databases that are not there. Raises Unavailable."""
     there = _client(home, url, "psql", "-d", "postgres", "-tAc", "SELECT datname FROM pg_database").split()
-    for name in (AIRFLOW, MLFLOW):
+    for name in names:
         if name not in there:
             _client(home, url, "createdb", name)
 

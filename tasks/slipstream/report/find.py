@@ -25,8 +25,8 @@ def connect(home: Home) -> MlflowClient:
     A person waits for the answer: MLflow's own seven retries would take minutes to say that nobody is there.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        mlflow.set_tracking_uri(addresses.load(home).mlflow)
+    addresses.reach_mlflow(home, os.environ)
+    mlflow.set_tracking_uri(os.environ[addresses.MLFLOW])
     return tracking.connected()
 
 

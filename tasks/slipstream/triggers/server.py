@@ -24,6 +24,7 @@ from slipstream import catalog, traffic
 from slipstream.airflow_api import AirflowApi
 from slipstream.errors import SlipstreamError, Unavailable
 from slipstream.home import Home
+from slipstream.platform import addresses
 from slipstream.serving.connections import Bounded, allow_files
 from slipstream.triggers import configuration, promotion, signature, upkeep
 from slipstream.triggers.reconcile import INTERVAL_S, keep_reconciling, reconcile, report_drift
@@ -210,6 +211,7 @@ def main() -> None:
     # MLflow's client would wait minutes for a server that is down; here the next round is the retry.
     retries = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
     os.environ |= {configuration.MLFLOW: found.mlflow, **retries}
+    addresses.reach_mlflow(home, os.environ)
     airflow = AirflowApi(found.airflow, found.airflow_user, found.airflow_password)
     app = create_app(home, MlflowClient(), airflow, found.url, found.secret)
     allow_files()
