@@ -17,10 +17,14 @@ def file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+STORED = ".slipstream.json"
+"""What storage adds to a folder in S3 (storage/remote.py): no part of the folder itself."""
+
+
 def folder(path: Path) -> str:
     """sha256 over the relative names and digests of all files below a folder; times and modes do not count."""
     total = hashlib.sha256()
-    for entry in sorted(p for p in path.rglob("*") if p.is_file()):
+    for entry in sorted(p for p in path.rglob("*") if p.is_file() and p != path / STORED):
         total.update(f"{entry.relative_to(path).as_posix()}\0{file(entry)}\n".encode())
     return total.hexdigest()
 

@@ -97,21 +97,23 @@ class Registry:
         if artifact.model_id is None:
             raise RegistryError(f"{cell}: the engine is not a logged model of MLflow, and cannot be registered")
         with translated(f"registering {cell} as a version of {self.model}"):
-            if (known := self._registered(artifact, pipeline_run_id)) is not None:
-                return known
-            self.ensure_model()
-            tags = {
-                KIND: "engine",
-                SHA256: artifact.sha256,
-                "slipstream.cell": cell,
-                PIPELINE_RUN: pipeline_run_id,
-                ARTIFACT: artifact.model_dump_json(),
-                ARTIFACT_SIGNATURE: signing.sign(signing.VERSION_ARTIFACT, self._signed(artifact)),
-                **verdict_tags("validate", verdicts),
-            }
-            source = f"models:/{artifact.model_id}"
-            made = self._client.create_model_version(self.model, source, tags=tags, model_id=artifact.model_id)
-            return str(made.version)
+            version = self._registered(artifact, pipeline_run_id)
+            if version is None:
+                self.ensure_model()
+                tags = {
+                    KIND: "engine",
+                    SHA256: artifact.sha256,
+                    "slipstream.cell": cell,
+                    PIPELINE_RUN: pipeline_run_id,
+                    **verdict_tags("validate", verdicts),
+                }
+                source = f"models:/{artifact.model_id}"
+                made = self._client.create_model_version(self.model, source, tags=tags, model_id=artifact.model_id)
+                version = str(made.version)
+        # Signed last: the signature names the version, so that no version's tags pass for another's.
+        signature = signing.sign(signing.VERSION_ARTIFACT, self._signed(version, artifact))
+        self.tag(version, {ARTIFACT: artifact.model_dump_json(), ARTIFACT_SIGNATURE: signature})
+        return version
 
     def artifact(self, version: str) -> Artifact:
         """The engine of a version. Raises RegistryError unless slipstream registered it, which its signature proves.
@@ -130,7 +132,7 @@ class Registry:
             artifact = Artifact.model_validate_json(text)
         except ValidationError:
             artifact = None
-        if artifact is None or not signing.verify(signing.VERSION_ARTIFACT, self._signed(artifact), signature):
+        if artifact is None or not signing.verify(signing.VERSION_ARTIFACT, self._signed(version, artifact), signature):
             how = "changed after slipstream wrote it, or signed with another key" if signature else "not signed"
             raise RegistryError(
                 f"{self.model} version {version}: tag {ARTIFACT} is {how}, so its engine is not deployed; release the "
@@ -138,9 +140,10 @@ class Registry:
             )
         return artifact
 
-    def _signed(self, artifact: Artifact) -> dict[str, Any]:
-        """What a version's signature covers: the model too, so that no other model's engine passes for one of it."""
-        return {"model": self.model, "artifact": artifact.model_dump(mode="json", exclude_defaults=True)}
+    def _signed(self, version: str, artifact: Artifact) -> dict[str, Any]:
+        """What the signature covers: where it stands, too, so that no other version's engine passes for this one's."""
+        described = artifact.model_dump(mode="json", exclude_defaults=True)
+        return {"model": self.model, "version": version, "artifact": described}
 
     def release(self, version: str) -> Release:
         """The release under which a version is deployed."""

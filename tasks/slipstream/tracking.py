@@ -351,4 +351,7 @@ def fetch(artifact: Artifact) -> Path:
                 )
             got.rename(to)
 
-    return cache.obtain(artifact.sha256, Path(artifact.path).name, download)
+    def is_intact(path: Path) -> bool:
+        return digests.folder(path) == artifact.sha256
+
+    return cache.obtain(artifact.sha256, Path(artifact.path).name, download, is_intact)

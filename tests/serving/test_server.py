@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 from tests.conftest import ROOT, free_port, wait_for
 from tests.engines.images import CLASSES, SHAPE, samples
 
+from slipstream import digests
 from slipstream.engines.base import MANIFEST, build_engine, load_engine
 from slipstream.errors import DataError
 from slipstream.serving import client
@@ -50,6 +52,7 @@ class Running:
 
 def start(engine: Path, port: int, folder: Path) -> subprocess.Popen[bytes]:
     options = {"model": MODEL, "release": RELEASE, "engine": engine, "port": port, "answers": folder / "answers.jsonl"}
+    options["sha256"] = digests.folder(engine)
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     with (folder / "server.log").open("wb") as log:
         return subprocess.Popen(
@@ -77,6 +80,24 @@ def server(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     finally:
         process.terminate()
         assert process.wait(timeout=20) == 0
+
+
+def test_bytes_that_were_not_judged_are_refused_before_they_are_read(engine: Path, tmp_path: Path) -> None:
+    """The engine's own manifest agrees with the changed file; what stage 1 judged does not."""
+    judged, changed = digests.folder(engine), tmp_path / "engine"
+    shutil.copytree(engine, changed)
+    manifest = json.loads((changed / MANIFEST).read_text())
+    name = max(manifest["files"], key=lambda file: (changed / file).stat().st_size)
+    content = bytearray((changed / name).read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    (changed / name).write_bytes(content)
+    manifest["files"][name] = digests.file(changed / name)
+    (changed / MANIFEST).write_text(json.dumps(manifest))
+    command = [sys.executable, "-m", "slipstream.serving.server", "--model", MODEL, "--release", RELEASE]
+    command += ["--engine", str(changed), "--sha256", judged, "--port", str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert f"sha256 {digests.folder(changed)[:12]}… is not {judged[:12]}… that was judged" in done.stderr
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64], ids=["single", "batch", "the largest batch, in parts"])

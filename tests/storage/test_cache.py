@@ -1,11 +1,13 @@
 """The cache: least recently used entries go, none that is in use; several processes, and killed ones."""
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,54 @@ def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, g
     monkeypatch.setenv(cache.LIMIT_VARIABLE, given)
     with pytest.raises(InputError, match="SLIPSTREAM_CACHE_GB"):
         cache.limit_bytes()
+
+
+def test_a_damaged_entry_is_noticed_once_per_process_and_made_again(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = b"x" * SIZE
+    key = hashlib.sha256(content).hexdigest()
+    checks: list[Path] = []
+
+    def is_intact(path: Path) -> bool:
+        checks.append(path)
+        return digests.file(path) == key
+
+    path = cache.obtain(key, "file", write, is_intact)
+    assert checks == []  # just made, and verified by what made it
+    forget(path)
+    assert cache.obtain(key, "file", write, is_intact) == cache.obtain(key, "file", write, is_intact) == path
+    assert len(checks) == 1
+    path.write_bytes(b"y" + content[1:])
+    forget(path)
+    assert cache.obtain(key, "file", write, is_intact).read_bytes() == content
+    assert f"cache: {path} is damaged; it is fetched again" in caplog.text
+    assert cache.obtain(key, "other", write, is_intact).read_bytes() == content  # a link to the first
+    path.write_bytes(b"y" + content[1:])
+    linked = path.with_name("other")
+    linked.unlink()
+    forget(linked)
+    assert cache.obtain(key, "other", write, is_intact).read_bytes() == content
+
+
+def test_processes_that_find_the_same_damage_make_it_again_once(home: Path) -> None:
+    content = b"x" * SIZE
+    key = hashlib.sha256(content).hexdigest()
+    folder = home / "cache" / key
+    folder.mkdir(parents=True)
+    (folder / "file").write_bytes(b"damaged")
+    calls: list[int] = []
+
+    def make(path: Path) -> None:
+        calls.append(1)
+        write(path)
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: cache.obtain(key, "file", make, lambda p: digests.file(p) == key), range(8)))
+    assert {p.read_bytes() for p in made} == {content}
+    assert len(calls) == 1
+
+
+def forget(path: Path) -> None:
+    """As a new process would see it."""
+    cache._verified.discard(path)

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slipstream import digests
 from slipstream.data import Split
-from slipstream.errors import RegistryError
+from slipstream.errors import ModelError, RegistryError
 from slipstream.traffic import answers
 from slipstream.traffic.base import Release, Routes, TrafficController
 from slipstream.traffic.load import Load, Record, Sent, send
@@ -49,6 +50,18 @@ class TrafficContract:
             control.deploy(release, engine(tmp_path / release.name / "engine"))
         control.set_routes("net", Routes(weights={"v1": 100}))
         return control
+
+    def test_only_the_judged_bytes_are_deployed(self, control: TrafficController, tmp_path: Path) -> None:
+        folder = engine(tmp_path / "judged" / "engine")
+        judged = digests.folder(folder)
+        (folder / "behaviour.json").write_text('{"changed": true}')
+        with pytest.raises(
+            ModelError, match=rf"net--v1: the engine in .* has sha256 .*, but {judged[:12]}… was judged"
+        ):
+            control.deploy(A, folder, judged)
+        assert control.releases("net") == set()
+        control.deploy(A, folder, digests.folder(folder))
+        assert control.releases("net") == {"v1"}
 
     def test_nothing_is_routed_before_the_first_deployment(self, control: TrafficController) -> None:
         assert control.deployed("net") == control.releases("net") == set()

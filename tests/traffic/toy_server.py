@@ -80,6 +80,7 @@ def main() -> None:
     for name, kind in (("model", str), ("release", str), ("engine", Path), ("port", int), ("answers", Path)):
         parser.add_argument(f"--{name}", type=kind, required=name != "answers")
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--sha256")
     Handler.options = parser.parse_args()
     Handler.behaviour = json.loads((Handler.options.engine / "behaviour.json").read_text())
     if Handler.behaviour.get("broken"):

@@ -44,8 +44,9 @@ from kserve.model_server import app
 from prometheus_client import Counter
 from starlette.requests import ClientDisconnect
 
+from slipstream import digests
 from slipstream.engines.base import EngineManifest, Runner, load_engine, read_manifest
-from slipstream.errors import DataError, SlipstreamError
+from slipstream.errors import DataError, EngineError, SlipstreamError
 from slipstream.frameworks.base import OUTPUT
 from slipstream.serving import protocol
 from slipstream.serving.answers import AnswerLog
@@ -353,7 +354,14 @@ async def refused(request: Request, error: Exception) -> JSONResponse:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Load the engine and serve until SIGTERM. Raises EngineError when the engine may not be loaded here."""
+    """Load the engine and serve until SIGTERM. Raises EngineError when the engine may not be loaded here.
+
+    Nothing of the folder is read before its digest is known to be that of the engine that was judged.
+    """
+    if arguments.sha256 is not None and (found := digests.folder(arguments.engine)) != arguments.sha256:
+        raise EngineError(
+            f"{arguments.engine}: sha256 {found[:12]}… is not {arguments.sha256[:12]}… that was judged; deploy it again"
+        )
     manifest = read_manifest(arguments.engine)
     runner = load_engine(arguments.engine)
     inputs = Inputs(manifest, arguments.engine)
@@ -378,6 +386,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="model name in the protocol")
     parser.add_argument("--release", required=True, help="key of the release, sent back in every response")
     parser.add_argument("--engine", required=True, type=Path, help="engine folder")
+    parser.add_argument("--sha256", help="digest of the engine folder; another engine is refused")
     parser.add_argument("--port", required=True, type=int)
     parser.add_argument("--answers", type=Path, help="answer log (JSON lines); none is written without it")
     parser.add_argument("--host", default="127.0.0.1")

@@ -73,7 +73,8 @@ def rollback(model: str, controller: TrafficController, client: MlflowClient, by
         release = registry.release(target)
         try:
             _unsplit(controller, registry.release(source), release)
-            controller.deploy(release, fetch(registry.artifact(target)))
+            artifact = registry.artifact(target)
+            controller.deploy(release, fetch(artifact), artifact.sha256)
         except SlipstreamError:
             if not under_way:  # nothing has moved yet: it must not stand in the way of every rollout to come
                 registry.write_journal(JOURNAL, entry | {"state": GIVEN_UP})

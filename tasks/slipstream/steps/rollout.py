@@ -95,6 +95,11 @@ class _Rollout:
         """The challenger's release."""
         return self.registry.release(self.version)
 
+    def _deploy(self) -> None:
+        """Serve the engine that stage 1 judged and registered, and no other bytes."""
+        artifact = self.registry.artifact(self.version)
+        self.controller.deploy(self.release, fetch(artifact), artifact.sha256)
+
     def incumbent(self) -> Incumbent:
         """What serves now."""
         return incumbent(self.registry, self.context.inputs, self.chosen["winner"])
@@ -113,7 +118,7 @@ class _Rollout:
         if journal.get("run_id") == self.context.run.run_id and journal["state"] in (REFUSED, REVERTED):
             self._revert(tuple(Verdict.model_validate(v) for v in journal["verdicts"]))
         self._begin(old)
-        self.controller.deploy(self.release, fetch(self.registry.artifact(self.version)))
+        self._deploy()
         stage = self._stage(old)
         try:
             verdicts = stepwise.measure(stage)
@@ -130,7 +135,7 @@ class _Rollout:
         self._require_no_rollback()
         self.registry.expect_champion(self.version)
         wanted = Routes(weights={self.release.name: 100})
-        self.controller.deploy(self.release, fetch(self.registry.artifact(self.version)))
+        self._deploy()
         if self.controller.routes(self.release.model) != wanted:
             self.controller.set_routes(self.release.model, wanted)
         self.registry.tag(

@@ -60,7 +60,8 @@ def small_scale_test(context: Context, controller: TrafficController) -> StepOut
     facts = {"champion": champion.version, "champion_release": champion.release.name, "challenger": chosen["version"]}
     with terminable():
         serve(controller, champion)  # also puts right what a killed attempt left
-        controller.deploy(stage.challenger, fetch(registry.artifact(chosen["version"])))
+        artifact = registry.artifact(chosen["version"])
+        controller.deploy(stage.challenger, fetch(artifact), artifact.sha256)
         sweep(controller, registry, stage.champion, stage.challenger)
         try:
             verdicts, found = small_scale.measure(stage)

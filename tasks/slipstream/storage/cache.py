@@ -31,26 +31,29 @@ DEFAULT_LIMIT_GB = 20.0
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _LOCKS, _INCOMING = ".locks", ".incoming"
+_verified: set[Path] = set()
+"""Entries that this process has found or made intact."""
 _held: dict[Path, int] = {}
 """Descriptors of the `.use` locks that this process holds."""
 
 
-def obtain(key: str, name: str, make: Callable[[Path], None]) -> Path:
+def obtain(key: str, name: str, make: Callable[[Path], None], is_intact: Callable[[Path], bool] | None = None) -> Path:
     """The entry `key` (64 hex digits) under `name`; when it is not there, `make` writes it to the path it is given.
 
-    `make` verifies what it wrote and raises when it is not right; then nothing is kept. The entry stays for as long
-    as this process lives. Raises what `make` raises.
+    `make` verifies what it wrote and raises when it is not right; then nothing is kept. An entry that was there already
+    is verified by `is_intact` when this process first asks for it; a damaged one is dropped and made again. The entry
+    stays for as long as this process lives. Raises what `make` raises.
     """
     assert _KEY.fullmatch(key), key
     root = Home.from_environment().cache
     (root / _LOCKS).mkdir(parents=True, exist_ok=True)
     _hold(root, key)
     path = root / key / name
-    if not path.exists():
-        with _locked(_lock(root, key, "fill")):
-            if not path.exists():
-                _fill(root, key, name, make)
-        evict(root, limit_bytes())
+    _ensure(path, make)
+    if is_intact is not None and path not in _verified and not is_intact(path):
+        _discard(path, is_intact)
+        _ensure(path, make)
+    _verified.add(path)
     os.utime(root / key)  # when it was last used
     return path
 
@@ -107,6 +110,16 @@ def _entries(root: Path) -> Iterator[_Entry]:
             yield _Entry(folder.name, size, folder.stat().st_mtime)
 
 
+def _ensure(path: Path, make: Callable[[Path], None]) -> None:
+    """Make an entry that is not there, in one process at a time, and room for it."""
+    root, key = path.parent.parent, path.parent.name
+    if not path.exists():
+        with _locked(_lock(root, key, "fill")):
+            if not path.exists():
+                _fill(root, key, path.name, make)
+        evict(root, limit_bytes())
+
+
 def _fill(root: Path, key: str, name: str, make: Callable[[Path], None]) -> None:
     """Make the entry aside and move it into place; what a killed process left there is dropped first."""
     for other in (root / key).glob("*"):
@@ -119,8 +132,27 @@ def _fill(root: Path, key: str, name: str, make: Callable[[Path], None]) -> None
     try:
         make(aside / name)
         aside.replace(root / key)
+        _verified.add(root / key / name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _discard(path: Path, is_intact: Callable[[Path], bool]) -> None:
+    """Remove a damaged entry, unless another process has made it again meanwhile."""
+    root, key = path.parent.parent, path.parent.name
+    with _locked(_lock(root, key, "fill")):
+        if path.exists() and not is_intact(path):
+            log.warning("cache: %s is damaged; it is fetched again", path)
+            _move_away(root, key)
+
+
+def _move_away(root: Path, key: str) -> None:
+    """Remove an entry. Renamed first: killed half-way, this leaves no half entry."""
+    gone = root / _INCOMING / key
+    shutil.rmtree(gone, ignore_errors=True)
+    gone.parent.mkdir(exist_ok=True)
+    (root / key).replace(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _remove(root: Path, key: str) -> bool:
@@ -129,11 +161,7 @@ def _remove(root: Path, key: str) -> bool:
     with _locked(use, wait=False) as unused, _locked(fill, wait=False) as idle:
         if not (unused and idle):
             return False
-        # Moved away first: killed half-way, this leaves no half entry.
-        gone = root / _INCOMING / key
-        gone.parent.mkdir(exist_ok=True)
-        (root / key).replace(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        _move_away(root, key)
         use.unlink(missing_ok=True)
         fill.unlink(missing_ok=True)
         return True

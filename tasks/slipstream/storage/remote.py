@@ -15,7 +15,7 @@ from slipstream.errors import DataError
 from slipstream.storage import cache, s3
 from slipstream.storage.base import Entry
 
-MANIFEST = ".slipstream.json"
+MANIFEST = digests.STORED
 """Name of a folder's manifest."""
 
 
@@ -44,7 +44,8 @@ def fetch(uri: str) -> Path:
     found = s3.require(uri)
     # Without a digest of ours, the store's own version of this very object tells it from all others.
     key = found.sha256 or digest([s3.endpoint(), uri, found.etag, found.size_bytes])
-    return cache.obtain(key, _name(uri), lambda path: s3.download(uri, path, found))
+    is_intact = (lambda path: digests.file(path) == key) if found.sha256 else None
+    return cache.obtain(key, _name(uri), lambda path: s3.download(uri, path, found), is_intact)
 
 
 def fetch_folder(uri: str) -> Path:
@@ -62,7 +63,7 @@ def fetch_folder(uri: str) -> Path:
         if digests.folder(path) != manifest.sha256:
             raise DataError(f"{uri}: its files do not make up what its {MANIFEST} says; upload it again")
 
-    return cache.obtain(manifest.sha256, _name(uri), download)
+    return cache.obtain(manifest.sha256, _name(uri), download, lambda path: digests.folder(path) == manifest.sha256)
 
 
 def read(uri: str) -> bytes:

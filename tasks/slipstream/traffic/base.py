@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from slipstream import digests
 from slipstream.contract import Document
+from slipstream.errors import ModelError
 
 
 class Release(Document):
@@ -60,13 +62,26 @@ class Endpoint:
         return {} if self.host is None else {"host": self.host}
 
 
+def require_judged(release: Release, engine: Path, sha256: str | None) -> str:
+    """Digest of an engine folder. Raises ModelError when it is not `sha256`, where that is given."""
+    found = digests.folder(engine)
+    if sha256 is not None and found != sha256:
+        raise ModelError(
+            f"{release.key}: the engine in {engine} has sha256 {found[:12]}…, but {sha256[:12]}… was judged; it is not "
+            "deployed"
+        )
+    return found
+
+
 class TrafficController(Protocol):
     """Deploys and splits. Every method can be repeated with the same arguments and then changes nothing."""
 
-    def deploy(self, release: Release, engine: Path) -> None:
+    def deploy(self, release: Release, engine: Path, sha256: str | None = None) -> None:
         """Serve an engine folder as `release` and return when it is ready.
 
-        Raises Unavailable, or RegistryError when the name stands for another engine.
+        `sha256` is the folder's digest as the gates judged it; None takes the folder as it is. The server is told it
+        too, and loads nothing else. Raises ModelError for other bytes, Unavailable, or RegistryError when the name
+        stands for another engine.
         """
         ...
 

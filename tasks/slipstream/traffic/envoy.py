@@ -24,7 +24,7 @@ from slipstream.home import Home, alone, write_atomically
 from slipstream.platform import addresses, supervisor
 from slipstream.platform.addresses import is_free
 from slipstream.traffic import envoy_config
-from slipstream.traffic.base import Endpoint, Observation, Release, Routes
+from slipstream.traffic.base import Endpoint, Observation, Release, Routes, require_judged
 from slipstream.traffic.envoy_admin import Admin
 
 UNLIMITED = ("/bin/sh", "-c", 'ulimit -n "$(ulimit -Hn)"; exec "$0" "$@"')
@@ -94,10 +94,10 @@ class EnvoyController:
         self._command = server
         self._admin = Admin(home.envoy)
 
-    def deploy(self, release: Release, engine: Path) -> None:
+    def deploy(self, release: Release, engine: Path, sha256: str | None = None) -> None:
         """See the protocol. A release name stands for one engine for ever; another one raises RegistryError."""
         with self._locked():
-            deployment = self._place(release, engine)
+            deployment = self._place(release, engine, require_judged(release, engine, sha256))
         supervisor.start(self._home, self._server(deployment))
         try:
             self._await_ready(deployment)
@@ -136,7 +136,7 @@ class EnvoyController:
         for deployment in self._deployments():
             if not _ready(deployment):
                 try:
-                    self.deploy(deployment.release, self._folder(deployment.release) / "engine")
+                    self.deploy(deployment.release, self._folder(deployment.release) / "engine", deployment.sha256)
                 except SlipstreamError as error:
                     lost[deployment.release.key] = str(error)
         return lost
@@ -180,9 +180,9 @@ class EnvoyController:
         files = sorted(self._home.releases.glob("*/deployment.json"))
         return [Deployment.model_validate_json(f.read_text()) for f in files]
 
-    def _place(self, release: Release, engine: Path) -> Deployment:
+    def _place(self, release: Release, engine: Path, sha256: str) -> Deployment:
         """Copy the engine, and choose a port unless a usable one is remembered. `deployment.json` comes last."""
-        folder, sha256 = self._folder(release), digests.folder(engine)
+        folder = self._folder(release)
         record = folder / "deployment.json"
         if record.exists():
             known = Deployment.model_validate_json(record.read_text())
@@ -191,12 +191,15 @@ class EnvoyController:
                     f"{release.key} is deployed with engine {known.sha256[:12]}…, not {sha256[:12]}…; "
                     "deploy the other engine under a name of its own"
                 )
-            if self._alive(release) or is_free(known.port):
-                return known
         elif folder.exists():  # a killed deployment left half a copy
             shutil.rmtree(folder)
-        if not (folder / "engine").exists():
-            shutil.copytree(engine, folder / "engine")
+        copy = folder / "engine"
+        if copy.exists() and digests.folder(copy) != sha256:  # damaged since; its server would not start again
+            shutil.rmtree(copy)
+        if not copy.exists():
+            shutil.copytree(engine, copy)
+        if record.exists() and (self._alive(release) or is_free(known.port)):
+            return known
         taken = {d.port for d in self._deployments()}
         port = next(p for p in _ports_from(folder) if p not in taken and is_free(p))
         deployment = Deployment(release=release, port=port, sha256=sha256)
@@ -210,6 +213,7 @@ class EnvoyController:
         command = (
             *(str(self._home.python(server_environment(folder / "engine"))), *self._command),
             *("--model", release.model, "--release", release.key, "--engine", str(folder / "engine")),
+            *("--sha256", deployment.sha256),
             *("--port", str(deployment.port), "--answers", str(self.answers(release))),
         )
         return supervisor.Program(_program_name(release), command)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.frameworks.base import OUTPUT
 from slipstream.serving import client
-from slipstream.traffic.base import Endpoint, Observation, Release, Routes
+from slipstream.traffic.base import Endpoint, Observation, Release, Routes, require_judged
 
 Answer = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
@@ -81,8 +81,9 @@ class FakeController:
         if release.name in self._deployed.get(release.model, {}):
             self._deployed[release.model][release.name].behaviour = behaviour
 
-    def deploy(self, release: Release, engine: Path) -> None:
+    def deploy(self, release: Release, engine: Path, sha256: str | None = None) -> None:
         """See the protocol."""
+        require_judged(release, engine, sha256)
         known = self._deployed.setdefault(release.model, {})
         if release.name in known and known[release.name].engine != engine:
             raise RegistryError(f"{release.key} is deployed with another engine; deploy this one under its own name")

@@ -26,13 +26,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from slipstream import digests, settings, storage
+from slipstream import settings, storage
 from slipstream.engines.base import read_manifest, server_environment
 from slipstream.errors import InputError, RegistryError, SlipstreamError, Unavailable
 from slipstream.home import Home
 from slipstream.settings import Settings
 from slipstream.traffic import kserve_objects as objects
-from slipstream.traffic.base import Endpoint, Observation, Release, Routes
+from slipstream.traffic.base import Endpoint, Observation, Release, Routes, require_judged
 from slipstream.traffic.kserve_api import GROUP, Api, Conflict, Json
 from slipstream.traffic.kserve_objects import Service
 
@@ -74,9 +74,9 @@ class KServeController:
         self._mirrors: dict[str, str] = {}
         """Model → release. The sender mirrors, and a mirror ends with its process; so it is remembered here only."""
 
-    def deploy(self, release: Release, engine: Path) -> None:
+    def deploy(self, release: Release, engine: Path, sha256: str | None = None) -> None:
         """See the protocol."""
-        sha256 = digests.folder(engine)
+        sha256 = require_judged(release, engine, sha256)
         service = self._find(release.model)
         serving = service.serving if service is not None else None
         if service is None or release.name not in {service.release, *service.weights}:

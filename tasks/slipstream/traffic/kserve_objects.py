@@ -265,7 +265,8 @@ def release_of(predictor: Json) -> str | None:
 def predictor(release: Release, uri: str, sha256: str, settings: Settings, environment: str = SERVE) -> Json:
     """A predictor that serves the engine folder at `uri` with slipstream's own server, in an environment's image."""
     command = ["-m", "slipstream.serving.server"]
-    options = {"model": release.model, "release": release.name, "engine": MOUNT, "port": PORT, "host": "0.0.0.0"}  # noqa: S104 (the pod's own address)
+    options = {"model": release.model, "release": release.name, "engine": MOUNT, "sha256": sha256, "port": PORT}
+    options |= {"host": "0.0.0.0"}  # noqa: S104 (the pod's own address)
     container: Json = {
         "name": CONTAINER,
         "image": settings.image_of_servers(environment),
