@@ -29,6 +29,9 @@ from slipstream.watch.start import Started
 from slipstream.watch.view import view
 
 POLL_S = 1.0
+MEASURING = ("validate", "trial")
+"""Steps that measure time here: what the display asks of Airflow and MLflow takes processor time from them."""
+MEASURING_POLL_S = 10.0
 PATIENCE_S = 300
 """How long a silent Airflow is waited for; a restart takes about a minute."""
 
@@ -46,7 +49,7 @@ def follow(home: Home, run: Started, console: Console) -> int:
     console.print(f"[dim]{airflow_page}[/]", highlight=False, soft_wrap=True)
     try:
         with view(console) as shown:
-            while not watch.look():
+            while not (watch.due(time.monotonic()) and watch.look()):
                 shown.show(watch.new_lines(), under_way(watch.tasks, watch.notes), watch.footer())
                 time.sleep(POLL_S)
             shown.show([*watch.new_lines(), *not_reached(watch.tasks)], (), "")
@@ -85,6 +88,7 @@ class _Watch:
         self._airflow, self._source, self._run = airflow, source, run
         self._journal = Journal()
         self._heard = time.monotonic()
+        self._looked: float | None = None
         self._began: str | None = None
         self._ended: str | None = None
         self._silent = ""
@@ -97,6 +101,15 @@ class _Watch:
     def seconds(self) -> float | None:
         """How long the run took, or has taken so far; None while it is queued."""
         return seconds_between(self._began, self._ended)
+
+    def due(self, now_s: float) -> bool:
+        """Whether to look again: seldom while a step measures. `now_s` is of the monotonic clock."""
+        measuring = any(task.state == "running" and task.step in MEASURING for task in self.tasks)
+        interval_s = MEASURING_POLL_S if measuring else POLL_S
+        if self._looked is not None and now_s - self._looked < interval_s:
+            return False
+        self._looked = now_s
+        return True
 
     def look(self) -> bool:
         """Ask Airflow, then MLflow; whether the run is over. The last look at the tasks comes after the run's end."""
