@@ -129,7 +129,7 @@ def test_the_worker_of_a_killed_mlflow_does_not_keep_its_port(platform: Platform
 
 
 def of_mlflow(platform: Platform) -> set[int]:
-    return set(launch.marked(str(platform.home.root), "mlflow"))
+    return launch.of_program(str(platform.home.root), "mlflow")
 
 
 def test_status_tells_that_another_process_answers_in_a_services_place(platform: Platform) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from slipstream.home import Home
-from slipstream.platform import processes, supervisor
+from slipstream.platform import launch, processes, supervisor
 from slipstream.platform.supervisor import MARK, Program
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
@@ -93,3 +93,26 @@ def test_the_caller_and_its_ancestors_are_spared(platform_home: Home) -> None:
     marked = os.environ | {MARK: str(platform_home.root)}
     done = subprocess.run([sys.executable, "-c", outer], env=marked, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "0"]
+
+
+def test_what_a_kept_program_starts_meanwhile_is_spared(platform_home: Home, tmp_path: Path) -> None:
+    """A scheduler that is taken over starts tasks while `up` looks for what is to be stopped."""
+    mark = {MARK: str(platform_home.root)}
+    spawn = (
+        "import subprocess, time\nwhile True:\n    subprocess.run(['sleep', '0.02'])\n    open('count', 'a').write('x')"
+    )
+    note = tmp_path / "count"
+    busy = subprocess.Popen(
+        [sys.executable, "-c", spawn], env=os.environ | mark | {launch.PROGRAM: "kept"}, cwd=tmp_path
+    )
+    stray = subprocess.Popen(SLEEP, env=os.environ | mark | {launch.PROGRAM: "removed"})
+    try:
+        eventually(note.exists)
+        assert [p.pid for p in processes.stop_orphans(platform_home, keep=["kept"])] == [stray.pid]
+        for _ in range(50):
+            assert processes.stop_orphans(platform_home, keep=["kept"]) == []
+        assert busy.poll() is None
+    finally:
+        for each in (busy, stray):
+            each.kill()
+            each.wait()

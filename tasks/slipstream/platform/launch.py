@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 MARK = "SLIPSTREAM_SUPERVISED"
 """Set to the home in everything that supervisord starts; how orphans are found. Not SLIPSTREAM_HOME: a user's shell
@@ -72,9 +72,13 @@ def identity(pid: int) -> str | None:
     return None if fields[0] == b"Z" else f"{boot}:{int(fields[19])}"
 
 
-def marked(home: str, program: str | None = None) -> Iterator[int]:
-    """Processes that carry the home's mark, of one program or of all."""
-    wanted = {f"{MARK}={home}".encode()} | ({f"{PROGRAM}={program}".encode()} if program else set())
+def marked(home: str) -> dict[int, str]:
+    """Processes that carry the home's mark → the program that each belongs to; empty where it says none.
+
+    Both are of one look at a process: a second look would see processes that have started since.
+    """
+    mark, program = f"{MARK}={home}".encode(), f"{PROGRAM}=".encode()
+    found = {}
     for entry in os.listdir("/proc"):  # noqa: PTH208
         if entry.isdigit():
             try:
@@ -82,13 +86,20 @@ def marked(home: str, program: str | None = None) -> Iterator[int]:
                     variables = file.read().split(b"\0")
             except OSError:  # it ended, or belongs to another user
                 continue
-            if wanted.issubset(variables):
-                yield int(entry)
+            if mark in variables:
+                names = [v.removeprefix(program).decode() for v in variables if v.startswith(program)]
+                found[int(entry)] = names[0] if names else ""
+    return found
+
+
+def of_program(home: str, program: str) -> set[int]:
+    """Processes of one program: its own, and what they started."""
+    return {pid for pid, name in marked(home).items() if name == program}
 
 
 def left_over(known: Record | None) -> set[int]:
     """Processes of this program: those of its mark, and its recorded one, whose environment may not be readable."""
-    found = set(marked(os.environ[MARK], os.environ[PROGRAM]))
+    found = of_program(os.environ[MARK], os.environ[PROGRAM])
     found |= {int(known["pid"])} if known is not None else set()
     return found - {os.getpid()}
 

@@ -27,7 +27,7 @@ class Process:
 
 def supervised(home: Home) -> list[Process]:
     """Everything that this home's supervisord, or an earlier one, started, and what that started in turn."""
-    marked = set(launch.marked(str(home.root)))
+    marked = launch.marked(str(home.root))
     return [p for p in _all() if p.pid in marked]
 
 
@@ -51,8 +51,8 @@ def stop_orphans(home: Home, wait_s: float = 15, *, keep: Collection[str] = ()) 
 
 
 def _orphans(home: Home, keep: Collection[str]) -> list[Process]:
-    spared = _lineage(os.getpid()) | {pid for name in keep for pid in launch.marked(str(home.root), name)}
-    return [p for p in supervised(home) if p.pid not in spared]
+    spared, marked = _lineage(os.getpid()), launch.marked(str(home.root))
+    return [p for p in _all() if marked.get(p.pid) not in (None, *keep) and p.pid not in spared]
 
 
 def stop(pid: int, command: str, wait_s: float) -> None:

@@ -308,7 +308,7 @@ def _forget(home: Home, name: str) -> None:
     if running_pid(home) is not None:
         with _calls(home) as call:
             _remove(call, name)
-    left = set(launch.marked(str(home.root), name))
+    left = launch.of_program(str(home.root), name)
     if (pid := _recorded_pid(home, name)) is not None:
         left.add(pid)
     launch.stop(left, _FORGOTTEN_WAIT_S)
