@@ -52,7 +52,7 @@ def pipeline(spec: Spec) -> DAG:
 
         with TaskGroup("accuracy_validation", prefix_group_id=False):
             place(spec, ("validate",), placed)
-            select = StepOperator(task_id="select", trigger_rule="all_done")
+            select = StepOperator(task_id="select", trigger_rule="all_done", **WHOLE_MACHINE)
             [operator for planned, operator in placed.items() if planned.step == "validate"] >> select
 
         with TaskGroup("small_scale_test", prefix_group_id=False) as small_scale_test:

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 
-STAGES = tuple(f"tests/steps/test_{step}.py" for step in ("select", "trial", "rollout", "rollback", "report"))
+STAGES = tuple(f"tests/steps/test_{step}.py" for step in ("trial", "rollout", "rollback", "report"))
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "e2e": (".venv", ("tests/e2e",)),
     "steps": (".envs/torch", ("tests/steps", "tests/quantization", "tests/measure", "tests/measure/metrics")),

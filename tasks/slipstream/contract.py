@@ -48,6 +48,8 @@ class Verdict(Document):
     unit: str = ""
     n: int = 0
     """Observations behind the estimate."""
+    final: bool = False
+    """Whether another measurement can never change it: what is measured once, such as accuracy."""
 
     @property
     def passed(self) -> bool:

@@ -58,6 +58,14 @@ class EngineEvidence(Document):
     """Metric of the built engine on the same samples, in percent."""
     drop_pp: Interval
     """Drop against the baseline in percentage points; `high` is the one-sided bound that the gate uses."""
+    discordance_percent: float | None = None
+    """Share of samples that the two scored differently: what decides how many samples the bound needs."""
+    confidence: float = 0.95
+    """Of the bounds of the drop: what the objective asks for, corrected for the engines that compete."""
+    competing: int = 1
+    """Engines of which the best is released, as the spec had them when the scores were measured, or has now if more."""
+    scores_run: str | None = None
+    """MLflow run with the engine's score of each sample, measured once (steps/scores.py)."""
     worst_class: str
     worst_class_drop_pp: float
     latency: Latency
@@ -79,6 +87,28 @@ class EngineEvidence(Document):
     hardware: str
 
 
+class Race(Document):
+    """One interleaved run of all engines: what each took in each round that counts."""
+
+    rounds_ms: dict[str, tuple[float, ...]]
+    """Subject → milliseconds a request, for each round."""
+    best_ms: dict[str, float]
+    """Subject → what its fastest thousandth of queries took."""
+    noise: Noise
+    crowded: bool
+    """Whether others took cores that the engines need: intervals are wider then."""
+    cores: int
+
+
+class Standing(Document):
+    """An engine's place in that run."""
+
+    ms: float
+    """Milliseconds a request, at batch 1."""
+    relative: Interval | None = None
+    """Its time over that of the fastest engine that may be released, in the same rounds; None where unknown."""
+
+
 class Row(Document):
     """One line of the engine table."""
 
@@ -88,6 +118,8 @@ class Row(Document):
     verdicts: tuple[Verdict, ...]
     status: str
     """`reference`, `passed`, `rejected`, `inconclusive` or `missing`."""
+    standing: Standing | None = None
+    """Its place in the run of all engines, by which the release is picked; None where it took no part."""
     comparison: bool = False
     """Whether the engine is measured for comparison only, so that it is never released."""
     release: bool = False
@@ -98,14 +130,26 @@ def evidence_of(output: StepOutput) -> EngineEvidence:
     return EngineEvidence.model_validate(output.details["evidence"])
 
 
+STATUS = {"pass": "passed", "fail": "rejected", "inconclusive": "inconclusive"}
+
+
+def judged(row: Row, *verdicts: Verdict) -> Row:
+    """The row with more verdicts, and the status that follows from all of them."""
+    return settled(row, (*row.verdicts, *verdicts))
+
+
+def settled(row: Row, verdicts: tuple[Verdict, ...]) -> Row:
+    """The row with these verdicts instead; a baseline stays the reference, and what is missing stays so."""
+    status = row.status if row.status in ("reference", "missing") else STATUS[combine(verdicts)]
+    return row.model_copy(update={"verdicts": verdicts, "status": status})
+
+
 def row_of(cell: str, output: StepOutput | None) -> Row:
     """The table's line for an expected cell; a cell without output is `missing`, and missing never passes."""
     if output is None:
         missing = Verdict(gate="present", answer="inconclusive", reason="the cell produced no evidence: a step failed")
         return Row(cell=cell, evidence=None, verdicts=(missing,), status="missing")
-    if output.cell is not None and output.cell.recipe == BASELINE:
-        status = "reference"
-    else:
-        status = {"pass": "passed", "fail": "rejected", "inconclusive": "inconclusive"}[combine(output.verdicts)]
+    baseline = output.cell is not None and output.cell.recipe == BASELINE
+    status = "reference" if baseline else STATUS[combine(output.verdicts)]
     evidence = evidence_of(output) if "evidence" in output.details else None
     return Row(cell=cell, evidence=evidence, verdicts=output.verdicts, status=status)

@@ -36,7 +36,7 @@ What a spec says under `resources:` goes before what stands here. Unknown keys a
 [runtimes.md](runtimes.md) tells how the runtimes differ.
 """
 ORDER = ("Model", "DataFiles", "Objective", "Distill", "Prune", "Cluster", "Quantize", "Target", "SmallScaleTest",
-         "Rollout", "Guardrails", "Training", "Resources", "Toleration", "Call")  # fmt: skip
+         "Rollout", "Guardrails", "Waiver", "Training", "Resources", "Toleration", "Call")  # fmt: skip
 TOP = "Top level"
 TITLES = {"DataFiles": "Data files", "SmallScaleTest": "Small-scale test", "Call": "User function"}
 

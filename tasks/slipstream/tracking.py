@@ -257,13 +257,16 @@ class Tracking:
         order = ["attributes.start_time DESC"]
         return list(self.client.search_runs([self.experiment_id], condition, order_by=order, max_results=1000))
 
-    def find(self, identity: str) -> StepOutput | None:
+    def find(self, identity: str, *, oldest: bool = False) -> StepOutput | None:
         """The output of a finished step with this identity, in this spec's runs or another's for the same model.
+
+        The newest; `oldest` is for what only the first measurement may decide.
 
         The tag alone proves nothing, since whoever reaches MLflow can set it: the signed output must name this
         identity and its run. Runs whose output does not are skipped with a warning.
         """
-        for run in self._search({IDENTITY: identity}):
+        runs = self._search({IDENTITY: identity})
+        for run in reversed(runs) if oldest else runs:
             if run.info.status != "FINISHED":
                 continue
             try:

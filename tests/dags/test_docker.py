@@ -62,7 +62,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def run(daemon: Any, home: Path, airflow_home: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs `body` as the step `select`."""
+    """Runs `body` as the step `report`."""
     import runtimes
 
     monkeypatch.setenv("SLIPSTREAM_RUNTIME", "docker")
@@ -75,7 +75,7 @@ def run(daemon: Any, home: Path, airflow_home: Path, monkeypatch: pytest.MonkeyP
     def go(body: str, **more: Any) -> dict[str, Any]:
         settings = {"image": IMAGE, "environment": {"BODY": body}, **more}
         (home / "settings.yaml").write_text(json.dumps(settings))
-        return runtimes.run_step("select", str(folder / "spec.yaml"), StepInput(run_key="r"), CONTEXT)
+        return runtimes.run_step("report", str(folder / "spec.yaml"), StepInput(run_key="r"), CONTEXT)
 
     return go
 
@@ -125,8 +125,8 @@ def test_exit_codes_decide_about_retries(daemon: Any, run: Run, code: int, final
 def test_the_memory_limit_says_so(run: Run) -> None:
     from airflow.sdk.exceptions import AirflowFailException
 
-    with pytest.raises(AirflowFailException, match=r"more than its memory limit \(64Mi\); raise resources\.select"):
-        run("x = bytearray(256 * 2**20); print(len(x))", resources={"select": {"memory": "64Mi"}})
+    with pytest.raises(AirflowFailException, match=r"more than its memory limit \(64Mi\); raise resources\.report"):
+        run("x = bytearray(256 * 2**20); print(len(x))", resources={"report": {"memory": "64Mi"}})
 
 
 def test_a_missing_image_says_how_to_build_it(run: Run) -> None:
@@ -168,7 +168,7 @@ def test_what_a_killed_task_left_is_replaced(daemon: Any, run: Run) -> None:
     left = daemon.containers.run(
         IMAGE,
         detach=True,
-        name=f"slipstream-{home}-optimize-fashion-r-select",
+        name=f"slipstream-{home}-optimize-fashion-r-report",
         environment={"BODY": "time.sleep(60)"},
         labels={"slipstream.run": "r"},
     )

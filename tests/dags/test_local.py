@@ -19,7 +19,7 @@ HEAD = f"#!{sys.executable}\nimport json, os, sys, time\nout = sys.argv[-1].remo
 
 @pytest.fixture
 def program(home: Path, airflow_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the step's program goes; `serve` is the environment of the step `select`."""
+    """Where the step's program goes; `serve` is the environment of the step `report`."""
     monkeypatch.setenv("SLIPSTREAM_ENVS", str(tmp_path / "envs"))
     path = tmp_path / "envs/serve/bin/slipstream"
     path.parent.mkdir(parents=True)
@@ -41,7 +41,7 @@ def write(program: Path, body: str) -> None:
 def run(spec_path: Path) -> dict[str, object]:
     import runtimes
 
-    return runtimes.run_step("select", str(spec_path), StepInput(run_key="r"), {})
+    return runtimes.run_step("report", str(spec_path), StepInput(run_key="r"), {})
 
 
 def test_output_is_returned_and_every_line_is_logged(
@@ -54,7 +54,7 @@ def test_output_is_returned_and_every_line_is_logged(
     assert sorted(r.message for r in caplog.records) == ["1/2", "2/2"]
     assert not any("AIRFLOW__" in name for name in environment)
     assert environment["SLIPSTREAM_HOME"] == os.environ["SLIPSTREAM_HOME"]
-    assert json.loads((spec_path.parent / "select.in.json").read_text())["run_key"] == "r"
+    assert json.loads((spec_path.parent / "report.in.json").read_text())["run_key"] == "r"
 
 
 @pytest.mark.parametrize(("code", "final"), [(1, False), (2, True), (3, True), (70, False)])
@@ -113,7 +113,7 @@ def test_a_step_ends_when_its_task_process_is_killed(program: Path, spec_path: P
     code = (
         "import sys; sys.path.insert(0, 'dags'); import runtimes;"
         "from slipstream.contract import StepInput;"
-        f"runtimes.run_step('select', {str(spec_path)!r}, StepInput(run_key='r'), {{}})"
+        f"runtimes.run_step('report', {str(spec_path)!r}, StepInput(run_key='r'), {{}})"
     )
     task = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     _until(lambda: pid_file.exists() and pid_file.read_text() != "", seconds=40)

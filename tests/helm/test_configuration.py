@@ -93,7 +93,7 @@ def test_node_pools_give_their_steps_what_is_there(tmp_path: Path, monkeypatch: 
     assert retrain.tolerations is not None and retrain.tolerations[0].key == "nvidia.com/gpu"
     assert (build.gpu, build.memory) == (1, "8Gi")
     assert (validate.node_selector, validate.gpu, validate.cpu) == ({"quiet": "true"}, None, 2)
-    assert (select.node_selector, select.memory) == (None, "2Gi")
+    assert (select.node_selector, select.memory) == (None, "4Gi")
 
 
 @pytest.mark.parametrize("values", [{}, {"storage.secret": "", "steps.secrets": ["data"], "images.registry": "r/ml"}])

@@ -22,7 +22,7 @@ def rng() -> np.random.Generator:
 
 
 def accuracy(baseline: object, engine: object, limit: float = 1.0) -> Verdict:
-    return gates.accuracy(np.asarray(baseline), np.asarray(engine), limit, CONFIDENCE, rng())
+    return gates.accuracy(np.asarray(baseline), np.asarray(engine), limit, CONFIDENCE)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from slipstream.contract import Artifact, Cell, StepOutput, Verdict
-from slipstream.evidence import EngineEvidence, Interval, Latency, Noise
+from slipstream.evidence import EngineEvidence, Interval, Latency, Noise, Standing, row_of
 
 BASELINE_QUALITY = 92.99
 MADE_UP = {
@@ -46,6 +46,8 @@ def evidence(cell: str, seed: int) -> EngineEvidence:
         baseline_quality=BASELINE_QUALITY,
         engine_quality=quality,
         drop_pp=Interval(estimate=BASELINE_QUALITY - quality, low=low, high=high),
+        confidence=1 - 0.05 / 6,
+        competing=6,
         worst_class="Shirt",
         worst_class_drop_pp=0.9,
         latency=latency(p50, seed),
@@ -156,8 +158,25 @@ def check_output() -> StepOutput:
     return StepOutput(step="check", identity="c" * 64, run_id="d" * 32, details={"data": digests})
 
 
+def rows(times_ms: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    """select's table: every engine with its place in the race."""
+    times = times_ms or {cell: facts[3] for cell, facts in MADE_UP.items()}
+    fastest = min(ms for cell, ms in times.items() if MADE_UP[cell][5] is None)
+    found = []
+    for output in validate_outputs():
+        assert output.cell is not None
+        ratio = times[output.cell.key] / fastest
+        relative = Interval(estimate=ratio, low=0.97 * ratio, high=1.03 * ratio)
+        standing = Standing(ms=times[output.cell.key], relative=relative)
+        row = row_of(output.cell.key, output).model_copy(update={"standing": standing})
+        found.append(row.model_dump(mode="json"))
+    return found
+
+
 def select_output(winner: str = "pruned-int8@server", **more: Any) -> StepOutput:
     details: dict[str, Any] = {
+        "rows": rows(),
+        "competing": 6,
         "winner": winner,
         "version": "2",
         "best_per_target": {"server": winner, "portable": "pruned-int8@portable"},

@@ -131,12 +131,9 @@ def test_an_axis_of_any_length_can_be_read_and_all_names_are_in_the_plot(apart: 
     pytest.importorskip("matplotlib", reason="needs the environment serve")
     from slipstream.report import plots
 
-    outputs = []
-    for number, output in enumerate(sample.validate_outputs()):
-        evidence = sample.evidence(list(sample.MADE_UP)[number], 1)
-        near = evidence.model_copy(update={"latency": sample.latency(0.05 * apart ** (number / 7), 1)})
-        outputs.append(output.model_copy(update={"details": {"evidence": near.model_dump(mode="json")}}))
-    figure = plots.draw(made_up.report(*outputs))["pareto"]
+    near = {cell: 0.05 * apart ** (number / 7) for number, cell in enumerate(sample.MADE_UP)}
+    select = sample.select_output(rows=sample.rows(near))
+    figure = plots.draw(made_up.report(*sample.validate_outputs(), select))["pareto"]
     figure.canvas.draw()
     [axes] = figure.axes
     low, high = axes.get_xlim()
@@ -145,16 +142,21 @@ def test_an_axis_of_any_length_can_be_read_and_all_names_are_in_the_plot(apart: 
     assert all(axes.bbox.x0 <= place.x0 and place.x1 <= axes.bbox.x1 for place in places)
 
 
-def test_a_latency_without_p99_is_drawn_at_its_p50() -> None:
+def test_the_plot_of_quality_and_time_is_of_the_run_by_which_the_release_was_picked() -> None:
+    """Once it drew the milliseconds of each engine's own run, in which the picked one looked slower than another."""
     pytest.importorskip("matplotlib", reason="needs the environment serve")
     from slipstream.report import plots
 
-    evidence = sample.evidence("int8@server", 1)
-    few = evidence.model_copy(update={"latency": sample.latency(0.12, 1, queries=100)})
-    output = sample.validate_outputs()[1]
-    changed = output.model_copy(update={"details": {"evidence": few.model_dump(mode="json")}})
-    drawn = plots.draw(made_up.report(changed))
-    assert "int8†" in plots.svg(drawn["pareto"])
+    slow_moment = sample.evidence("pruned-int8@server", 1).model_copy(update={"latency": sample.latency(5.0, 1)})
+    rows = sample.rows()
+    for row in rows:
+        if row["cell"] == "pruned-int8@server":
+            row["evidence"] = slow_moment.model_dump(mode="json")
+    report = made_up.report(*sample.validate_outputs(), sample.select_output(rows=rows))
+    places = {r.cell: plots._place(r) for r in report.rows}
+    passed = {r.cell: places[r.cell] for r in report.rows if r.status == "passed"}
+    assert min(passed, key=lambda cell: passed[cell][0]) == report.winner == "pruned-int8@server"
+    assert "pareto" not in plots.draw(made_up.report(*sample.validate_outputs())), "no engine passed: there was no race"
 
 
 def test_the_page_in_a_browser(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def evidence(p50_ms: float = 1.0, size: int = 1000, quality: float = 90.0, eager
         latency=latency,
         eager=eager,
         speedup_eager=Interval(estimate=ratio, low=0.9 * ratio, high=1.1 * ratio),
+        speedup_reference=Interval(estimate=0.8 * ratio, low=0.7 * ratio, high=0.9 * ratio),
         size_bytes=size,
         noise=Noise(clean_rounds=5, rounds=5, others_cores=0.0),
         hardware="made up",

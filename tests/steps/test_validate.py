@@ -22,7 +22,7 @@ from slipstream import digests, evidence
 from slipstream import spec as specs
 from slipstream.bench import measure
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput
-from slipstream.engines.base import build_engine
+from slipstream.engines.base import build_engine, load_engine
 from slipstream.errors import DataError, InputError
 from slipstream.frameworks.base import framework_for
 from slipstream.home import Home
@@ -101,11 +101,11 @@ class Case:
     spec: specs.Spec
     outputs: tuple[StepOutput, ...]
 
-    def validate(self, recipe: str) -> StepOutput:
+    def validate(self, recipe: str, run_key: str = "manual-1") -> StepOutput:
         cell = Cell(recipe=recipe, target="server")
         wanted = {None, cell, Cell(recipe="baseline", target="server")}
         upstream = tuple(o for o in self.outputs if o.cell in wanted)
-        inputs = StepInput(run_key="manual-1", pipeline_run_id="", cell=cell, upstream=upstream)
+        inputs = StepInput(run_key=run_key, pipeline_run_id="", cell=cell, upstream=upstream)
         return run_step("validate", self.spec, inputs)
 
 
@@ -201,6 +201,53 @@ def test_an_unchanged_engine_is_not_measured_again(case: Case) -> None:
     first, second = case.validate("light"), case.validate("light")
     assert second.reused and second.run_id == first.run_id
     assert second.details == first.details
+
+
+class Moody:
+    """An engine that answers differently each time it is loaded: it confuses another tenth of the samples."""
+
+    loads = 0
+
+    def __init__(self, folder: Path) -> None:
+        self._engine = load_engine(folder)
+        Moody.loads += 1
+        self._rng = np.random.default_rng(Moody.loads)
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        answers = self._engine.run(batch)
+        moved = self._rng.random(len(answers)) < 0.1
+        answers[moved] = answers[moved][:, ::-1]
+        return answers
+
+
+def test_an_engine_is_scored_once_and_only_its_latency_is_measured_again(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A latency verdict that stays open must not be a second try for the accuracy."""
+    monkeypatch.setattr(validate, "load_engine", Moody)
+    few = replace(SHORT, rounds=5, clean_rounds=5, max_rounds=5, block_ms=5, min_queries=8, others_cores=99)
+    monkeypatch.setattr(validate, "PLAN", few)
+    lenient = case.spec.objective.model_copy(update={"max_drop": 50.0})  # so that the latency alone is open
+    case = replace(case, spec=case.spec.model_copy(update={"objective": lenient}))
+    first, second = (case.validate("baseline", run_key) for run_key in ("week-1", "week-2"))
+    assert answers(first) == answers(second) == {"accuracy": "pass", "latency": "inconclusive"}
+    assert not second.reused and second.run_id != first.run_id
+    one, two = evidence.evidence_of(first), evidence.evidence_of(second)
+    assert one.discordance_percent and one.discordance_percent > 2, "the engine is a moody one"
+    assert (one.drop_pp, one.engine_quality, one.scores_run) == (two.drop_pp, two.engine_quality, two.scores_run)
+    assert one.latency.quantiles_ms != two.latency.quantiles_ms
+    alone = case.spec.model_copy(update={"targets": case.spec.targets, "seed": 7})
+    third = evidence.evidence_of(replace(case, spec=alone).validate("baseline", "week-3"))
+    assert third.drop_pp == one.drop_pp, "nor is a seed a second try"
+
+
+def test_who_names_one_of_several_engines_is_held_to_all_that_were_looked_at(case: Case) -> None:
+    all_three = evidence.evidence_of(case.validate("light"))
+    chosen = case.spec.model_copy(update={"recipes": {"light": ("quantize",)}})
+    later = evidence.evidence_of(replace(case, spec=chosen).validate("light", "later"))
+    assert (all_three.competing, later.competing) == (3, 3)
+    assert later.confidence == all_three.confidence == pytest.approx(1 - 0.05 / 3)
+    assert "98.33 % upper bound (the best of 3)" in case.validate("light").verdicts[0].reason
 
 
 def test_baseline_scores_are_computed_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,26 +58,43 @@ class _Gate:
         )
 
 
+def per_engine(confidence: float, competing: int) -> float:
+    """Confidence of each bound, so that the best of `competing` engines is good with the given confidence.
+
+    Whichever wins was looked at, so the chance that any of them passes wrongly must stay within 1 − confidence:
+    Bonferroni's bound, which holds however the engines' errors are related. Stepwise methods (Holm's, or a fixed order)
+    do not apply: they bound wrong answers among hypotheses that are tested in an order set beforehand or by their
+    strength, while the winner is chosen by speed, which does not favor the surest.
+    """
+    return 1.0 - (1.0 - confidence) / max(competing, 1)
+
+
 def accuracy(
-    baseline_scores: npt.ArrayLike,
-    engine_scores: npt.ArrayLike,
-    max_drop_pp: float,
-    confidence: float,
-    rng: np.random.Generator,
+    baseline_scores: npt.ArrayLike, engine_scores: npt.ArrayLike, max_drop_pp: float, confidence: float
 ) -> Verdict:
     """Non-inferiority, paired on the same samples: the upper bound of the drop is within the allowed drop.
 
     baseline_scores, engine_scores: (N,) in [0, 1]. Method: see `stats.paired_drop`.
     """
-    drop = stats.paired_drop(baseline_scores, engine_scores, confidence, rng)
-    return accuracy_of(drop, max_drop_pp, confidence)
+    return accuracy_of(stats.paired_drop(baseline_scores, engine_scores, confidence), max_drop_pp, confidence)
 
 
-def accuracy_of(drop: Bounds, max_drop_pp: float, confidence: float) -> Verdict:
-    """The same, from a drop that `stats.paired_drop` has computed already."""
+def accuracy_of(drop: Bounds, max_drop_pp: float, confidence: float, competing: int = 1) -> Verdict:
+    """The same, from a drop that was computed already, with the confidence of each bound (`per_engine`)."""
+    return _drop(_Gate("accuracy", max_drop_pp, "pp"), drop, confidence, competing, "drop")
+
+
+def champion(drop: Bounds, max_drop_pp: float, confidence: float, competing: int, version: str) -> Verdict:
+    """The same against what serves now: a retrained baseline may itself have become worse."""
+    gate = _Gate("champion", max_drop_pp, "pp")
+    return _drop(gate, drop, confidence, competing, f"against champion version {version}: drop")
+
+
+def _drop(gate: _Gate, drop: Bounds, confidence: float, competing: int, what: str) -> Verdict:
     pp = drop.scaled(100.0)
-    what = f"drop {pp.estimate:.2f} points, {_bound(confidence)} {pp.high:.2f}, allowed {max_drop_pp:g}, n {pp.n:,}"
-    return _Gate("accuracy", max_drop_pp, "pp").final(pp, what)
+    best = f" (the best of {competing})" if competing > 1 else ""
+    reason = f"{what} {pp.estimate:.2f} points, {_bound(confidence)}{best} {pp.high:.2f}, allowed {gate.limit:g}"
+    return gate.final(pp, f"{reason}, n {pp.n:,}").model_copy(update={"final": True})
 
 
 def latency(latencies_ms: npt.ArrayLike, limit_ms: float, confidence: float, noisy: bool = False) -> Verdict:
@@ -176,7 +193,7 @@ def _p99(name: str, latencies_ms: npt.ArrayLike, limit_ms: float, confidence: fl
 
 
 def _bound(confidence: float, side: str = "upper") -> str:
-    return f"{100 * confidence:g} % {side} bound"
+    return f"{100 * confidence:.4g} % {side} bound"
 
 
 def settle(verdicts: tuple[Verdict, ...], *, noisy: bool, ratio: str) -> tuple[tuple[Verdict, ...], list[str]]:

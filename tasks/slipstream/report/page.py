@@ -25,8 +25,9 @@ OUTCOMES = {
 PLOTS = {
     "pareto": (
         "Quality against latency",
-        "Each built engine on held-out data. Bars are the confidence bounds of the drop against the baseline; "
-        "the line joins the passing engines that no other beats on both axes.",
+        "All engines took turns in one run, by which the release was picked; of those that may be as fast as the "
+        "fastest, the smallest. Bars are the confidence bounds of the drop against the baseline and of the time to "
+        "that of the fastest; the line joins the passing engines that no other beats on both axes.",
     ),
     "latency": (
         "Latency",
@@ -127,9 +128,10 @@ def _engines(report: Report) -> str:
     goal = report.objective
     scale = f"0 to {goal.max_drop:g} pt allowed"
     confidence = f"{goal.confidence * 100:g} %"
+    surer = f"{max((r.evidence.confidence for r in report.rows if r.evidence), default=goal.confidence) * 100:.4g} %"
     head = (
         '<tr><th class="text">engine</th><th class="text">verdict</th>'
-        f"<th>{escape(wording.metric(goal.metric))}<small>%</small></th><th>drop<small>{confidence} bounds</small></th>"
+        f"<th>{escape(wording.metric(goal.metric))}<small>%</small></th><th>drop<small>{surer} bounds</small></th>"
         f'<th class="drawn" aria-label="drop, drawn"><small>{escape(scale)}</small></th>'
         f"<th>p50<small>ms</small></th><th>p99<small>ms</small></th>"
         f"<th>against eager<small>{confidence} bounds</small></th>"
@@ -140,7 +142,8 @@ def _engines(report: Report) -> str:
     body = "".join(_engine(report, row, span) for row in report.rows)
     return (
         "<h2>Engines</h2><p>Every engine that was built, judged as it would be deployed. FP32 is the baseline's own "
-        "FP32 engine on the same target; an engine that is not faster than that is rejected.</p>"
+        "FP32 engine on the same target; an engine that is not faster than that is rejected. "
+        f"{escape(wording.best_of(report.rows, goal.confidence))}</p>"
         f'<div class="scroll"><table><thead>{head}</thead>{body}</table></div>'
     )
 

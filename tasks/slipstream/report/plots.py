@@ -100,11 +100,12 @@ def target_of(cell: str) -> str:
 
 
 def pareto(report: Report) -> Any | None:
-    """Quality against p99 latency (p50 where too few queries gave no p99), with the frontier of the passing engines.
+    """Quality against the time of a request in the run in which all engines took turns, by which the release is picked.
 
-    Bars are the confidence bounds of the drop. Rejected engines are hollow.
+    None where no such run was made: no engine passed. Vertical bars are the confidence bounds of the drop, horizontal
+    ones those of the ratio to the fastest engine. The frontier is that of the passing engines; others are hollow.
     """
-    rows = [r for r in report.rows if r.evidence]
+    rows = [r for r in report.rows if r.evidence and r.standing]
     if not rows:
         return None
     figure, axes = _axes(4.7)
@@ -116,8 +117,7 @@ def pareto(report: Report) -> Any | None:
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.16)
     _plain_log_ticks(axes.xaxis)
-    by_p50 = any(r.evidence and r.evidence.latency.p99_ms is None for r in rows)
-    axes.set_xlabel("p99 latency at batch 1, ms" + (" († p50: too few queries for a p99)" if by_p50 else "") + ", log")
+    axes.set_xlabel("time of a request at batch 1, ms, all engines in one run, log")
     axes.set_ylabel(f"{wording.metric(report.objective.metric)} on held-out data, %")
     axes.grid(visible=True)
     axes.set_axisbelow(True)
@@ -127,10 +127,9 @@ def pareto(report: Report) -> Any | None:
 
 
 def _place(row: Row) -> tuple[float, float]:
-    """Position of an engine on the plot: latency in ms, quality in percent."""
-    assert row.evidence is not None
-    latency = row.evidence.latency
-    return latency.p50_ms if latency.p99_ms is None else latency.p99_ms, row.evidence.engine_quality
+    """Position of an engine on the plot: milliseconds in the run of all engines, quality in percent."""
+    assert row.evidence is not None and row.standing is not None
+    return row.standing.ms, row.evidence.engine_quality
 
 
 def _limits(axes: Any, report: Report, rows: Sequence[Row]) -> None:
@@ -147,9 +146,6 @@ def _limits(axes: Any, report: Report, rows: Sequence[Row]) -> None:
         color=LIGHT["bad"],
         fontsize=8.5,
     )
-    cap = report.objective.latency_p99_ms
-    if cap is not None and cap < 3 * max(_place(r)[0] for r in rows):
-        axes.axvline(cap, color=LIGHT["bad"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
 
 
 def _frontier(axes: Any, passed: Sequence[Row]) -> None:
@@ -168,11 +164,16 @@ def _engine_point(axes: Any, row: Row, colour: str) -> None:
     x, y = _place(row)
     drop = row.evidence.drop_pp
     errors = [[max(drop.high - drop.estimate, 0)], [max(drop.estimate - drop.low, 0)]]
+    times = row.standing.relative if row.standing else None
+    sideways = (
+        [[x * max(1 - times.low / times.estimate, 0)], [x * max(times.high / times.estimate - 1, 0)]] if times else None
+    )
     solid = row.status in ("passed", "reference")
     axes.errorbar(
         x,
         y,
         yerr=errors,
+        xerr=sideways,
         color=colour,
         marker="D" if row.status == "reference" else "o",
         markersize=6 if row.status == "reference" else 7.5,
@@ -209,7 +210,7 @@ def _labels(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
     scale = figure.dpi / 72
     for row in sorted(rows, key=lambda r: (not r.release, r.status != "passed")):
         x, y = axes.transData.transform(_place(row))
-        text = recipe_of(row.cell) + ("†" if row.evidence and row.evidence.latency.p99_ms is None else "")
+        text = recipe_of(row.cell)
         half = len(text) * 2.9 * scale
         spots = [(half + 11, 0), (-half - 11, 0), (half + 8, 11), (-half - 8, 11), (half + 8, -11), (-half - 8, -11),
                  (0, 17), (0, -17)]  # fmt: skip

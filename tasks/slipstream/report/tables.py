@@ -90,6 +90,8 @@ def summary(report: Report) -> RenderableType:
     parts += [Text(), engines(report)] if report.rows else []
     told = reasons(report)
     parts += [Text(), *told] if told else []
+    if best_of := wording.best_of(report.rows, report.objective.confidence):
+        parts += [Text(), Text(best_of, "dim")]
     if any(r.evidence and r.evidence.noise.noisy for r in report.rows):
         noise = "Other processes were busy in some rounds; the ratios are from interleaved rounds, with wider bounds."
         parts += [Text(), Text(noise, "dim")]

@@ -1,6 +1,8 @@
 """How figures are written, the same on the page and in the terminal. A figure that was not measured is a dash."""
 
-from slipstream.evidence import Interval
+from collections.abc import Iterable
+
+from slipstream.evidence import Interval, Row
 from slipstream.measure.metrics import short_name
 
 DASH = "–"
@@ -75,3 +77,16 @@ def size(value: int | None) -> str:
 def count(number: int, noun: str) -> str:
     """`1 engine`, `2 engines`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def best_of(rows: Iterable[Row], confidence: float) -> str:
+    """What was done so that the best of several engines is good with the confidence that the objective asks for."""
+    judged = [row.evidence for row in rows if row.evidence]
+    competing = max((e.competing for e in judged), default=1)
+    if competing == 1:
+        return ""
+    surest = max(e.confidence for e in judged)
+    return (
+        f"Bounds of the drop hold at {100 * surest:.4g} % each: {competing} engines compete for the release, and the "
+        f"one that is picked must be good with {100 * confidence:g} %."
+    )

@@ -32,12 +32,14 @@ from slipstream.spec.sections import (
     Target,
     Toleration,
     Training,
+    Waiver,
 )
 from slipstream.steps import STEPS, environment_of
 
 __all__ = [
     "BASELINE", "PATTERNS", "TECHNIQUES", "Call", "Cluster", "Distill", "Guardrails", "Model", "Objective", "Optimizer",
-    "Prune", "Quantize", "Resources", "Rollout", "SmallScaleTest", "Spec", "Target", "Toleration", "Training", "dump",
+    "Prune", "Quantize", "Resources", "Rollout", "SmallScaleTest", "Spec", "Target", "Toleration", "Training", "Waiver",
+    "dump",
     "json_schema", "load", "load_text", "parse",
 ]  # fmt: skip
 
@@ -178,9 +180,19 @@ class Spec(Section):
         """Whether a target's engines can be released, and are not for comparison only."""
         return ENGINES[self.targets[target].engine].server is not None
 
+    @property
+    def competing(self) -> int:
+        """Engines of which one becomes the release: every recipe on every target whose engine is served."""
+        return sum(self.runs(r, t) for t in self.targets if self.releasable(t) for r in self.recipes)
+
     def environment_of(self, step: str, target: str | None) -> str:
-        """The environment in which a step runs; `target` is that of its cell."""
-        return environment_of(step, self.model.framework, self.targets[target].engine if target else None)
+        """The environment in which a step runs; `target` is that of its cell.
+
+        `select` loads engines of all targets: it runs in their own environment where all share one.
+        """
+        targets = [self.targets[target]] if target else list(self.targets.values()) if step == "select" else []
+        found = {environment_of(step, self.model.framework, t.engine) for t in targets}
+        return found.pop() if len(found) == 1 else environment_of(step, self.model.framework)
 
     @property
     def schemes(self) -> set[str]:

@@ -1,5 +1,6 @@
 """The sections of a spec. Their docstrings are the reference in docs/spec.md."""
 
+import datetime
 import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Literal, Self
@@ -114,14 +115,19 @@ class Objective(Section):
     `module:function`, which takes outputs and labels and returns a score from 0 to 1 for each sample."""
     max_drop: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Largest allowed drop of the metric against the baseline, in percentage points."""
+    max_drop_from_champion: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Largest allowed drop of the metric against the release that serves, in percentage points; that of `max_drop`
+    unless it is said. A first release needs none."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    """Confidence of every bound that a gate uses."""
+    """Confidence of every verdict. Where several engines compete for the release, each bound of a drop is surer, so
+    that the best of them is good with this confidence: with 6 engines at 0.95 each bound holds at 0.9917."""
     latency_p99_ms: Annotated[float, Field(gt=0)] | None = None
     """Upper limit for the 99th percentile of the latency at batch 1, in milliseconds. On a machine that others keep
-    busy a breach proves nothing: there the limit is set aside where the ratio, measured interleaved, has passed."""
+    busy a breach proves nothing and stays undecided; then the engine is not released unless a person waives the limit
+    (`guardrails.waivers`)."""
     prefer: Literal["latency", "throughput", "size", "accuracy"] = "latency"
-    """Which of the passing engines becomes the release. Latency and throughput are compared as ratios to the eager
-    baseline in the same rounds, not in milliseconds of different runs."""
+    """Which of the passing engines becomes the release. Latency and throughput are compared in one run in which all
+    engines take turns; of those that may be as fast as the fastest, the smallest is picked, then the first by name."""
 
 
 def _require_rate(optimizer: Optimizer, given: Collection[str]) -> None:
@@ -275,6 +281,20 @@ class Target(Section):
         return self
 
 
+class Waiver(Section):
+    """A person's word for a limit that could not be judged."""
+
+    gate: Literal["latency", "p99_cap", "champion"]
+    """The limit: `latency` (`objective.latency_p99_ms`), `p99_cap` (`guardrails.max_p99_ms`), or `champion`
+    (`objective.max_drop_from_champion`, where the champion cannot be run any more)."""
+    by: Annotated[str, Field(min_length=2, max_length=100)]
+    """Who answers for it."""
+    reason: Annotated[str, Field(min_length=10, max_length=300)]
+    """Why the limit is known to hold, or need not."""
+    until: datetime.date
+    """Last day on which the waiver holds."""
+
+
 class Guardrails(Section):
     """Limits that abort a small-scale test or a rollout at once and put the traffic back."""
 
@@ -292,6 +312,8 @@ class Guardrails(Section):
     to `max_p99_ratio` times the champion's own p99 in the same test, where that is more."""
     max_memory_mib: Annotated[int, Field(gt=0)] = 4096
     """Largest resident memory of the model server, in MiB."""
+    waivers: tuple[Waiver, ...] = ()
+    """Limits that may stay open; the verdict, the registry's tags and the report say by whose word."""
 
 
 class SmallScaleTest(Section):

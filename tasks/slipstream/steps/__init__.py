@@ -45,7 +45,7 @@ STEPS: dict[str, StepInfo] = {
     "quantize": StepInfo(FRAMEWORK, (*MAKES_CANDIDATES, "quantization")),
     "build": StepInfo(FRAMEWORK, ("engines", "frameworks", "agreement", "tokens.py")),
     "validate": StepInfo(FRAMEWORK, ("engines", "frameworks", "measure", "data.py", "tokens.py")),
-    "select": StepInfo("serve", cached=False),
+    "select": StepInfo(FRAMEWORK, cached=False),
     "trial": StepInfo("serve", cached=False),
     "rollout": StepInfo("serve", cached=False),
     "report": StepInfo("serve", cached=False),

@@ -289,8 +289,11 @@ def _follow(group: Group, module: StepModule, step: str, spec: Spec, inputs: Ste
 
 
 def _undecided(output: StepOutput) -> bool:
-    """Whether the evidence did not suffice. A busy machine passes; its evidence must not be reused for ever."""
-    return bool(output.verdicts) and combine(output.verdicts) == "inconclusive"
+    """True if measuring again may decide: noise is transient, so such results are never cached. Accuracy is final."""
+    open_verdicts = [v for v in output.verdicts if not v.passed]
+    return (
+        combine(output.verdicts) == "inconclusive" and bool(open_verdicts) and not any(v.final for v in open_verdicts)
+    )
 
 
 def require_pass(gate: str, verdicts: tuple[Verdict, ...]) -> None:

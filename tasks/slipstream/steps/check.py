@@ -1,7 +1,7 @@
 """check: can this run end well? Asked before anything is trained, and answered with all problems at once.
 
 Details: `data` (digest of each split), `classes`, `samples` (of each split), `hardware`, `build_only` (targets whose
-engines cannot be loaded here, with the reason).
+engines cannot be loaded here, with the reason), `sample_size` (how many test samples the objective needs).
 """
 
 import logging
@@ -22,6 +22,7 @@ from slipstream.frameworks.base import Framework, framework_for, trainer_for
 from slipstream.measure.metrics import METRICS
 from slipstream.measure.metrics.base import BATCH, metric_for
 from slipstream.spec import Call, Spec, Target
+from slipstream.steps import sample_size
 from slipstream.steps.base import Context
 from slipstream.steps.rehearsal import rehearse
 from slipstream.steps.retrain import from_file, require_version, version_to_load
@@ -57,6 +58,8 @@ def run(context: Context) -> StepOutput:
     sources = dict.fromkeys(("train", "test"), source.function) if isinstance(source, Call) else source.splits
     context.run.dataset(loaded, spec.name, sources)
     log.info("%d training and %d test samples; %s", len(loaded.train), len(loaded.test), hardware.sentence())
+    size, enough = sample_size.sentence(spec, len(loaded.test), sample_size.observed_percent(context.tracking))
+    log.log(logging.INFO if enough else logging.WARNING, "%s", size)
     build_only = {name: found.not_loadable for name, found in findings.items() if found.not_loadable is not None}
     for name, reason in build_only.items():
         log.warning("targets.%s: its engines are built, but neither measured nor released: %s", name, reason)
@@ -67,6 +70,7 @@ def run(context: Context) -> StepOutput:
             "samples": {"train": len(loaded.train), "test": len(loaded.test)},
             "hardware": hardware.describe(),
             "build_only": build_only,
+            "sample_size": size,
         }
     )
 

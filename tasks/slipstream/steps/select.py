@@ -1,48 +1,31 @@
 """select: the verdict of stage 1. Every expected cell is a row; the best passing engine becomes the challenger.
 
+What passed against the baseline is compared with the champion (champion.py); then all engines are timed in one run in
+which they take turns (measure/race.py), and the objective's `prefer` picks among those that passed.
 Details: `rows` (evidence.Row), `winner` (cell key), `version` (registry), `best_per_target`, `champion` (version that
 the challenger will be compared with, or None), `already_champion`, `missing` (cells that left no evidence),
-`comparison_only` (cells of engines that are never released → why).
+`comparison_only` (cells of engines that are never released → why), `competing` (engines that the bounds account for),
+`race` (evidence.Race, or None), `not_raced` (cells → why).
 """
 
+import datetime
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from slipstream import flow
-from slipstream.contract import StepInput, StepOutput, Verdict
+from slipstream.contract import Artifact, StepInput, StepOutput, Verdict
 from slipstream.errors import DataError, GateFailed
-from slipstream.evidence import EngineEvidence, Row, row_of
+from slipstream.evidence import Row, row_of, settled
+from slipstream.measure.waivers import waive
 from slipstream.registry import CHALLENGER, SHA256, Registry
 from slipstream.spec import Spec
+from slipstream.steps import champion as champions
+from slipstream.steps import racing
 from slipstream.steps.base import Context
-
-
-def _latency(evidence: EngineEvidence) -> float:
-    """Of a request, in parts of what the eager baseline took in the same rounds.
-
-    Each cell is measured in a run of its own, perhaps on another day, so that milliseconds of two cells tell as much
-    of the machine's state as of the engines. Infinite where others took the cores, since there is no such ratio then:
-    engines that have one go first.
-    """
-    return 1 / evidence.speedup_eager.estimate if evidence.speedup_eager else math.inf
-
-
-def _rate(evidence: EngineEvidence) -> float:
-    """Requests per second, in multiples of the eager baseline's in the same rounds."""
-    return evidence.latency.rate_per_s / evidence.eager.rate_per_s if evidence.eager else 0.0
-
-
-PREFERENCES: dict[str, Callable[[EngineEvidence], tuple[float, ...]]] = {
-    "latency": lambda e: (_latency(e), e.size_bytes),
-    "throughput": lambda e: (-_rate(e), _latency(e)),
-    "size": lambda e: (e.size_bytes, _latency(e)),
-    "accuracy": lambda e: (-e.engine_quality, _latency(e)),
-}
-"""`objective.prefer` → sort key; the smallest wins, the second figure breaks ties."""
+from slipstream.steps.choice import Choice
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -53,33 +36,45 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 def run(context: Context) -> StepOutput:
     """Judge the table, register the winner. Raises GateFailed when no engine passed."""
     spec, inputs = context.spec, context.inputs
-    rows = table(spec, inputs)
-    unreleased = comparison_only(spec, rows)
-    winner = best([r for r in rows if r.cell not in unreleased], spec.objective.prefer)
-    rows = [r.model_copy(update={"release": winner is not None and r.cell == winner.cell}) for r in rows]
-    _write_rows(context, rows)
-    if winner is None:
-        raise GateFailed(_refusal(rows, unreleased))
     registry = Registry(spec.model.name, context.tracking.client)
     champion = registry.champion()
-    version, already = _register(registry, inputs, winner, champion)
+    rows = table(spec, inputs)
+    rows = _waived(spec, rows)
+    if champion is not None:
+        rows = _waived(spec, champions.compare(context, registry, champion, rows))
+    choice = _choice(context, rows)
+    winner = choice.best(choice.entrants)
+    rows = [choice.placed(r) for r in rows]
     details = {
-        "rows": [r.model_dump(mode="json") for r in rows],
-        "winner": winner.cell,
-        "version": version,
-        "best_per_target": best_per_target(spec, rows),
+        "rows": [r.model_copy(update={"release": r.cell == winner}).model_dump(mode="json") for r in rows],
+        "winner": winner,
         "champion": champion,
-        "already_champion": already,
         "missing": [r.cell for r in rows if r.status == "missing"],
-        "comparison_only": unreleased,
+        "comparison_only": comparison_only(spec, rows),
+        "competing": spec.competing,
+        "race": None if choice.race is None else choice.race.model_dump(mode="json"),
+        "not_raced": dict(choice.absent),
     }
-    verdict = Verdict(
-        gate="select",
-        answer="pass",
-        reason=f"{winner.cell} is the best of {_passed(rows, unreleased)} passing engines by {spec.objective.prefer}",
-        n=len(rows),
-    )
+    _write_rows(context, rows)
+    if winner is None:
+        verdict = Verdict(gate="select", answer="fail", reason="no engine passed", n=len(rows))
+        context.tracking.record(context.run, context.output(verdicts=(verdict,), details=details))
+        raise GateFailed(_refusal(rows, comparison_only(spec, rows)))
+    picked = next(r for r in rows if r.cell == winner)
+    version, already = _register(registry, inputs, picked, champion)
+    verdict = Verdict(gate="select", answer="pass", reason=choice.reason(winner), n=len(rows))
+    details |= {
+        "version": version,
+        "already_champion": already,
+        "best_per_target": {t: choice.best(choice.entrants_of(t)) for t in spec.targets},
+    }
     return context.output(verdicts=(verdict,), details=details)
+
+
+def _waived(spec: Spec, rows: Sequence[Row]) -> list[Row]:
+    """The rows, where open verdicts that a person waived pass. Not in `validate`, which is reused: a waiver ends."""
+    today = datetime.datetime.now(datetime.UTC).date()
+    return [settled(r, waive(r.verdicts, spec.guardrails.waivers, today)) for r in rows]
 
 
 def expected_cells(spec: Spec, inputs: StepInput) -> list[str]:
@@ -91,7 +86,9 @@ def expected_cells(spec: Spec, inputs: StepInput) -> list[str]:
 def table(spec: Spec, inputs: StepInput) -> list[Row]:
     """A row for each expected cell, in the spec's order."""
     found = {o.cell.key: o for o in inputs.upstream if o.step == "validate" and o.cell is not None}
-    return [row_of(cell, found.get(cell)) for cell in expected_cells(spec, inputs)]
+    rows = [row_of(cell, found.get(cell)) for cell in expected_cells(spec, inputs)]
+    unreleased = comparison_only(spec, rows)
+    return [r.model_copy(update={"comparison": r.cell in unreleased}) for r in rows]
 
 
 def comparison_only(spec: Spec, rows: Sequence[Row]) -> dict[str, str]:
@@ -104,29 +101,32 @@ def comparison_only(spec: Spec, rows: Sequence[Row]) -> dict[str, str]:
     }
 
 
-def best(rows: Sequence[Row], prefer: str) -> Row | None:
-    """The passing engine that the objective prefers; never the baseline, never one that did not pass."""
-    passed = [(PREFERENCES[prefer](r.evidence), r.cell, r) for r in rows if r.status == "passed" and r.evidence]
-    return min(passed, key=lambda entry: entry[:2])[2] if passed else None
+def _choice(context: Context, rows: Sequence[Row]) -> Choice:
+    """All that is needed to pick; races the engines where any passed."""
+    objective = context.spec.objective
+    choice = Choice(objective.prefer, objective.confidence, {r.cell: r for r in rows}, None)
+    if not choice.entrants:
+        return choice
+    measured = [flow.cell_of(r.cell) for r in rows if r.evidence is not None]
+    outputs = [context.inputs.output_of("build", cell) for cell in measured]
+    built = {o.cell.key: o.artifact for o in outputs if o is not None and o.cell is not None and o.artifact is not None}
+    race, absent = racing.race(context, built)
+    return Choice(choice.prefer, choice.confidence, choice.rows, race, absent)
 
 
-def best_per_target(spec: Spec, rows: Sequence[Row]) -> dict[str, str | None]:
-    """Target → cell of its best engine; None where none passed."""
-    found = {}
-    for target in spec.targets:
-        row = best([r for r in rows if flow.cell_of(r.cell).target == target], spec.objective.prefer)
-        found[target] = row.cell if row else None
-    return found
+def _built(inputs: StepInput, cell: str) -> Artifact:
+    output = inputs.output_of("build", flow.cell_of(cell))
+    if output is None or output.artifact is None:
+        raise DataError(f"step select: IN.json has evidence for {cell}, but not its build output")
+    return output.artifact
 
 
 def _register(registry: Registry, inputs: StepInput, winner: Row, champion: str | None) -> tuple[str, bool]:
     """The winner's version, and whether that very engine serves already; then nothing is written."""
-    built = inputs.output_of("build", flow.cell_of(winner.cell))
-    if built is None or built.artifact is None:
-        raise DataError(f"step select: IN.json has evidence for {winner.cell}, but not its build output")
-    if champion is not None and registry.tags(champion).get(SHA256) == built.artifact.sha256:
+    built = _built(inputs, winner.cell)
+    if champion is not None and registry.tags(champion).get(SHA256) == built.sha256:
         return champion, True
-    version = registry.register(built.artifact, winner.cell, inputs.pipeline_run_id, winner.verdicts)
+    version = registry.register(built, winner.cell, inputs.pipeline_run_id, winner.verdicts)
     registry.set_alias(CHALLENGER, version)
     return version, False
 
@@ -136,10 +136,6 @@ def _write_rows(context: Context, rows: Sequence[Row]) -> None:
         path = Path(folder) / "rows.json"
         path.write_text(json.dumps([r.model_dump(mode="json") for r in rows], indent=1))
         context.run.artifact(path)
-
-
-def _passed(rows: Sequence[Row], unreleased: Mapping[str, str]) -> int:
-    return sum(r.status == "passed" and r.cell not in unreleased for r in rows)
 
 
 def _refusal(rows: Sequence[Row], unreleased: Mapping[str, str]) -> str:

@@ -2,25 +2,26 @@
 
 Cell: recipe@target. Upstream: `check`, `retrain` (the baseline), `build` of this cell and `build` of the
 baseline's FP32 engine on the same target. Details: `evidence` (an `EngineEvidence`). It records verdicts and never
-raises for them: a rejected engine is a normal result, and `select` decides.
+raises for them: a rejected engine is a normal result, and `select` decides. What the engine answers is measured once
+(scores.py); a run that finds its latency undecided measures the latency anew, and nothing else.
 """
 
 import logging
-import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from slipstream import digests, gpu, hardware
-from slipstream.contract import Cell, StepInput, StepOutput, Verdict, digest
+from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict
 from slipstream.data import Data, Split
 from slipstream.engines.base import Runner, engine_for, gpu_of, load_engine, size_bytes, why_not_loadable
 from slipstream.engines.peak import peak_memory_mib
-from slipstream.errors import DataError, ModelError
+from slipstream.errors import DataError
 from slipstream.evidence import EngineEvidence, Interval, Latency
 from slipstream.frameworks import FRAMEWORKS
-from slipstream.frameworks.base import load_eager, toolchain
+from slipstream.frameworks.base import load_eager
 from slipstream.home import alone
 from slipstream.measure import gates, latency, profiles
 from slipstream.measure.latency import Comparison, Plan
@@ -29,6 +30,7 @@ from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Metric, Records, Runs, metric_for
 from slipstream.measure.stats import Bounds
 from slipstream.spec import BASELINE, Objective, Spec, Target
+from slipstream.steps import scores as scoring
 from slipstream.steps.base import Context
 from slipstream.tracking import StepRun
 
@@ -51,6 +53,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
         "metric": metrics.identity(spec.objective.metric),
         "target": target.model_dump(mode="json"),
         "seed": spec.seed,
+        "competing": spec.competing,
         "hardware": hardware.describe(),
         "versions": digests.versions(*sorted(distributions | {"mlcommons-loadgen"})),
     }
@@ -70,20 +73,15 @@ def run(context: Context) -> StepOutput:
             engine = load_engine(folder)
             scores = _scores(context, engine, progress)
             timing, server = _timing(context, engine, progress)
-    judgement = _Judgement(context.spec, context.cell, scores, timing, scores.drop(context.spec))
+    judgement = _Judgement(context.spec, context.cell, scores, timing)
     sizes = _Sizes.of(context, memory_mib)
     evidence = judgement.evidence(data, server=server, sizes=sizes)
-    verdicts, notes = gates.settle(judgement.verdicts(), noisy=evidence.noise.noisy, ratio="speedup")
-    for note in notes:
-        log.warning("%s", note)
     output = context.output(
         metrics=_metrics(evidence) | usage.metrics(),
-        verdicts=verdicts,
-        details={"evidence": evidence.model_dump(mode="json"), "notes": notes},
+        verdicts=judgement.verdicts(),
+        details={"evidence": evidence.model_dump(mode="json")},
     )
-    built = _built(context, context.cell).artifact
-    assert built is not None, "a build hands on an engine"
-    context.run.judges(output, built, data, context.spec.name)
+    context.run.judges(output, _artifact(_built(context, context.cell)), data, context.spec.name)
     return output
 
 
@@ -109,16 +107,26 @@ def _target(context: Context) -> Target:
 
 @dataclass(frozen=True)
 class _Scores:
-    """(N,) records of baseline's and engine's answers to the same samples."""
+    """Records of the baseline's and the engine's answers to the same samples, and how surely they are compared."""
 
     metric: Metric
     baseline: Records
     engine: Records
+    run_id: str
+    """MLflow run that holds the engine's."""
+    competing: int
+    confidence: float
+    """Of each bound: what the objective asks for, corrected for the engines that compete."""
 
-    def drop(self, spec: Spec) -> Bounds:
-        """Drop of the metric, as a fraction."""
-        rng = np.random.default_rng(spec.seed)
-        return metrics.drop(self.metric, self.baseline, self.engine, spec.objective.confidence, rng)
+    @cached_property
+    def drop(self) -> Bounds:
+        """Drop of the metric, as a fraction. A bootstrap is seeded alike for all, so that no seed can be tried."""
+        return metrics.drop(self.metric, self.baseline, self.engine, self.confidence, np.random.default_rng(0))
+
+    @property
+    def discordance(self) -> float:
+        """Share of samples whose records differ."""
+        return float(np.mean(self.baseline != self.engine))
 
 
 @dataclass
@@ -145,34 +153,22 @@ class _Progress:
 
 
 def _scores(context: Context, engine: Runner, progress: _Progress) -> _Scores:
-    """Scores of the baseline, by its own framework in FP32, and of the engine."""
-    test, metric = context.data.test, metric_for(context.spec.objective.metric)
-    baseline = _baseline_scores(context, metric, progress)
-    what = f"engine {context.cell.key}"
-    return _Scores(metric, baseline, metrics.record(engine, test, metric, what=what, progress=progress.batch))
-
-
-def _baseline_scores(context: Context, metric: Metric, progress: _Progress) -> Records:
-    """The same for every cell of a run, and so computed by the first one only."""
-    test, name, output = context.data.test, context.spec.objective.metric, _baseline(context)
-    assert output.artifact is not None
-    versions = toolchain(context.spec.model.framework) | digests.versions(*metric.distributions)
-    code = [digests.source("measure/metrics"), metrics.identity(name)]
-    key = digest([output.artifact.sha256, test.digest, name, versions, code])
-    path = context.home.cache / "scores" / f"{key}.npy"
-    if path.is_file():
-        progress.skip(metrics.batches(len(test)))
-        cached: Records = np.load(path, allow_pickle=False)
-        return cached
+    """Scores of the baseline, by its own framework in FP32, and of the engine; an earlier run's where it has any."""
+    metric, batches = metric_for(context.spec.objective.metric), metrics.batches(len(context.data.test))
     assert context.cell.target is not None
-    # The same threads as for the timing below: TensorFlow cannot change them later.
-    eager = load_eager(context.fetch(output), threads=context.spec.targets[context.cell.target].threads)
-    scores = metrics.record(eager, test, metric, what="the baseline", progress=progress.batch, error=ModelError)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{key}.{os.getpid()}.npy")
-    np.save(aside, scores)
-    aside.replace(path)
-    return scores
+    subjects = (
+        scoring.baseline(context, _artifact(_baseline(context)), context.spec.targets[context.cell.target].threads),
+        scoring.engine(
+            context, _artifact(_built(context, context.cell)), f"engine {context.cell.key}", lambda folder: engine
+        ),
+    )
+    found = []
+    for subject in subjects:
+        found.append(scoring.scores(context, subject, metric, progress.batch))
+        progress.skip(0 if found[-1].measured else batches)
+    competing = max(found[-1].competing, context.spec.competing)
+    confidence = gates.per_engine(context.spec.objective.confidence, competing)
+    return _Scores(metric, found[0].records, found[1].records, found[1].run_id, competing, confidence)
 
 
 def _timing(context: Context, engine: Runner, progress: _Progress) -> tuple[Comparison, Latency]:
@@ -208,8 +204,6 @@ class _Judgement:
     cell: Cell
     scores: _Scores
     timing: Comparison
-    drop: Bounds
-    """Drop of the metric against the baseline, as a fraction."""
 
     @property
     def objective(self) -> Objective:
@@ -224,7 +218,8 @@ class _Judgement:
     def verdicts(self) -> tuple[Verdict, ...]:
         """accuracy; latency where the objective has a limit; speedup unless this is the baseline itself."""
         objective, noise = self.objective, self.timing.noise
-        found = [gates.accuracy_of(self.drop, objective.max_drop, objective.confidence)]
+        scores = self.scores
+        found = [gates.accuracy_of(scores.drop, objective.max_drop, scores.confidence, scores.competing)]
         if objective.latency_p99_ms is not None:
             pooled = self.timing.pooled_ms(ENGINE)
             found.append(gates.latency(pooled, objective.latency_p99_ms, objective.confidence, noise.noisy))
@@ -251,7 +246,11 @@ class _Judgement:
             samples=len(data.test),
             baseline_quality=100.0 * metrics.value(metric, baseline),
             engine_quality=100.0 * metrics.value(metric, engine),
-            drop_pp=_required(self.drop.scaled(100.0)),
+            drop_pp=_required(self.scores.drop.scaled(100.0)),
+            discordance_percent=100.0 * self.scores.discordance,
+            confidence=self.scores.confidence,
+            competing=self.scores.competing,
+            scores_run=self.scores.run_id,
             worst_class=worst[0],
             worst_class_drop_pp=worst[1],
             latency=self._latency(ENGINE),
@@ -296,6 +295,7 @@ def _metrics(evidence: EngineEvidence) -> dict[str, float]:
         evidence.metric: evidence.engine_quality,
         "drop_pp": evidence.drop_pp.estimate,
         "drop_pp_high": evidence.drop_pp.high,
+        "discordance_percent": evidence.discordance_percent,
         "worst_class_drop_pp": evidence.worst_class_drop_pp,
         "p50_ms": evidence.latency.p50_ms,
         "p99_ms": evidence.latency.p99_ms,
@@ -330,6 +330,11 @@ class _Sizes:
             arena=None if arena is None else int(arena),
             peak_memory_mib=peak_memory_mib,
         )
+
+
+def _artifact(output: StepOutput) -> Artifact:
+    assert output.artifact is not None, f"step {output.step} hands on its artifact"
+    return output.artifact
 
 
 def _baseline(context: Context) -> StepOutput:

@@ -150,7 +150,7 @@ def drop(metric: Metric, baseline: Records, engine: Records, confidence: float, 
     `stats.paired_bootstrap`, in which a resample takes the same samples for both.
     """
     if metric.mean:
-        return stats.paired_drop(baseline, engine, confidence, rng)
+        return stats.paired_drop(baseline, engine, confidence)
     if len(baseline) != len(engine):
         return stats.unknown(len(baseline))
 

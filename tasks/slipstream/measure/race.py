@@ -1,0 +1,100 @@
+"""Engines head to head: all take turns in one interleaved run, and ratios within it say which is faster.
+
+A ratio to the eager baseline from a run of each engine alone compares the machine's moods as well: on two quiet cores a
+pick by such ratios took an engine of 0.202 ms over one of 0.127 ms. Here every engine meets the same rounds.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from slipstream.evidence import Interval, Race, Standing
+from slipstream.measure import latency, stats
+from slipstream.measure.latency import Comparison, Plan
+from slipstream.measure.loadgen import Issue
+from slipstream.measure.stats import Bounds
+
+PLAN = Plan(rounds=10, max_rounds=16, clean_rounds=8, block_ms=100)
+"""Many engines share a round, so that it lasts long enough for /proc/stat with shorter blocks."""
+
+
+def run(
+    subjects: Mapping[str, Issue],
+    samples: int,
+    plan: Plan,
+    *,
+    seed: int,
+    threads: int,
+    mean: bool,
+    progress: Callable[[int, int, float | None], None] = lambda done, total, others: None,
+) -> Race:
+    """Measure all subjects, interleaved. `threads` is the most that any needs; `mean` is for who wants throughput."""
+    return of(latency.compare(subjects, samples, plan, seed, progress=progress), threads=threads, mean=mean)
+
+
+def of(comparison: Comparison, *, threads: int, mean: bool) -> Race:
+    """A race from its rounds: one figure of each subject for every round that counts.
+
+    The figure is the median (or mean) of the queries; in noise it is their 10th percentile, as in `Comparison.speedup`.
+    """
+    quick, judged = comparison.noise.noisy, comparison.judged
+
+    def figure(latencies: np.ndarray) -> float:
+        return float(np.quantile(latencies, 0.1) if quick else latencies.mean() if mean else np.median(latencies))
+
+    names = tuple(judged[0].latencies_ms)
+    return Race(
+        rounds_ms={name: tuple(figure(r.latencies_ms[name]) for r in judged) for name in names},
+        best_ms={
+            name: float(np.quantile(np.concatenate([r.latencies_ms[name] for r in judged]), 0.001)) for name in names
+        },
+        noise=comparison.noise,
+        crowded=comparison.crowded(threads),
+        cores=len(os.sched_getaffinity(0)),
+    )
+
+
+def time_ratio(race: Race, subject: str, reference: str, confidence: float) -> Bounds:
+    """The subject's time for a request over the reference's, from paired rounds; below 1 it is faster.
+
+    In a crowd the interval also covers what the fastest thousandth of the queries says (`Comparison.speedup`).
+    """
+    slow, fast = race.rounds_ms[subject], race.rounds_ms[reference]
+    ratio = stats.ratio_of_rounds(slow, fast, confidence)
+    if not race.crowded or not ratio.known:
+        return ratio
+    low = race.best_ms[subject] / float(np.median(fast))
+    high = float(np.median(slow)) / race.best_ms[reference]
+    return replace(ratio, low=min(ratio.low, low), high=max(ratio.high, high))
+
+
+def time_ms(race: Race) -> dict[str, float]:
+    """Milliseconds a request for each subject, in the order of their ratios.
+
+    Of each round the geometric mean of all subjects is taken out, which is the round's own speed; the Hodges-Lehmann
+    center of what remains is the subject's, and is put back on the mean of all rounds.
+    """
+    logs = np.log(np.array(list(race.rounds_ms.values())))
+    pace = logs.mean(axis=0)
+    centers = [stats.center(row - pace) for row in logs]
+    return {name: math.exp(center + float(pace.mean())) for name, center in zip(race.rounds_ms, centers, strict=True)}
+
+
+def standings(race: Race, entrants: Iterable[str], confidence: float) -> dict[str, Standing]:
+    """Every subject's time, and its ratio to the fastest of the entrants, which may win."""
+    times = time_ms(race)
+    fastest = min(entrants, key=lambda name: (times[name], name))
+    found = {}
+    for name, ms in times.items():
+        bounds = time_ratio(race, name, fastest, confidence) if name != fastest else Bounds(1.0, 1.0, 1.0, 0)
+        relative = Interval(estimate=bounds.estimate, low=bounds.low, high=bounds.high) if bounds.known else None
+        found[name] = Standing(ms=ms, relative=relative)
+    return found
+
+
+def tied(standing: Standing) -> bool:
+    """Whether an engine may be as fast as the fastest: its interval reaches 1, or there is none."""
+    return standing.relative is None or standing.relative.low <= 1.0

@@ -1,0 +1,81 @@
+"""Which of the engines that passed becomes the release: a stated rule, that ends on a noisy machine too."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from slipstream import flow
+from slipstream.evidence import Race, Row, Standing
+from slipstream.measure import race as races
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which engine is best: by the race where the objective prefers speed, and by the race where others are equal."""
+
+    prefer: str
+    confidence: float
+    rows: Mapping[str, Row]
+    race: Race | None
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Cells that took no part in the race → why."""
+
+    @property
+    def entrants(self) -> list[str]:
+        """Cells that passed and may be released."""
+        return [cell for cell, row in self.rows.items() if row.status == "passed" and not row.comparison]
+
+    def entrants_of(self, target: str) -> list[str]:
+        """Cells of a target that passed, also where its engines are for comparison only."""
+        return [c for c, r in self.rows.items() if r.status == "passed" and flow.cell_of(c).target == target]
+
+    def best(self, cells: Sequence[str]) -> str | None:
+        """The cell that the objective prefers; None of none. Of those that may be as fast as the fastest, the smallest,
+        then the first by name: so a pick ends also where noise leaves all of them tied."""
+        raced = [c for c in cells if self.race is not None and c in self.race.rounds_ms]
+        return min(raced or cells, key=self._rank(raced), default=None)
+
+    def _rank(self, raced: Sequence[str]) -> Callable[[str], tuple[Any, ...]]:
+        places = races.standings(self.race, raced, self.confidence) if self.race is not None and raced else {}
+
+        def speed(cell: str) -> tuple[float, ...]:
+            if cell in places:
+                return (places[cell].ms,)
+            evidence = self.rows[cell].evidence  # without a race: faster than FP32 on the same target, each by itself
+            ratio = evidence.speedup_reference if evidence else None
+            return (0.0 if ratio is None else -ratio.estimate,)
+
+        def rank(cell: str) -> tuple[Any, ...]:
+            evidence = self.rows[cell].evidence
+            assert evidence is not None, "a row that passed has evidence"
+            size = evidence.size_bytes
+            if self.prefer == "size":
+                return (size, *speed(cell), cell)
+            if self.prefer == "accuracy":
+                return (-evidence.engine_quality, *speed(cell), cell)
+            if cell in places:
+                return (False, size, cell) if races.tied(places[cell]) else (True, *speed(cell), cell)
+            return (*speed(cell), size, cell)
+
+        return rank
+
+    def placed(self, row: Row) -> Row:
+        """The row with its place in the race."""
+        entrants = [c for c in self.entrants if self.race is not None and c in self.race.rounds_ms]
+        if self.race is None or not entrants:
+            return row
+        standings: Mapping[str, Standing] = races.standings(self.race, entrants, self.confidence)
+        return row.model_copy(update={"standing": standings.get(row.cell)})
+
+    def reason(self, winner: str) -> str:
+        """Why this engine, in a sentence."""
+        said = f"{winner} is the best of {len(self.entrants)} passing engines by {self.prefer}"
+        if self.race is None or winner not in self.race.rounds_ms:
+            return said
+        raced = [c for c in self.entrants if c in self.race.rounds_ms]
+        places = races.standings(self.race, raced, self.confidence)
+        said += f": {places[winner].ms:.3g} ms a request in one run with all of them"
+        equal = [c for c in raced if c != winner and races.tied(places[c])]
+        if self.prefer in ("latency", "throughput") and equal:
+            said += f"; {', '.join(equal)} may be as fast, and {'is' if len(equal) == 1 else 'are'} not smaller"
+        return said

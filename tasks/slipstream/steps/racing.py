@@ -1,0 +1,93 @@
+"""The race of stage 1: every judged engine of a run, timed in turns with the others (measure/race.py)."""
+
+import logging
+from collections.abc import Mapping
+
+from slipstream import digests, hardware
+from slipstream.contract import Artifact, StepOutput, digest
+from slipstream.engines.base import engine_for, load_engine
+from slipstream.errors import EngineError
+from slipstream.evidence import Race
+from slipstream.frameworks.base import load_eager, toolchain
+from slipstream.home import alone
+from slipstream.measure import race as races
+from slipstream.measure.latency import Plan
+from slipstream.steps.base import Context
+from slipstream.steps.validate import EAGER, single
+from slipstream.tracking import fetch
+
+log = logging.getLogger(__name__)
+
+PLAN = races.PLAN
+RACE = "race"
+"""Name of the MLflow runs that hold races; not a step of the flow."""
+
+
+def race(context: Context, built: Mapping[str, Artifact]) -> tuple[Race | None, dict[str, str]]:
+    """All engines (cell → its artifact) and the eager baseline in one run, and the cells that took no part, with why.
+
+    The race of an earlier run of the same engines, where it was quiet: the pick then is the same.
+    """
+    plan = PLAN.at(context.spec.objective.confidence)
+    key = _identity(context, built, plan)
+    if earlier := context.tracking.find(key):
+        log.info("the same engines were raced in MLflow run %s", earlier.run_id)
+        return Race.model_validate(earlier.details["race"]), dict(earlier.details["absent"])
+    run = context.tracking.start(context.inputs.run_key, RACE, None, key)
+    with alone(context.home.root / "measure.lock", "another engine is being measured"):
+        result, absent = _timed(context, built, plan)
+    details = {"race": None if result is None else result.model_dump(mode="json"), "absent": absent}
+    output = StepOutput(step=RACE, identity=key, run_id=run.run_id, details=details)
+    context.tracking.finish(run, output, cache=result is not None and not result.noise.noisy)
+    return result, absent
+
+
+def _timed(context: Context, built: Mapping[str, Artifact], plan: Plan) -> tuple[Race | None, dict[str, str]]:
+    spec, test = context.spec, context.data.test
+    threads = max(target.threads for target in spec.targets.values())
+    subjects, absent = {}, {}
+    for cell, artifact in built.items():
+        try:
+            subjects[cell] = single(load_engine(fetch(artifact)), test)
+        except EngineError as error:  # its libraries or its hardware are elsewhere
+            absent[cell] = str(error)
+            log.warning("%s takes no part in the race: %s", cell, error)
+    if not subjects:
+        return None, absent
+    baseline = context.inputs.output_of("retrain")
+    if baseline is not None:
+        subjects[EAGER] = single(load_eager(context.fetch(baseline), threads=threads), test)
+
+    def progress(done: int, total: int, others_cores: float | None) -> None:
+        if others_cores is None:
+            context.run.progress(done, total)
+        else:
+            context.run.progress(done, total, others_cores=others_cores)
+
+    mean = spec.objective.prefer == "throughput"
+    return races.run(subjects, len(test), plan, seed=spec.seed, threads=threads, mean=mean, progress=progress), absent
+
+
+def _identity(context: Context, built: Mapping[str, Artifact], plan: Plan) -> str:
+    """Digest of all that decides a race, but for the noise."""
+    spec, baseline = context.spec, context.inputs.output_of("retrain")
+    distributions = {d for t in spec.targets.values() for d in _distributions(t.engine)}
+    return digest(
+        {
+            "step": RACE,
+            "engines": {cell: artifact.sha256 for cell, artifact in built.items()},
+            "baseline": baseline.artifact.sha256 if baseline is not None and baseline.artifact is not None else None,
+            "test": context.data.test.digest,
+            "plan": [repr(plan), spec.objective.prefer == "throughput", spec.seed],
+            "versions": [toolchain(spec.model.framework), digests.versions(*sorted(distributions))],
+            "hardware": hardware.describe(),
+            "code": digests.source("engines", "measure"),
+        }
+    )
+
+
+def _distributions(engine: str) -> tuple[str, ...]:
+    try:
+        return engine_for(engine).distributions
+    except EngineError:  # in another environment: its engines take no part
+        return ()
