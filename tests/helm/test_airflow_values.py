@@ -47,7 +47,8 @@ def test_other_keys_exist() -> None:
 
 
 def test_the_image_has_what_the_chart_assumes() -> None:
-    """Its entry point for the probes, its log groomer, its user, its home; and no user job, which is FAB's."""
+    """Its entry point for the probes, its log groomer, its user, its home; and no user job, which would take the
+    password from the values."""
     dockerfile = (ROOT / "containers/airflow/Dockerfile").read_text(encoding="utf-8")
     for needed in (" /entrypoint\n", " /clean-logs\n", "AIRFLOW_HOME=/opt/airflow", "/opt/slipstream/dags"):
         assert needed in dockerfile
@@ -56,8 +57,24 @@ def test_the_image_has_what_the_chart_assumes() -> None:
     assert VALUES["config"]["core"]["dags_folder"] == "/opt/slipstream/dags"
     assert VALUES["createUserJob"] == {"enabled": False}
     entrypoint = (ROOT / "containers/airflow/entrypoint").read_text(encoding="utf-8")
-    for component in (VALUES["apiServer"], VALUES["migrateDatabaseJob"]):
-        assert component["args"][:2] == ["bash", "-c"] and "| bash |" in entrypoint
+    assert VALUES["migrateDatabaseJob"]["args"][:2] == ["bash", "-c"] and "| bash |" in entrypoint
+
+
+def test_people_log_in_with_a_user_of_airflows_database() -> None:
+    """By the manager that the image holds; the first user's password is in no argument."""
+    manager = VALUES["config"]["core"]["auth_manager"]
+    module, _, name = manager.rpartition(".")
+    [file] = (ROOT / ".envs/airflow").glob(f"lib/python3*/site-packages/{module.replace('.', '/')}.py")
+    assert f"class {name}(" in file.read_text(encoding="utf-8")
+    pins = (ROOT / "containers/airflow/constraints.txt").read_text(encoding="utf-8")
+    assert "apache-airflow-providers-fab==" in pins
+    job = VALUES["migrateDatabaseJob"]
+    assert "--password" not in job["args"][2]
+    assert {v["name"]: v["valueFrom"]["secretKeyRef"]["name"] for v in job["env"]} == {
+        "SLIPSTREAM_AIRFLOW_USER": "slipstream-airflow-login",
+        "SLIPSTREAM_AIRFLOW_PASSWORD": "slipstream-airflow-login",
+    }
+    assert "SIMPLE_AUTH_MANAGER" not in str(VALUES)
 
 
 def test_pods_pass_the_restricted_profile() -> None:

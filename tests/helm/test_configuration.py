@@ -1,5 +1,6 @@
 """What the chart writes is what the code reads: settings, specs, environment; and MLflow really starts with it."""
 
+import base64
 import os
 import re
 import runpy
@@ -27,6 +28,8 @@ GPU_POOL: Json = {
     "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
     "image": "slipstream-torch:0.1.0-cuda",
 }
+
+PASSWORD = "a-password-of-a-test"
 
 
 def loaded(objects: list[Json], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
@@ -69,7 +72,7 @@ def test_each_value_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert kubernetes == {
         "namespace": "ml", "service_account": "slipstream-step", "release_service_account": "slipstream-release",
         "pull_policy": "Always", "pull_secrets": ("pull",), "env_from_config_maps": ("slipstream-environment",),
-        "env_from_secrets": ("s3", "data"), "cache_claim": "slipstream-cache", "code_config_map": "code",
+        "env_from_secrets": ("s3", "slipstream-mlflow-login", "slipstream-signing", "data"), "cache_claim": "slipstream-cache", "code_config_map": "code",
         "settings_config_map": "slipstream-settings", "keep_failed_hours": 0.5, "start_timeout_s": 1200,
         "host_network": True,
     }  # fmt: skip
@@ -106,7 +109,9 @@ def test_the_training_runtime_is_the_one_that_jobs_refer_to(values: Json) -> Non
         f"{'r/ml/' if values else ''}slipstream-torch:0.1.0",
         made["metadata"]["labels"],
         config_maps=["slipstream-environment"],
-        secrets=["data"] if values else ["slipstream-storage"],
+        secrets=["slipstream-mlflow-login", "slipstream-signing", "data"]
+        if values
+        else ["slipstream-storage", "slipstream-mlflow-login", "slipstream-signing"],
     )
     expected["metadata"].pop("namespace")  # the release's
     assert made == expected
@@ -182,10 +187,20 @@ def test_mlflow_starts_as_the_chart_says_and_knows_its_names(tmp_path: Path) -> 
     [container] = pick(objects, "Deployment", "slipstream-mlflow")["spec"]["template"]["spec"]["containers"]
     variables = {v["name"]: v["value"] for v in container["env"] if "value" in v}
     port = free_port()
-    command = [{"mlflow": str(ROOT / ".envs/airflow/bin/mlflow"), "0.0.0.0": "127.0.0.1", "5000": str(port)}.get(c, c)
-               for c in container["args"]]  # fmt: skip
+    shell, option, script = container["args"]
+    for there, here in {
+        "exec mlflow": f"exec {ROOT}/.envs/airflow/bin/mlflow", "0.0.0.0": "127.0.0.1", "5000": str(port),
+        "/tmp/login.ini": f"{tmp_path}/login.ini",
+    }.items():  # fmt: skip
+        assert there in script
+        script = script.replace(there, here)
+    command = [shell, option, script]
+    variables |= dict.fromkeys((v["name"] for v in container["env"] if "valueFrom" in v), PASSWORD)
     variables |= {
-        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "MLFLOW_AUTH_CONFIG_PATH": f"{tmp_path}/login.ini",
+        "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": base64.urlsafe_b64encode(bytes(32)).decode(),
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/ml%40flow.db",
         "MLFLOW_ARTIFACTS_DESTINATION": str(tmp_path / "artifacts"),
     }
     with (tmp_path / "log").open("wb") as log:
@@ -197,15 +212,17 @@ def test_mlflow_starts_as_the_chart_says_and_knows_its_names(tmp_path: Path) -> 
         answers = {host: _search(address, host) for host in ("slipstream-mlflow:5000", "slipstream-mlflow.ml.svc:5000",
                    "mlflow.example.org", "evil.example.org")}  # fmt: skip
         assert answers == {**dict.fromkeys(answers, 200), "evil.example.org": 403}
+        assert _search(address, "slipstream-mlflow:5000", password="wrong") == 401
+        assert (tmp_path / "login.ini").stat().st_mode & 0o777 == 0o600
     finally:
         process.terminate()
         process.wait(timeout=20)
 
 
-def _search(address: str, host: str) -> int:
+def _search(address: str, host: str, password: str = PASSWORD) -> int:
     body = {"max_results": 1}
     url = f"{address}/api/2.0/mlflow/experiments/search"
-    return httpx.post(url, json=body, headers={"Host": host}, timeout=20).status_code
+    return httpx.post(url, json=body, headers={"Host": host}, auth=("admin", password), timeout=60).status_code
 
 
 def test_airflow_values_fit_the_chart() -> None:
@@ -224,5 +241,7 @@ def test_airflow_values_fit_the_chart() -> None:
     variables = pick(objects, "ConfigMap", "slipstream-environment")["data"]
     assert mounts[variables["SLIPSTREAM_SPECS"]] == "slipstream-specs"
     assert mounts[variables["SLIPSTREAM_SETTINGS"].rpartition("/")[0]] == "slipstream-settings"
-    secrets = set(re.findall(r"airflow-\w+|slipstream-\w+(?:-login)?", str(values["data"]) + str(values["apiServer"])))
+    secrets = set(
+        re.findall(r"airflow-\w+|slipstream-\w+(?:-login)?", str(values["data"]) + str(values["migrateDatabaseJob"]))
+    )
     assert {"airflow-database", "slipstream-airflow-login"} <= secrets

@@ -136,12 +136,13 @@ def test_the_guide_names_every_secret() -> None:
     text = GUIDE.read_text(encoding="utf-8")
     secrets = {
         VALUES["storage"]["secret"], VALUES["mlflow"]["database"]["secret"], VALUES["webhook"]["secret"]["name"],
-        VALUES["airflow"]["secret"],
+        VALUES["airflow"]["secret"], VALUES["mlflow"]["login"], VALUES["signing"]["secret"],
     }  # fmt: skip
     airflow = yaml.safe_load((ROOT / "helm/airflow-values.yaml").read_text(encoding="utf-8"))
     secrets |= {airflow["data"]["metadataSecretName"], *(airflow[k] for k in airflow if k.endswith("SecretName"))}
     created = {words[words.index("generic") + 1] for words in commands() if "generic" in words}
     assert secrets == created
     for key in ("database-uri", "webhook-key", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "username", "password",
+                "session-key", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "SLIPSTREAM_SIGNING_KEY",
                 "fernet-key", "jwt-secret", "api-secret-key", "connection"):  # fmt: skip
         assert f"--from-literal={key}=" in text, key

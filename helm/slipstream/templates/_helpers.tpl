@@ -73,7 +73,7 @@ http://slipstream-mlflow.{{ .Release.Namespace }}.svc:5000
 
 {{/* Secrets whose keys become environment variables of every step, as JSON. */}}
 {{- define "slipstream.stepSecrets" -}}
-{{ concat (compact (list .Values.storage.secret)) .Values.steps.secrets | default list | toJson }}
+{{ concat (compact (list .Values.storage.secret .Values.mlflow.login .Values.signing.secret)) .Values.steps.secrets | default list | toJson }}
 {{- end }}
 
 {{- define "slipstream.pullSecrets" -}}
@@ -106,6 +106,14 @@ securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
   capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* MLflow's log-in, for its clients. Takes the root. */}}
+{{- define "slipstream.mlflowLogin" -}}
+{{- with .Values.mlflow.login }}
+{{ include "slipstream.fromSecret" (list "MLFLOW_TRACKING_USERNAME" . "MLFLOW_TRACKING_USERNAME") }}
+{{ include "slipstream.fromSecret" (list "MLFLOW_TRACKING_PASSWORD" . "MLFLOW_TRACKING_PASSWORD") }}
+{{- end }}
 {{- end }}
 
 {{/* Addresses and credentials, as environment variables. */}}
