@@ -161,7 +161,11 @@ def _scored(context: Context, artifact: Artifact) -> str:
 
 def _believed(context: Context, run_id: str, artifact: Artifact) -> Scores | None:
     """The scores in a run that says that they are these; a tag proves nothing, the signed output does."""
-    output = context.tracking.output(run_id)
+    try:
+        output = context.tracking.output(run_id)
+    except DataError as error:
+        log.warning("MLflow run %s claims to hold scores and is not used: %s", run_id, error)
+        return None
     claims = (output.step, output.details.get("model"), output.details.get("test"), output.details.get("metric"))
     true = (STEP, artifact.sha256, context.data.test.digest, context.spec.objective.metric)
     return _read(output, context.data.test, measured=False) if claims == true else None
