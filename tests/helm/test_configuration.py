@@ -72,7 +72,8 @@ def test_each_value_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert kubernetes == {
         "namespace": "ml", "service_account": "slipstream-step", "release_service_account": "slipstream-release",
         "pull_policy": "Always", "pull_secrets": ("pull",), "env_from_config_maps": ("slipstream-environment",),
-        "env_from_secrets": ("s3", "slipstream-mlflow-login", "slipstream-signing", "data"), "cache_claim": "slipstream-cache", "code_config_map": "code",
+        "env_from_secrets": ("s3", "slipstream-mlflow-login", "slipstream-signing", "data"),
+        "cache_claim": "slipstream-cache", "code_config_map": "code",
         "settings_config_map": "slipstream-settings", "keep_failed_hours": 0.5, "start_timeout_s": 1200,
         "host_network": True,
     }  # fmt: skip
