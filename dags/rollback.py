@@ -29,7 +29,9 @@ class RollbackOperator(StepOperator):
             raise AirflowFailException(f"no published spec is about the model {model!r}")
         uri = storage.join(flow.run_folder(home, "rollback", context["run_id"]), "spec.yaml")
         storage.write_text(uri, spec.dump(chosen))
-        output = runtimes.run_step(self.task_id, uri, StepInput(run_key=context["run_id"]), context)
+        leave = context["params"]["version"]
+        given = StepInput(run_key=context["run_id"], params={"from": leave} if leave else {})
+        output = runtimes.run_step(self.task_id, uri, given, context)
         context["ti"].xcom_push(OUTPUT, output)
 
 
@@ -51,9 +53,16 @@ with DAG(
         "model": Param(
             type="string",
             title="Model",
-            description="Registered model whose previous release shall serve again.",
+            description="Registered model whose last good release shall serve again.",
             **({"enum": models()} if models() else {}),
-        )
+        ),
+        "version": Param(
+            None,
+            type=["null", "string"],
+            pattern="^[0-9]+$",
+            title="Version to leave",
+            description="Only to leave a version that a rollback put back; without it the release is left once.",
+        ),
     },
     schedule=None,
     start_date=datetime(2026, 1, 1),

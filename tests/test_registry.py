@@ -17,7 +17,7 @@ def test_a_missing_alias_and_a_missing_model_are_none(world: World) -> None:
     assert Registry("no-such-model", MlflowClient()).champion() is None
     world.version("int8")
     assert world.registry.champion() is None
-    assert Registry("no-such-model", MlflowClient()).journal("rollout") == {}
+    assert Registry("no-such-model", MlflowClient()).model_tags() == {}
 
 
 def test_aliases_move_and_go(world: World) -> None:
@@ -119,11 +119,13 @@ def test_an_answer_of_503_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> Non
         thread.join(5)
 
 
-def test_the_journal_keeps_what_was_written(world: World) -> None:
+def test_tags_of_the_model_come_and_go(world: World) -> None:
     world.version("int8")
-    world.registry.write_journal("rollout", {"state": "started", "previous": None})
-    assert world.registry.journal("rollout") == {"state": "started", "previous": None}
-    assert world.registry.journal("rollback") == {}
+    world.registry.tag_model("slipstream.test", "1")
+    assert world.registry.model_tags() == {"slipstream.test": "1"}
+    for _ in range(2):
+        world.registry.untag_model("slipstream.test")
+        assert world.registry.model_tags() == {}
 
 
 def test_drift_says_where_alias_and_traffic_disagree(world: World, fake: FakeController, tmp_path: Path) -> None:

@@ -201,14 +201,68 @@ def compile_(
     typer.echo(f"{kfp}: written; upload it in the Kubeflow Pipelines UI, or run it with the kfp SDK")
 
 
+Model = Annotated[str, typer.Argument(help="Registered model, such as fashion-resnet.")]
+
+
 @app.command()
-def rollback(model: Annotated[str, typer.Argument(help="Registered model, such as fashion-resnet.")]) -> None:
-    """Put the previous release back: the traffic first, then the aliases."""
+def rollback(
+    model: Model,
+    leave: Annotated[
+        str | None,
+        typer.Option("--from", help="Version to leave; without it the champion, once: asked again, nothing changes."),
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
+) -> None:
+    """Put the last good release back: the traffic first, then the aliases; what is left is rejected by its digest."""
     from slipstream.home import Home
     from slipstream.steps.rollback import by_hand
 
-    done = by_hand(model, Home.from_environment())
-    typer.echo(f"{model}: version {done['champion']} serves again, instead of version {done['previous']}")
+    done = by_hand(model, Home.from_environment(), leave=leave, reason=reason)
+    if "done" not in done:
+        typer.echo(f"{model}: version {done['champion']} serves again, instead of version {done['left']}")
+        return
+    typer.echo(f"{model}: nothing to do: {done['done']}, and version {done['champion']} serves")
+    if leave is None:
+        typer.echo(
+            f"To leave version {done['champion']} as well: slipstream rollback {model} --from {done['champion']}"
+        )
+
+
+@app.command()
+def rejections(model: Model, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the engines of a model that tests, rollouts or persons rejected, lifted rejections included."""
+    from slipstream.home import Home
+    from slipstream.registry import Registry
+    from slipstream.release import rejections as records
+    from slipstream.report.find import connect
+
+    found = records.all_of(Registry(model, connect(Home.from_environment())))
+    if as_json:
+        typer.echo(json.dumps([r.model_dump(mode="json") for r in found], indent=2))
+        return
+    for rejection in found:
+        typer.echo(f"{'rejected' if rejection.lifted is None else 'allowed '}  {rejection.sentence()}")
+    if not found:
+        typer.echo(f"{model}: nothing was rejected")
+
+
+@app.command()
+def allow(
+    model: Model,
+    engine: Annotated[str, typer.Argument(help="Version, or at least 8 digits of the engine's sha256.")],
+    reason: Annotated[str, typer.Option(help="Why it may be tried again; kept with the rejection.")],
+    by: Annotated[str, typer.Option(help="Who allows it; by default this terminal's user.", show_default=False)] = "",
+) -> None:
+    """Lift a rejection, so that the next run may release the engine."""
+    import getpass
+
+    from slipstream.home import Home
+    from slipstream.registry import Registry
+    from slipstream.release import rejections as records
+    from slipstream.report.find import connect
+
+    registry = Registry(model, connect(Home.from_environment()))
+    typer.echo(f"{model}: {records.allow(registry, engine, by or getpass.getuser(), reason).sentence()}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
     SlipstreamError              exit 1   something went wrong; a retry may help
     ├── Unavailable              exit 1   a service did not answer (MLflow, Airflow, S3, a model server)
+    ├── Superseded               exit 1   a newer test, rollout or rollback owns the traffic of the model
     ├── InputError               exit 2   what was given is wrong; a retry will not help
     │   ├── SpecError                     the spec: file, field, mend
     │   ├── DataError                     a data set
@@ -32,6 +33,12 @@ class Unavailable(SlipstreamError):
     """A service that the step needs did not answer; nothing was lost, try again."""
 
     headline = "Service unavailable"
+
+
+class Superseded(SlipstreamError):
+    """A newer move owns the traffic of the model; this one changed nothing more. A retry looks at what it decided."""
+
+    headline = "Superseded"
 
 
 class InputError(SlipstreamError):

@@ -2,10 +2,10 @@
 
 MLflow has neither compare-and-swap nor a transaction over two aliases. Therefore one rollout per model runs at a
 time (an Airflow pool of one slot), `expect_champion` stops a rollout whose evidence is stale, every write can be
-repeated, and a journal in a tag says what was begun.
+repeated, and tags of the registered model say what was begun (release/moves.py) and what was rejected
+(release/rejections.py).
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +31,9 @@ SHA256 = "slipstream.sha256"
 PIPELINE_RUN = "slipstream.pipeline_run"
 REBUILT_FROM = "slipstream.rebuilt_from"
 """Version whose engine could not be loaded any more, and from whose candidate this one was built."""
-ROLLED_BACK = "slipstream.rolled_back_at"
+RELEASED_BY = "slipstream.released_by"
+REPLACED = "slipstream.replaced"
+ROLLOUT_RUN = "slipstream.rollout_run"
 ABSENT_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """What MLflow's stores raise for a missing alias; which one depends on the store and its version."""
 OUTAGE_CODES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
@@ -160,30 +162,50 @@ class Registry:
             for key, value in tags.items():
                 self._client.set_model_version_tag(self.model, version, key, value)
 
-    def journal(self, name: str) -> dict[str, Any]:
-        """What was begun under a name and not yet forgotten; empty when nothing was."""
-        with translated(f"reading {self.model}'s journal"):
+    def describe(self, version: str, description: str) -> None:
+        """Set the description of a version, as MLflow's pages show it."""
+        with translated(f"describing {self.model} version {version}"):
+            self._client.update_model_version(self.model, version, description)
+
+    def description(self, version: str) -> str:
+        """Description of a version."""
+        with translated(f"reading {self.model} version {version}"):
+            return str(self._client.get_model_version(self.model, version).description or "")
+
+    def versions_of(self, sha256: str) -> list[str]:
+        """Versions that hold an engine with this digest, or with a digest that begins so."""
+        with translated(f"searching versions of {self.model}"):
+            condition = f"name = '{self.model}' and tags.`{SHA256}` LIKE '{sha256}%'"
+            return [str(v.version) for v in self._client.search_model_versions(condition)]
+
+    def model_tags(self) -> dict[str, str]:
+        """Tags of the registered model; none where it is not there yet."""
+        with translated(f"reading the tags of {self.model}"):
             try:
-                text = self._client.get_registered_model(self.model).tags.get(f"slipstream.{name}")
+                return dict(self._client.get_registered_model(self.model).tags)
             except MlflowException as error:
                 if error.error_code in ABSENT_CODES:
                     return {}
                 raise
-        found: dict[str, Any] = json.loads(text) if text else {}
-        return found
 
-    def write_journal(self, name: str, entry: Mapping[str, Any]) -> None:
-        """Say what is begun, before it is begun, or that it is done."""
-        with translated(f"writing {self.model}'s journal"):
-            self._client.set_registered_model_tag(self.model, f"slipstream.{name}", json.dumps(entry, sort_keys=True))
+    def tag_model(self, key: str, value: str) -> None:
+        """Set a tag of the registered model."""
+        with translated(f"tagging {self.model}"):
+            self._client.set_registered_model_tag(self.model, key, value)
+
+    def untag_model(self, key: str) -> None:
+        """Remove a tag of the registered model."""
+        with translated(f"removing a tag of {self.model}"):
+            self._client.delete_registered_model_tag(self.model, key)
 
     def ensure_model(self) -> None:
         """Create the registered model where it is not there yet."""
-        try:
-            self._client.create_registered_model(self.model)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
+        with translated(f"creating {self.model}"):
+            try:
+                self._client.create_registered_model(self.model)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
 
     def _registered(self, artifact: Artifact, pipeline_run_id: str) -> str | None:
         condition = f"name = '{self.model}' and tags.`{SHA256}` = '{artifact.sha256}'"

@@ -26,6 +26,7 @@ SHORTEST = 32
 
 STEP_OUTPUT = "step-output"
 VERSION_ARTIFACT = "version-artifact"
+MODEL_RECORD = "model-record"
 
 
 def sign(purpose: str, document: Any) -> str:

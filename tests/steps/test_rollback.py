@@ -3,13 +3,13 @@ from typing import Any
 
 import pytest
 from tests.steps.stages import World, failing
-from tests.steps.test_rollout import Fuse, Killed
 
 from slipstream import traffic
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.registry import drift
+from slipstream.release import moves, rejections
 from slipstream.steps import rollback as step
-from slipstream.steps.rollback import JOURNAL, by_hand, rollback
+from slipstream.steps.rollback import by_hand, rollback
 from slipstream.tracking import fetch
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
@@ -28,24 +28,80 @@ def two(world: World, fake: FakeController) -> tuple[str, str]:
 
 
 def back(world: World, fake: FakeController, old: str, new: str) -> None:
-    assert (world.registry.champion(), world.registry.alias("previous")) == (old, new)
+    """`old` serves, `new` is rejected and no rollback's target."""
+    assert (world.registry.champion(), world.registry.alias("previous")) == (old, None)
+    assert list(rejections.active(world.registry)) == [world.registry.artifact(new).sha256]
     assert fake.routes(world.model) == Routes(weights={f"v{old}": 100})
     assert drift(world.model, fake) == []
 
 
-def test_previous_serves_again_and_can_be_undone(world: World, fake: FakeController, two: tuple[str, str]) -> None:
+def test_the_last_release_serves_again_and_what_is_left_is_rejected(
+    world: World, fake: FakeController, two: tuple[str, str]
+) -> None:
     old, new = two
-    assert rollback(world.model, fake, world.tracking.client, "a person") == {"champion": old, "previous": new}
+    done = rollback(world.model, fake, world.tracking.client, "alice", reason="customers complain")
+    assert done == {"champion": old, "previous": None, "left": new}
     back(world, fake, old, new)
-    assert world.registry.tags(new)["slipstream.rolled_back_by"] == "a person"
-    rollback(world.model, fake, world.tracking.client, "the same person, later")
-    back(world, fake, new, old)
+    tags = world.registry.tags(new)
+    assert tags["slipstream.rolled_back_by"] == "alice"
+    assert tags["slipstream.rejected"] == "yes: customers complain"
 
 
-def test_the_same_run_does_not_roll_back_twice(world: World, fake: FakeController, two: tuple[str, str]) -> None:
-    for _ in range(2):
-        rollback(world.model, fake, world.tracking.client, "run-1")
+@pytest.mark.parametrize("others", [("alice", "bob"), ("run-1", "run-1")])
+def test_pressed_twice_by_whoever_it_changes_nothing_and_says_so(
+    world: World, fake: FakeController, two: tuple[str, str], others: tuple[str, str]
+) -> None:
+    first, second = others
+    rollback(world.model, fake, world.tracking.client, first)
+    done = rollback(world.model, fake, world.tracking.client, second)
+    assert done["done"].startswith(f"{first} rolled version {two[1]} back at ")
     back(world, fake, *two)
+
+
+def test_two_at_once_go_back_once(world: World, fake: FakeController, two: tuple[str, str]) -> None:
+    done: list[dict[str, Any]] = []
+
+    def press(who: str) -> None:
+        done.append(rollback(world.model, fake, world.tracking.client, who))
+
+    threads = [threading.Thread(target=press, args=(who,)) for who in ("alice", "bob", "carol")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert [d["champion"] for d in done] == [two[0]] * 3
+    back(world, fake, *two)
+
+
+def test_the_next_bad_release_goes_back_to_the_last_good_one(world: World, fake: FakeController) -> None:
+    v1, v2, v3, v4 = (world.version(n) for n in ("one", "two", "three", "four"))
+    registry = world.registry
+    for version, replaced in ((v2, v1), (v3, v2)):
+        registry.tag(version, {"slipstream.replaced": replaced})
+    registry.set_alias("champion", v3)
+    registry.set_alias("previous", v2)
+    rollback(world.model, fake, world.tracking.client, "alice")
+    assert (registry.champion(), registry.alias("previous")) == (v2, v1)
+    registry.tag(v4, {"slipstream.replaced": v2})  # as a rollout of v4 leaves it
+    registry.set_alias("champion", v4)
+    registry.set_alias("previous", v2)
+    assert rollback(world.model, fake, world.tracking.client, "alice")["champion"] == v2
+    assert registry.alias("previous") == v1
+    left = rollback(world.model, fake, world.tracking.client, "alice", leave=v2)
+    assert (left["champion"], left["previous"]) == (v1, None)
+    assert "does not serve" in rollback(world.model, fake, world.tracking.client, "alice", leave=v4)["done"]
+    assert registry.champion() == v1
+    failing(lambda: rollback(world.model, fake, world.tracking.client, "alice", leave=v1), RegistryError)
+
+
+def test_an_alias_that_names_a_rejected_release_is_no_target(
+    world: World, fake: FakeController, two: tuple[str, str]
+) -> None:
+    rejections.reject(world.registry, two[0], "rollback", "bad", "alice")
+    assert "no previous release" in failing(
+        lambda: rollback(world.model, fake, world.tracking.client, "me"), RegistryError
+    )
+    assert fake.routes(world.model) == Routes(weights={f"v{two[1]}": 100})
 
 
 def test_there_must_be_something_to_go_back_to(world: World, fake: FakeController) -> None:
@@ -53,16 +109,6 @@ def test_there_must_be_something_to_go_back_to(world: World, fake: FakeControlle
     assert "no previous release" in message
     world.registry.set_alias("champion", world.version("only"))
     failing(lambda: rollback(world.model, fake, world.tracking.client, "me"), RegistryError)
-
-
-def test_an_alias_that_was_set_since_counts_more_than_a_rollback_that_never_got_through(
-    world: World, fake: FakeController, two: tuple[str, str]
-) -> None:
-    old, new = two
-    broken = world.version("broken")
-    world.registry.write_journal(JOURNAL, {"state": "started", "from": new, "to": broken, "by": ["run-1"]})
-    rollback(world.model, fake, world.tracking.client, "run-2")
-    back(world, fake, old, new)
 
 
 def test_traffic_that_a_killed_rollout_left_split_is_whole_before_a_third_release_comes(
@@ -107,7 +153,8 @@ def test_one_whose_target_does_not_start_is_given_up_and_stands_in_no_ones_way(
     with monkeypatch.context() as patch:
         patch.setattr(fake, "deploy", broken)
         failing(lambda: rollback(world.model, fake, world.tracking.client, "me"), Unavailable)
-    assert world.registry.journal(JOURNAL)["state"] == "given up"
+    assert [e.state for e in moves.entries(world.registry)] == ["given up"]
+    assert rejections.all_of(world.registry) == []
     assert fake.routes(world.model) == Routes(weights={f"v{two[1]}": 100})
     assert world.registry.champion() == two[1]
     rollback(world.model, fake, world.tracking.client, "me")
@@ -122,38 +169,5 @@ def test_by_hand_it_does_not_wait_but_says_what_to_do(
     home = world.context("rollback", ()).home
     with moving_alone(home, world.model):
         assert "mark that task as failed in Airflow" in failing(lambda: by_hand(world.model, home), Unavailable)
-    assert by_hand(world.model, home) == {"champion": two[0], "previous": two[1]}
+    assert by_hand(world.model, home) == {"champion": two[0], "previous": None, "left": two[1]}
     back(world, fake, *two)
-
-
-@pytest.mark.parametrize("writes", [3, 5])
-def test_who_was_stopped_half_way_does_not_undo_what_another_finished(
-    world: World, fake: FakeController, two: tuple[str, str], writes: int
-) -> None:
-    fuse = Fuse(writes)
-    with pytest.raises(Killed):
-        rollback(world.model, fuse.guard(fake), fuse.guard(world.tracking.client), "run-1")
-    for who in ("run-2", "run-1", "run-2"):
-        rollback(world.model, fake, world.tracking.client, who)
-        back(world, fake, *two)
-
-
-WRITES = 8
-
-
-@pytest.mark.parametrize("writes", range(WRITES))
-def test_killed_between_any_two_writes_the_next_one_finishes(
-    world: World, fake: FakeController, two: tuple[str, str], writes: int
-) -> None:
-    fuse = Fuse(writes)
-    with pytest.raises(Killed):
-        rollback(world.model, fuse.guard(fake), fuse.guard(world.tracking.client), "run-1")
-    # By another: a rollback that is under way is finished, not turned around.
-    rollback(world.model, fake, world.tracking.client, "run-2")
-    back(world, fake, *two)
-
-
-def test_every_write_is_covered(world: World, fake: FakeController, two: tuple[str, str]) -> None:
-    fuse = Fuse(1000)
-    rollback(world.model, fuse.guard(fake), fuse.guard(world.tracking.client), "run-1")
-    assert 1000 - fuse.left == WRITES

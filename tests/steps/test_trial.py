@@ -20,8 +20,8 @@ from slipstream.traffic.base import Release, Routes
 from slipstream.traffic.fake import Behaviour, FakeController
 
 
-def upstream(world: World, champion: str | None, already: bool = False) -> tuple[StepOutput, ...]:
-    version = champion if already and champion else world.version("int8")
+def upstream(world: World, champion: str | None, already: bool = False, name: str = "int8") -> tuple[StepOutput, ...]:
+    version = champion if already and champion else world.version(name)
     world.registry.set_alias("challenger", None if already else version)
     return (world.built("baseline"), world.built("int8"), world.selected(version, champion, already))
 
@@ -126,9 +126,12 @@ def test_a_no_stays_a_no_where_the_traffic_cannot_be_put_back(
     failing(lambda: small_scale_test(world.context("trial", outputs), fake), GateFailed)
     assert at_rest(world, fake, champion)
     monkey["left"] = 99
-    failing(
-        lambda: small_scale_test(world.context("trial", upstream(world, champion.name[1:]), "run-2"), fake), GateFailed
-    )
+    outputs = upstream(world, champion.name[1:], name="other")
+    fake.behaviours[world.registry.release(outputs[-1].details["version"]).name] = Behaviour(error_rate=1.0)
+    failing(lambda: small_scale_test(world.context("trial", outputs, "run-2"), fake), Unavailable)
+    monkey["left"] = 0
+    failing(lambda: small_scale_test(world.context("trial", outputs, "run-2"), fake), GateFailed)
+    assert at_rest(world, fake, champion)
 
 
 def test_a_neighbours_burst_fails_no_challenger(

@@ -1,10 +1,13 @@
-"""rollback: `previous` serves again. The traffic moves first, the aliases after; what was champion is `previous` then.
+"""rollback: the last good release serves again. The traffic moves first, the aliases after.
 
-A journal says which way it goes, so that a rollback that was stopped half way is finished by the next one instead
-of being turned around. Details: `champion` and `previous`, the versions that the aliases name now.
+What is left is rejected by its digest (release/rejections.py): no later run releases it, no later rollback goes back to
+it. Asked twice, by whoever, the second one changes nothing and says so; to leave the release that serves since the
+rollback as well, name it (`--from VERSION`, or the form's field).
+
+Details: `champion` and `previous`, the versions that the aliases name now; `left`, the version that was left; `done`,
+what an earlier request did, when this one had nothing to do.
 """
 
-import datetime
 import getpass
 import logging
 from typing import Any
@@ -13,22 +16,21 @@ from mlflow import MlflowClient
 
 from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput
-from slipstream.errors import RegistryError, SlipstreamError
+from slipstream.errors import RegistryError, Superseded, Unavailable
 from slipstream.home import Home
-from slipstream.registry import CHAMPION, PREVIOUS, ROLLED_BACK, Registry
+from slipstream.registry import PREVIOUS, Registry
+from slipstream.release import moves, settle
 from slipstream.report.find import connect
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
-from slipstream.tracking import fetch
-from slipstream.traffic.base import Release, Routes, TrafficController
+from slipstream.traffic.base import TrafficController
 from slipstream.traffic.releases import moving_alone
 from slipstream.traffic.termination import terminable
 
 log = logging.getLogger(__name__)
 
-JOURNAL = "rollback"
-STARTED, DONE, GIVEN_UP = "started", "done", "given up"
-"""What the journal says under `state`."""
+ATTEMPTS = 5
+"""Two requests at the same moment supersede each other at most this often."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -37,77 +39,83 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 
 def run(context: Context) -> StepOutput:
-    """Put `previous` back. Raises RegistryError when there is none."""
-    model = context.spec.model.name
+    """Put the last good release back. Raises RegistryError when there is none."""
+    model, inputs = context.spec.model.name, context.inputs
     with moving_alone(context.home, model):
-        details = rollback(model, traffic.controller(context.home), context.tracking.client, context.inputs.run_key)
+        controller = traffic.controller(context.home)
+        details = rollback(model, controller, context.tracking.client, inputs.run_key, leave=inputs.params.get("from"))
     return context.output(details=details)
 
 
-def by_hand(model: str, home: Home) -> dict[str, Any]:
+def by_hand(model: str, home: Home, *, leave: str | None = None, reason: str = "") -> dict[str, Any]:
     """What `slipstream rollback MODEL` does, with MLflow and Envoy of the platform in `home`.
 
-    It does not wait for a test or rollout under way, whose end may change what there is to go back from: Unavailable.
+    It waits for another rollback, but not for a test or rollout, whose end may change what there is to go back from:
+    Unavailable.
     """
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with moving_alone(home, model, wait=False):
-        return rollback(model, traffic.controller(home), connect(home), f"{getpass.getuser()} at {now}")
+    client = connect(home)
+    running = moves.newest(Registry(model, client))
+    wait = running is not None and running.open and running.kind == "rollback"
+    with moving_alone(home, model, wait=wait):
+        return rollback(model, traffic.controller(home), client, getpass.getuser(), leave=leave, reason=reason)
 
 
-def rollback(model: str, controller: TrafficController, client: MlflowClient, by: str) -> dict[str, Any]:
-    """Put `previous` back, and return what the aliases name now.
+def rollback(
+    model: str,
+    controller: TrafficController,
+    client: MlflowClient,
+    by: str,
+    *,
+    leave: str | None = None,
+    reason: str = "",
+) -> dict[str, Any]:
+    """Put the last good release back, and return what the aliases name now (see the module's details).
 
-    `by` says who asked: a pipeline run's key, or a person. Asked again by the same one, a rollback that is done
-    changes nothing. Raises RegistryError when there is nothing to go back to, Unavailable.
+    `by` says who asked: a pipeline run's key, or a person. `leave` is the version to leave; without one it is the
+    champion, unless the last rollback put that one there. Raises RegistryError when there is nothing to go back to,
+    Unavailable.
     """
     registry = Registry(model, client)
-    journal = registry.journal(JOURNAL)
-    if journal.get("state") == DONE and by in journal["by"]:
-        return {"champion": journal["to"], "previous": journal["from"]}
     with terminable():
-        under_way = _under_way(registry, journal)
-        source, target = (journal["from"], journal["to"]) if under_way else _back(registry)
-        # All who asked for this one: who was stopped half way, and tries again, must not turn it around.
-        entry = {"from": source, "to": target, "by": [*(journal["by"] if under_way else ()), by]}
-        registry.write_journal(JOURNAL, entry | {"state": STARTED})
-        release = registry.release(target)
-        try:
-            _unsplit(controller, registry.release(source), release)
-            artifact = registry.artifact(target)
-            controller.deploy(release, fetch(artifact), artifact.sha256)
-        except SlipstreamError:
-            if not under_way:  # nothing has moved yet: it must not stand in the way of every rollout to come
-                registry.write_journal(JOURNAL, entry | {"state": GIVEN_UP})
-            raise
-        controller.set_routes(model, Routes(weights={release.name: 100}))
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        registry.tag(source, {ROLLED_BACK: now, "slipstream.rolled_back_by": by})
-        registry.set_alias(CHAMPION, target)
-        registry.set_alias(PREVIOUS, source)
-        registry.write_journal(JOURNAL, entry | {"state": DONE})
-    log.info("rollback: %s serves version %s instead of %s", model, target, source)
-    return {"champion": target, "previous": source}
+        for _ in range(ATTEMPTS):
+            try:
+                settle.settle(registry, lambda: controller, preempt=("trial", "rollout", "rebuild", "serve"))
+                if (done := _done_before(registry, leave)) is not None:
+                    return done
+                return _begun(registry, controller, by, reason)
+            except Superseded as error:
+                log.info("rollback: %s", error)
+    raise Unavailable(f"{model}: other rollbacks went on at the same time; look at what serves, and ask again")
 
 
-def _unsplit(controller: TrafficController, source: Release, target: Release) -> None:
-    """Give `source` all the traffic that a killed rollout left split: KServe takes no third release beside two."""
-    weights = controller.routes(source.model).weights
-    if len(weights) > 1 and source.name in weights and target.name not in weights:
-        controller.set_routes(source.model, Routes(weights={source.name: 100}))
-
-
-def _under_way(registry: Registry, journal: dict[str, Any]) -> bool:
-    """Whether a rollback was stopped half way, and nobody pointed an alias elsewhere since."""
-    aliases = {registry.champion(), registry.alias(PREVIOUS)}
-    return journal.get("state") == STARTED and aliases <= {journal["from"], journal["to"]}
-
-
-def _back(registry: Registry) -> tuple[str, str]:
-    """Versions (from, to): champion and previous. Raises RegistryError where there is nothing to go back to."""
-    champion, previous = registry.champion(), registry.alias(PREVIOUS)
-    if champion is None or previous is None or champion == previous:
+def _begun(registry: Registry, controller: TrafficController, by: str, reason: str) -> dict[str, Any]:
+    source = registry.champion()
+    target = settle.rollback_target(registry, source) if source is not None else None
+    if source is None or target is None:
         raise RegistryError(
-            f"{registry.model}: there is no previous release to go back to (champion {champion}, previous {previous}); "
-            "point the alias `previous` at the version that should serve"
+            f"{registry.model}: there is no previous release to go back to (champion {source}, previous "
+            f"{registry.alias(PREVIOUS)}); point the alias `previous` at the version that should serve. Releases that "
+            "were rejected are no target: `slipstream rejections` lists them"
         )
-    return champion, previous
+    after = settle.rollback_target(registry, target, settle.digest_of(registry, source) or "")
+    facts = {"to": target, "then_previous": after, "reason": reason}
+    with moves.begin(registry, controller, "rollback", by, registry.release(source).name, **facts) as move:
+        if move.entry.champion != source:
+            move.close("given up")
+            raise Superseded(f"{registry.model}@champion moved from version {source} just now")
+        settle.finish_rollback(move)
+    return {"champion": target, "previous": after, "left": source}
+
+
+def _done_before(registry: Registry, leave: str | None) -> dict[str, Any] | None:
+    """What there is to say when nothing is left to do."""
+    champion, last = registry.champion(), moves.last_change(registry)
+    if champion is None or leave == champion:
+        return None
+    rolled_back = last is not None and last.kind == "rollback" and last.to == champion
+    if leave is None and not rolled_back:
+        return None
+    done = f"version {leave} does not serve"
+    if last is not None and rolled_back and leave in (None, last.champion):
+        done = f"{last.by} rolled version {last.champion} back at {last.at}"
+    return {"champion": champion, "previous": registry.alias(PREVIOUS), "left": leave, "done": done}

@@ -4,7 +4,8 @@ What passed against the baseline is compared with the champion (champion.py); th
 which they take turns (measure/race.py), and the objective's `prefer` picks among those that passed.
 Details: `rows` (evidence.Row), `winner` (cell key), `version` (registry), `best_per_target`, `champion` (version that
 the challenger will be compared with, or None), `already_champion`, `missing` (cells that left no evidence),
-`comparison_only` (cells of engines that are never released → why), `competing` (engines that the bounds account for),
+`comparison_only` (cells of engines that are never released → why), `rejected` (cells whose engine was rejected in an
+earlier test, rollout or rollback → why, and how to lift it), `competing` (engines that the bounds account for),
 `race` (evidence.Race, or None), `not_raced` (cells → why).
 """
 
@@ -15,12 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from slipstream import flow
+from slipstream import flow, traffic
 from slipstream.contract import Artifact, StepInput, StepOutput, Verdict
 from slipstream.errors import DataError, GateFailed
 from slipstream.evidence import Row, row_of, settled
 from slipstream.measure.waivers import waive
 from slipstream.registry import CHALLENGER, SHA256, Registry
+from slipstream.release import rejections, settle
 from slipstream.spec import Spec
 from slipstream.steps import champion as champions
 from slipstream.steps import racing
@@ -37,12 +39,14 @@ def run(context: Context) -> StepOutput:
     """Judge the table, register the winner. Raises GateFailed when no engine passed."""
     spec, inputs = context.spec, context.inputs
     registry = Registry(spec.model.name, context.tracking.client)
+    settle.settle(registry, lambda: traffic.controller(context.home), wait_for=("rollback",))
     champion = registry.champion()
     rows = table(spec, inputs)
     rows = _waived(spec, rows)
     if champion is not None:
         rows = _waived(spec, champions.compare(context, registry, champion, rows))
-    choice = _choice(context, rows)
+    rejected = rejected_before(registry, inputs, rows)
+    choice = _choice(context, rows, rejected)
     winner = choice.best(choice.entrants)
     rows = [choice.placed(r) for r in rows]
     details = {
@@ -51,6 +55,7 @@ def run(context: Context) -> StepOutput:
         "champion": champion,
         "missing": [r.cell for r in rows if r.status == "missing"],
         "comparison_only": comparison_only(spec, rows),
+        "rejected": rejected,
         "competing": spec.competing,
         "race": None if choice.race is None else choice.race.model_dump(mode="json"),
         "not_raced": dict(choice.absent),
@@ -59,7 +64,7 @@ def run(context: Context) -> StepOutput:
     if winner is None:
         verdict = Verdict(gate="select", answer="fail", reason="no engine passed", n=len(rows))
         context.tracking.record(context.run, context.output(verdicts=(verdict,), details=details))
-        raise GateFailed(_refusal(rows, comparison_only(spec, rows)))
+        raise GateFailed(_refusal(rows, comparison_only(spec, rows) | rejected))
     picked = next(r for r in rows if r.cell == winner)
     version, already = _register(registry, inputs, picked, champion)
     verdict = Verdict(gate="select", answer="pass", reason=choice.reason(winner), n=len(rows))
@@ -101,17 +106,27 @@ def comparison_only(spec: Spec, rows: Sequence[Row]) -> dict[str, str]:
     }
 
 
-def _choice(context: Context, rows: Sequence[Row]) -> Choice:
+def rejected_before(registry: Registry, inputs: StepInput, rows: Sequence[Row]) -> dict[str, str]:
+    """Cells whose engine, by its digest, was rejected and not allowed again, with the reason and how to lift it."""
+    active, reasons = rejections.active(registry), {}
+    for row in rows:
+        built = inputs.output_of("build", flow.cell_of(row.cell))
+        if built is not None and built.artifact is not None and built.artifact.sha256 in active:
+            reasons[row.cell] = rejections.explain(registry, active[built.artifact.sha256])
+    return reasons
+
+
+def _choice(context: Context, rows: Sequence[Row], rejected: Mapping[str, str]) -> Choice:
     """All that is needed to pick; races the engines where any passed."""
     objective = context.spec.objective
-    choice = Choice(objective.prefer, objective.confidence, {r.cell: r for r in rows}, None)
+    choice = Choice(objective.prefer, objective.confidence, {r.cell: r for r in rows}, None, rejected=rejected)
     if not choice.entrants:
         return choice
     measured = [flow.cell_of(r.cell) for r in rows if r.evidence is not None]
     outputs = [context.inputs.output_of("build", cell) for cell in measured]
     built = {o.cell.key: o.artifact for o in outputs if o is not None and o.cell is not None and o.artifact is not None}
     race, absent = racing.race(context, built)
-    return Choice(choice.prefer, choice.confidence, choice.rows, race, absent)
+    return Choice(choice.prefer, choice.confidence, choice.rows, race, absent, rejected)
 
 
 def _built(inputs: StepInput, cell: str) -> Artifact:
@@ -146,4 +161,4 @@ def _refusal(rows: Sequence[Row], unreleased: Mapping[str, str]) -> str:
 def _why(row: Row, unreleased: Mapping[str, str]) -> str:
     """Why an engine is not released."""
     failed = [f"{v.gate}: {v.reason}" for v in row.verdicts if not v.passed]
-    return "; ".join(failed) or unreleased[row.cell]
+    return "; ".join([*failed, *([unreleased[row.cell]] if row.cell in unreleased else [])])

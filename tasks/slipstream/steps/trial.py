@@ -1,7 +1,8 @@
 """trial (stage 2): champion and challenger side by side, first in shadow, then with a small share of the traffic.
 
 Whatever happens, the traffic ends where it was: all of it on the champion, no mirror. Also after a SIGTERM; and
-after a SIGKILL as soon as the step is tried again.
+after a SIGKILL by the watchdog (release/watchdog.py), or by the next step that comes. What an earlier step left
+unfinished is settled first; an engine that was rejected is not tested again.
 
 Details: `timeline` (a point for each window of requests), `champion` (version or None), `champion_release`,
 `challenger` (version), `figures`, `notes`; or `skipped` with the reason.
@@ -11,14 +12,17 @@ from typing import Any
 
 from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput, combine
-from slipstream.registry import CHALLENGER, Registry
+from slipstream.errors import Superseded
+from slipstream.registry import Registry
+from slipstream.release import moves, rejections, settle
+from slipstream.release.moves import Move
 from slipstream.spec import Spec
 from slipstream.steps.base import Context, require_pass
 from slipstream.tracking import fetch
 from slipstream.traffic import small_scale
 from slipstream.traffic.base import TrafficController
-from slipstream.traffic.guarded import Stage
-from slipstream.traffic.releases import incumbent, moving_alone, selected, serve, sweep
+from slipstream.traffic.guarded import Stage, put_back_if_possible
+from slipstream.traffic.releases import Incumbent, incumbent, keep_serving, moving_alone, selected, serve, sweep
 from slipstream.traffic.termination import terminable
 
 
@@ -41,40 +45,53 @@ def run(context: Context) -> StepOutput:
 
 def small_scale_test(context: Context, controller: TrafficController) -> StepOutput:
     """The same, with the controller given."""
-    chosen = selected(context.inputs)
-    registry = Registry(context.spec.model.name, context.tracking.client)
+    chosen, inputs = selected(context.inputs), context.inputs
+    version, registry = str(chosen["version"]), Registry(context.spec.model.name, context.tracking.client)
+    settle.settle(registry, lambda: controller)
     registry.expect_champion(chosen["champion"])
-    champion = incumbent(registry, context.inputs, chosen["winner"])
+    champion = incumbent(registry, inputs, chosen["winner"])
     if chosen["already_champion"]:
-        serve(controller, champion)
-        return context.output(details={"skipped": f"version {chosen['version']} is this engine and serves already"})
+        keep_serving(registry, controller, champion, inputs.run_key)
+        return context.output(details={"skipped": f"version {version} is this engine and serves already"})
+    rejections.require_allowed(registry, version)
+    facts = {"to": version, "run_id": context.run.run_id}
+    with (
+        terminable(),
+        moves.begin(registry, controller, "trial", inputs.run_key, champion.release.name, **facts) as move,
+    ):
+        return _guarded_test(context, move, champion)
+
+
+def _guarded_test(context: Context, move: Move, champion: Incumbent) -> StepOutput:
+    """Deploy, test and put the traffic back, as the owner of the traffic."""
+    registry, challenger = move.registry, move.registry.release(str(move.entry.to))
     stage = Stage(
         spec=context.spec,
-        controller=controller,
+        controller=move.controller,
         split=context.data.test,
         champion=champion.release,
-        challenger=registry.release(chosen["version"]),
+        challenger=challenger,
         run_key=context.inputs.run_key,
         progress=context.run.progress,
     )
-    facts = {"champion": champion.version, "champion_release": champion.release.name, "challenger": chosen["version"]}
-    with terminable():
-        serve(controller, champion)  # also puts right what a killed attempt left
-        artifact = registry.artifact(chosen["version"])
-        controller.deploy(stage.challenger, fetch(artifact), artifact.sha256)
-        sweep(controller, registry, stage.champion, stage.challenger)
-        try:
-            verdicts, found = small_scale.measure(stage)
-        except BaseException:
-            stage.put_back()
-            raise
-        output = context.output(verdicts=verdicts, details={"timeline": stage.timeline, **facts, **found})
-        try:
-            stage.put_back()
-            if combine(verdicts) != "pass":
-                context.tracking.record(context.run, output)
-                registry.set_alias(CHALLENGER, None)
-                controller.retire(stage.challenger)
-        finally:  # a no stays a no, also where cleaning up fails: the next run does that
-            require_pass("small-scale test", verdicts)
+    facts = {"champion": champion.version, "champion_release": champion.release.name, "challenger": move.entry.to}
+    try:
+        registry.expect_champion(champion.version)
+        serve(move.controller, champion)
+        artifact = registry.artifact(str(move.entry.to))
+        move.controller.deploy(challenger, fetch(artifact), artifact.sha256)
+        sweep(move.controller, registry, champion.release, challenger)
+        verdicts, found = small_scale.measure(stage)
+    except Superseded:
+        raise  # the traffic is another move's now
+    except BaseException:
+        settle.abort(move, stage)
+        raise
+    output = context.output(verdicts=verdicts, details={"timeline": stage.timeline, **facts, **found})
+    put_back_if_possible(stage)
+    if combine(verdicts) != "pass":
+        settle.refuse(move, verdicts, lambda: context.tracking.record(context.run, output))
+        require_pass("small-scale test", verdicts)
+    settle.put_back(move)
+    registry.expect_champion(champion.version)
     return output

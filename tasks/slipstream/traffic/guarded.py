@@ -201,6 +201,14 @@ class Stage:
         return send(load, watch, lambda done, total: self.progress(done, total, "requests", **figures))
 
 
+def put_back_if_possible(stage: Stage) -> None:
+    """Put the traffic back before anything else; where the splitter does not answer, what follows does it."""
+    try:
+        stage.put_back()
+    except Unavailable as error:
+        log.warning("traffic: %s is not back yet: %s", stage.model, error)
+
+
 class Guard:
     """The guardrails of one phase; called with all records so far, answers why to stop, or None."""
 

@@ -31,7 +31,9 @@ from slipstream.errors import EngineError, GateFailed, RegistryError, Unavailabl
 from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import read_manifest as read_candidate
 from slipstream.home import Home
-from slipstream.registry import CHAMPION, PIPELINE_RUN, REBUILT_FROM, Registry, translated, verdict_tags
+from slipstream.registry import CHAMPION, PIPELINE_RUN, PREVIOUS, REBUILT_FROM, Registry, translated, verdict_tags
+from slipstream.release import moves
+from slipstream.release.settle import settle
 from slipstream.report.find import connect
 from slipstream.tracking import CELL, STEP, experiment_name, fetch
 from slipstream.traffic.base import Routes, TrafficController
@@ -151,18 +153,28 @@ class Rebuild:
             self.client.set_terminated(run.info.run_id, status)
 
     def _put_in_place(self, controller: TrafficController, old: str, version: str) -> None:
-        """Deploy, move the traffic where it is the champion, then the alias. Every write can be repeated."""
-        registry, release = self.registry, self.registry.release(version)
-        controller.deploy(release, fetch(registry.artifact(version)))
-        if registry.alias(self.alias) != old:
-            raise RegistryError(
-                f"{registry.model}@{self.alias} was moved while version {old} was rebuilt; version {version} is "
-                "registered, and neither alias nor traffic was changed"
-            )
-        if self.alias == CHAMPION:
-            controller.set_routes(registry.model, Routes(weights={release.name: 100}))
-        registry.set_alias(self.alias, version)
-        sweep(controller, registry)
+        """Deploy, move the traffic where it is the champion, then the alias, as a move of its own."""
+        registry, release, artifact = self.registry, self.registry.release(version), self.registry.artifact(version)
+        settle(registry, lambda: controller)
+        serves, previous = self.alias == CHAMPION, registry.alias(PREVIOUS)
+        kind: moves.Kind = "rebuild" if serves else "serve"
+        facts = {"to": version, "then_previous": previous} if serves else {}
+        back = registry.release(registry.champion() or version).name
+        with moves.begin(registry, controller, kind, self.by, back, **facts) as move:
+            move.controller.deploy(release, fetch(artifact), artifact.sha256)
+            if registry.alias(self.alias) != old:
+                move.close("given up")
+                raise RegistryError(
+                    f"{registry.model}@{self.alias} was moved while version {old} was rebuilt; version {version} is "
+                    "registered, and neither alias nor traffic was changed"
+                )
+            if serves:
+                move.controller.set_routes(registry.model, Routes(weights={release.name: 100}))
+            move.set_alias(self.alias, version)
+            if not serves:
+                move.update(previous=version)
+            move.close("done")
+            sweep(move.controller, registry)
 
 
 @dataclass(frozen=True)

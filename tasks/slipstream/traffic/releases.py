@@ -11,6 +11,7 @@ from slipstream.contract import Artifact, Cell, StepInput
 from slipstream.errors import DataError
 from slipstream.home import Home, alone
 from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
+from slipstream.release import moves
 from slipstream.spec import BASELINE
 from slipstream.tracking import fetch
 from slipstream.traffic.base import Release, Routes, TrafficController
@@ -30,12 +31,12 @@ class Incumbent:
 
 @contextmanager
 def moving_alone(home: Home, model: str, *, wait: bool = True) -> Iterator[None]:
-    """Whoever tests, rolls out or rolls back a model does it alone: here by a lock that ends with the process.
+    """One test, rollout or rollback of a model at a time: here by a lock that ends with the process.
 
-    On a cluster Airflow's pool `release` sees to it. Two at a time would undo each other's traffic. Raises Unavailable
-    where somebody else does and `wait` is false.
+    On a cluster Airflow's pool `release` does the same. Both only avoid waste: where two run nevertheless, the token
+    (release/moves.py) keeps the older one from writing. Raises Unavailable when the lock is held and `wait` is false.
     """
-    busy = f"a test or a rollout of {model} is under way"
+    busy = f"a test, rollout or rollback of {model} is under way"
     if not wait:
         busy += (
             "; wait for its end, or mark that task as failed in Airflow, which puts the traffic back; then ask again"
@@ -73,6 +74,14 @@ def serve(controller: TrafficController, who: Incumbent) -> None:
     wanted = Routes(weights={who.release.name: 100})
     if controller.routes(who.release.model) != wanted:
         controller.set_routes(who.release.model, wanted)
+
+
+def keep_serving(registry: Registry, controller: TrafficController, who: Incumbent, by: str) -> None:
+    """Give the champion all traffic, as a move, where the best engine is the champion already."""
+    with moves.begin(registry, controller, "serve", by, who.release.name) as move:
+        registry.expect_champion(who.version)
+        serve(move.controller, who)
+        move.close("done")
 
 
 def sweep(controller: TrafficController, registry: Registry, *also: Release) -> None:

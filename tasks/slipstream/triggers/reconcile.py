@@ -35,14 +35,18 @@ def reconcile(home: Home, client: MlflowClient, airflow: promotion.Runs) -> list
     return started
 
 
+def models(home: Home) -> list[str]:
+    """Registered models that published specs are about."""
+    return sorted({spec.model.name for _, spec in catalog.published(home) if isinstance(spec, Spec)})
+
+
 def report_drift(home: Home, client: MlflowClient, traffic: TrafficController) -> list[str]:
     """Log where alias and real traffic of a published model disagree, as they do while a rollout is under way.
 
-    Only reported: the rollout that was interrupted, or `slipstream rollback`, knows in which direction to mend it.
+    Only reported: what was begun and not finished, the watchdog finishes or puts back (release/watchdog.py).
     """
-    models = {spec.model.name for _, spec in catalog.published(home) if isinstance(spec, Spec)}
     found = []
-    for model in sorted(models):
+    for model in models(home):
         try:
             found += registry.drift(model, traffic, client)
         except SlipstreamError as error:

@@ -25,9 +25,10 @@ from slipstream.airflow_api import AirflowApi
 from slipstream.errors import SlipstreamError, Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses
+from slipstream.release import watchdog
 from slipstream.serving.connections import Bounded, allow_files
 from slipstream.triggers import configuration, promotion, signature, upkeep
-from slipstream.triggers.reconcile import INTERVAL_S, keep_reconciling, reconcile, report_drift
+from slipstream.triggers.reconcile import INTERVAL_S, keep_reconciling, models, reconcile, report_drift
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +81,15 @@ def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, url: s
         if knows_traffic(home):
             report_drift(home, client, traffic.controller(home))
 
+    def watch() -> None:
+        if knows_traffic(home):
+            watchdog.look_at_all(models(home), lambda: traffic.controller(home), client)
+
     def keep_up() -> None:
         upkeep.keep_up(home)
 
-    loops = {"reconciler": (once, INTERVAL_S), "upkeep": (keep_up, upkeep.INTERVAL_S)}
+    watching = (watch, watchdog.INTERVAL_S)
+    loops = {"reconciler": (once, INTERVAL_S), "watchdog": watching, "upkeep": (keep_up, upkeep.INTERVAL_S)}
     app = FastAPI(title="slipstream triggers", lifespan=_beside(loops), docs_url=None, redoc_url=None, openapi_url=None)
 
     def health() -> dict[str, str]:

@@ -1,0 +1,58 @@
+"""The watchdog: puts the traffic back when the process of a test, rollout or rollback has died or hangs.
+
+`look` is one look at one model. Call it every INTERVAL_S for each model that has traffic, from a process that outlives
+the steps (the trigger server does, on one machine and in the chart): the lease of a killed process runs out within
+`moves.LEASE_S`, so that its traffic is back within 15 + 5 s and the time of one change of routes.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from mlflow import MlflowClient
+
+from slipstream.errors import SlipstreamError, Superseded
+from slipstream.registry import Registry
+from slipstream.release import moves, settle
+from slipstream.traffic.base import TrafficController
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 5.0
+
+
+def look(
+    model: str, controller: Callable[[], TrafficController], registry: Registry, now: float | None = None
+) -> str | None:
+    """Finish or put back what a dead process left; what was done, as a sentence, or None when there was nothing.
+
+    `now` is seconds since the epoch. Any number of watchdogs may look at once, and a live owner is safe: whoever has
+    the newest token owns the traffic, and an owner whose lease ran out stops at its next write. `controller` is called
+    only when there is something to do. Raises Unavailable, and other errors of what is being finished.
+    """
+    entry = moves.newest(registry)
+    if entry is None or not entry.open or entry.live(time.time() if now is None else now):
+        return None
+    try:
+        settle.finish(registry, controller(), entry)
+    except Superseded:
+        return None
+    done = moves.newest(registry)
+    state = done.state if done is not None else "unknown"
+    sentence = f"{model}: the {entry.kind} by {entry.by} stopped renewing its lease ({entry.state}); it is {state} now"
+    log.warning("watchdog: %s", sentence)
+    return sentence
+
+
+def look_at_all(
+    models: Iterable[str], controller: Callable[[], TrafficController], client: MlflowClient
+) -> dict[str, str]:
+    """One look at each model; sentences of those where something was done. An error at one model stops no other."""
+    sentences = {}
+    for model in models:
+        try:
+            if (sentence := look(model, controller, Registry(model, client))) is not None:
+                sentences[model] = sentence
+        except SlipstreamError as error:
+            log.warning("watchdog: %s: %s", model, error)
+    return sentences
