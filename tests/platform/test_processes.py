@@ -95,24 +95,29 @@ def test_the_caller_and_its_ancestors_are_spared(platform_home: Home) -> None:
     assert done.stdout.split() == ["2", "0"]
 
 
-def test_what_a_kept_program_starts_meanwhile_is_spared(platform_home: Home, tmp_path: Path) -> None:
+def test_what_a_kept_program_starts_meanwhile_is_spared(
+    platform_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A scheduler that is taken over starts tasks while `up` looks for what is to be stopped."""
-    mark = {MARK: str(platform_home.root)}
-    spawn = (
-        "import subprocess, time\nwhile True:\n    subprocess.run(['sleep', '0.02'])\n    open('count', 'a').write('x')"
-    )
-    note = tmp_path / "count"
-    busy = subprocess.Popen(
-        [sys.executable, "-c", spawn], env=os.environ | mark | {launch.PROGRAM: "kept"}, cwd=tmp_path
-    )
-    stray = subprocess.Popen(SLEEP, env=os.environ | mark | {launch.PROGRAM: "removed"})
+    marked = os.environ | {MARK: str(platform_home.root)}
+    stray = subprocess.Popen(SLEEP, env=marked | {launch.PROGRAM: "removed"})
+    tasks: list[subprocess.Popen[bytes]] = []
+    look = launch.marked
+
+    def look_and_start(home: str) -> dict[int, str]:
+        found = look(home)
+        if len(tasks) == 3:
+            return found
+        tasks.append(subprocess.Popen(SLEEP, env=marked | {launch.PROGRAM: "kept"}))
+        eventually(lambda: look(home).get(tasks[-1].pid) == "kept")
+        return found
+
+    monkeypatch.setattr(launch, "marked", look_and_start)
     try:
-        eventually(note.exists)
+        eventually(lambda: look(str(platform_home.root)).get(stray.pid) == "removed")
         assert [p.pid for p in processes.stop_orphans(platform_home, keep=["kept"])] == [stray.pid]
-        for _ in range(50):
-            assert processes.stop_orphans(platform_home, keep=["kept"]) == []
-        assert busy.poll() is None
+        assert tasks and all(task.poll() is None for task in tasks)
     finally:
-        for each in (busy, stray):
+        for each in (stray, *tasks):
             each.kill()
             each.wait()
