@@ -59,9 +59,13 @@ TABLE = (
     Call(RELEASE, KSERVE, "delete_namespaced_custom_object(", *INFERENCE, "delete", "kserve.enabled"),
     Call(RELEASE, KSERVE, "list_namespaced_pod(", "", "pods", "list", "kserve.enabled"),
     Call(RELEASE, KSERVE, "connect_get_namespaced_pod_proxy_with_path(", "", "pods/proxy", "get", "kserve.enabled"),
-    # The receiver compares traffic and registry (registry.drift): `routes` and `deployed` only.
+    # The receiver's watchdog finishes what the release steps began (release/watchdog.py), with the same calls.
     Call(WEBHOOK, KSERVE, "get_namespaced_custom_object(", *INFERENCE, "get", "kserve.enabled"),
+    Call(WEBHOOK, KSERVE, "create_namespaced_custom_object(", *INFERENCE, "create", "kserve.enabled"),
+    Call(WEBHOOK, KSERVE, "replace_namespaced_custom_object(", *INFERENCE, "update", "kserve.enabled"),
+    Call(WEBHOOK, KSERVE, "delete_namespaced_custom_object(", *INFERENCE, "delete", "kserve.enabled"),
     Call(WEBHOOK, KSERVE, "list_namespaced_pod(", "", "pods", "list", "kserve.enabled"),
+    Call(WEBHOOK, KSERVE, "connect_get_namespaced_pod_proxy_with_path(", "", "pods/proxy", "get", "kserve.enabled"),
 )
 TRAINER = (
     Call(AIRFLOW, RUNTIME, "create_namespaced_custom_object(", *TRAINING, "create", "trainer.enabled"),
