@@ -6,6 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+CPUINFO = Path("/proc/cpuinfo")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "i8mm")
 
 X86 = ("x86_64", "AMD64")
@@ -17,10 +18,9 @@ two products in 16 bits, and cuts off what exceeds them."""
 @cache
 def describe() -> dict[str, str]:
     """CPU model, the instruction sets that engines choose kernels by, usable cores, memory, system."""
-    info = Path("/proc/cpuinfo")
     fields: dict[str, str] = {}
-    if info.exists():
-        for line in info.read_text().splitlines():
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text().splitlines():
             name, _, value = line.partition(":")
             fields.setdefault(name.strip(), value.strip())
     flags = set((fields.get("flags") or fields.get("Features") or "").split())

@@ -7,16 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from slipstream import hardware
 from slipstream.engines.base import build_engine, load_engine, record_answers
 from slipstream.errors import SlipstreamError
 from slipstream.spec import Target
 
 ROOT = Path(__file__).parents[2]
+FLAGS = "TEST_CPU_FLAGS"
+"""Variable with the instruction sets of the emulated processor: its /proc/cpuinfo is the host's."""
 EMULATOR = "qemu-x86_64"
 """Runs a program on an emulated processor, so that kernels are chosen, and compute, as they do there."""
 
@@ -63,6 +67,10 @@ def build(candidate: Path, target: Target, engine: Path, samples: np.ndarray) ->
 
 def main(action: str, *words: str) -> None:
     """Do what the command line says; exit 2 with the message on stdout where an engine is refused."""
+    if FLAGS in os.environ:
+        with tempfile.NamedTemporaryFile("w", delete=False) as file:
+            file.write(f"model name : emulated\nflags : {os.environ[FLAGS]}\n")
+        hardware.CPUINFO = Path(file.name)
     try:
         if action == "build":
             candidate, target, engine, samples = words

@@ -103,9 +103,11 @@ class OnnxRuntime:
     def load(self, folder: Path, target: Target) -> Runner:
         """Open a session on the optimised graph, laid out for this processor, with exact sums."""
         options = _options(target)
-        # Where AVX2 adds products of uint8 and int8 in 16 bits, weights beyond 7 bits become uint8, whose kernels are
-        # exact. Only here: it is a matter of this processor, and would change the stored graph.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if hardware.int8_sums() == "saturating":
+            # Weights beyond 7 bits become uint8, whose kernels are exact. When it is loaded, since it would change the
+            # stored graph; only here, since ONNX Runtime would do it on VNNI too, where INT8 then takes 1.8 times as
+            # long.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         return OnnxRuntimeRunner(_session(folder / OPTIMISED, target, options))
 
 
