@@ -150,7 +150,7 @@ class Rebuild:
             yield run
             status = "FINISHED"
         finally:
-            self.client.set_terminated(run.info.run_id, status)
+            self.client.update_run(run.info.run_id, status=status)  # set_terminated prints on stdout
 
     def _put_in_place(self, controller: TrafficController, old: str, version: str) -> None:
         """Deploy, move the traffic where it is the champion, then the alias, as a move of its own."""
