@@ -54,7 +54,7 @@ def run(*words: object, variables: dict[str, str] | None = None, before: tuple[s
     path = os.pathsep.join([*((variables or {}).get("PYTHONPATH", "").split()), str(ROOT)])
     environment = {**os.environ, **(variables or {}), "PYTHONPATH": path}
     command = [*before, sys.executable, "-m", "tests.engines.elsewhere", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode in (0, 2), done.stderr
     return done.stdout
 
