@@ -3,6 +3,7 @@
     SlipstreamError              exit 1   something went wrong; a retry may help
     ├── Unavailable              exit 1   a service did not answer (MLflow, Airflow, S3, a model server)
     ├── Superseded               exit 1   a newer test, rollout or rollback owns the traffic of the model
+    ├── Undecided                exit 1   a gate could not be judged: an outage, or an overloaded machine
     ├── InputError               exit 2   what was given is wrong; a retry will not help
     │   ├── SpecError                     the spec: file, field, mend
     │   ├── DataError                     a data set
@@ -39,6 +40,12 @@ class Superseded(SlipstreamError):
     """A newer move owns the traffic of the model; this one changed nothing more. A retry looks at what it decided."""
 
     headline = "Superseded"
+
+
+class Undecided(SlipstreamError):
+    """A gate could not be judged because of an outage or an overloaded machine; nothing was rejected, try again."""
+
+    headline = "Not decided"
 
 
 class InputError(SlipstreamError):

@@ -36,13 +36,13 @@ model:
   architecture: fashion:student
   train: {function: training:train, params: {epochs: 2}}
 data: {train: DATA/train.npz, test: DATA/test.npz}
-objective: {max_drop: 20}
+objective: {max_drop: 20, confidence: 0.6}
 recipes: {int8: [quantize]}
 quantize: {samples: 64}
 targets: {server: {engine: openvino, threads: 1}}
 small_scale_test: {shadow: 500, share: 20%, requests: 300, rate_per_s: 60}
 rollout: {steps: [50, 100], requests: 300, rate_per_s: 60}
-guardrails: {max_p99_ms: 5000, max_p99_ratio: 10, max_disagreement: 40, max_accuracy_drop: 30}
+guardrails: {max_p99_ms: 5000, max_p99_ratio: 10, max_disagreement: 40, max_accuracy_drop: 30, max_error_rate: 3}
 """
 TRAINING = """\
 from fashion import student

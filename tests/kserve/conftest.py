@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from tests.kserve.api_server import ApiServer
 from tests.kserve.kserve_stand_in import KServeStandIn
-from tests.steps.stages import world, world_maker
+from tests.steps.stages import quiet, world, world_maker
 from tests.traffic.conftest import TOY_SERVER
 
 from slipstream.settings import Kubernetes, Serving, Settings
 from slipstream.traffic.kserve import KServeController
 from slipstream.traffic.kserve_api import Api
 
-__all__ = ["world", "world_maker"]
+__all__ = ["quiet", "world", "world_maker"]
 
 NAMESPACE = "models"
 USER = "release"

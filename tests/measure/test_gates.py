@@ -34,15 +34,6 @@ def accuracy(baseline: object, engine: object, limit: float = 1.0) -> Verdict:
         gates.latency([], 5, CONFIDENCE),
         gates.latency([1.0] * 661, 5, CONFIDENCE),
         gates.latency([1.0] * 1000 + [math.nan], 5, CONFIDENCE),
-        gates.p99_cap([1.0] * 472, 5, CONFIDENCE),
-        gates.p99_ratio([1.0] * 472, [1.0] * 5000, 2, CONFIDENCE, rng()),
-        gates.p99_ratio([1.0] * 5000, [1.0] * 472, 2, CONFIDENCE, rng()),
-        gates.p99_ratio([], [], 2, CONFIDENCE, rng()),
-        gates.p99_ratio([1.0] * 500 + [math.nan], [1.0] * 500, 2, CONFIDENCE, rng()),
-        gates.error_rate(0, 0, 1, CONFIDENCE),
-        gates.error_rate(0, 267, 1, CONFIDENCE),
-        gates.disagreement(0, 0, 10, CONFIDENCE),
-        gates.disagreement(7, 3, 10, CONFIDENCE),
         gates.speedup(unknown(2), CONFIDENCE),
     ],
     ids=lambda v: f"{v.gate}-{v.n}",
@@ -68,26 +59,6 @@ def test_accuracy_passes_only_when_the_upper_bound_is_within_the_allowed_drop(
     assert verdict.estimate == pytest.approx(lost / 100)
     assert (verdict.limit, verdict.unit, verdict.n) == (limit, "pp", 10_000)
     assert f"drop {lost / 100:.2f} points" in verdict.reason
-
-
-def test_one_odd_request_does_not_abort_but_a_breach_does() -> None:
-    assert gates.error_rate(1, 100, 1, CONFIDENCE).answer == "inconclusive"
-    assert gates.error_rate(0, 268, 1, CONFIDENCE).answer == "pass"
-    assert gates.error_rate(10, 100, 1, CONFIDENCE).answer == "fail"
-    assert gates.disagreement(20, 500, 10, CONFIDENCE).answer == "pass"
-    assert gates.disagreement(100, 500, 10, CONFIDENCE).answer == "fail"
-
-
-def test_p99_cap_fails_early_and_passes_late() -> None:
-    assert gates.p99_cap([300.0] * 3, 250, CONFIDENCE).answer == "fail"
-    assert gates.p99_cap([10.0] * 473, 250, CONFIDENCE).answer == "pass"
-    assert gates.p99_cap([10.0] * 480 + [300.0] * 5, 250, CONFIDENCE).answer == "inconclusive"
-
-
-def test_p99_ratio_compares_side_by_side() -> None:
-    champion = rng().gamma(20, 0.05, 2000)
-    assert gates.p99_ratio(champion, champion * 1.2, 2, CONFIDENCE, rng()).answer == "pass"
-    assert gates.p99_ratio(champion, champion * 3, 2, CONFIDENCE, rng()).answer == "fail"
 
 
 def test_latency_breach_on_a_noisy_machine_is_not_held_against_the_engine() -> None:
@@ -149,20 +120,10 @@ def test_a_worse_graded_score_never_turns_fail_into_pass(scores: np.ndarray, lim
         assert accuracy(scores[0], worse, limit).answer != "pass"
 
 
-@given(st.integers(0, 400), st.integers(1, 400), st.floats(0.5, 50))
-def test_one_more_error_never_improves_the_answer(errors: int, more: int, limit: float) -> None:
-    n = errors + more
-    before, after = (gates.error_rate(e, n, limit, CONFIDENCE) for e in (errors, errors + 1))
-    assert BADNESS[after.answer] >= BADNESS[before.answer]
-
-
 @settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.floats(0.5, 20), st.floats(1, 5), st.integers(1, 1500))
 def test_slower_requests_never_improve_the_answer(seed: int, limit: float, factor: float, n: int) -> None:
     latencies = np.random.default_rng(seed).exponential(size=n)
     slower = np.where(np.arange(n) % 3 == 0, latencies * factor, latencies)
-    for gate in (gates.p99_cap, gates.latency):
-        assert BADNESS[gate(slower, limit, CONFIDENCE).answer] >= BADNESS[gate(latencies, limit, CONFIDENCE).answer]
-    champion = np.random.default_rng(seed + 1).exponential(size=1500)
-    before, after = (gates.p99_ratio(champion, v, limit, CONFIDENCE, rng()) for v in (latencies, latencies * factor))
+    before, after = (gates.latency(v, limit, CONFIDENCE) for v in (latencies, slower))
     assert BADNESS[after.answer] >= BADNESS[before.answer]

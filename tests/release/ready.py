@@ -126,7 +126,7 @@ def measure(patch: pytest.MonkeyPatch, verdict: Callable[[], Verdict]) -> None:
         return (verdict(),)
 
     def test(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
-        for routes in (stage.weights(0, mirror=True), stage.weights(5)):
+        for routes in (stage.weights(0, mirror=stage.challenger), stage.weights(5)):
             stage.controller.set_routes(stage.model, routes)
             stage.controller.observe(stage.challenger)
         return (verdict(),), {"figures": {}, "notes": []}

@@ -69,7 +69,7 @@ def test_a_release_from_trial_to_rollback(world_maker: WorldMaker, platform: tup
     world, control = world_maker(guardrails=PATIENT), EnvoyController(*platform, server=TOY_SERVER)
     outputs, champion, challenger = released_then_challenged(world)
     trial = small_scale_test(world.context("trial", outputs), control)
-    assert trial.details["figures"]["pairs"] == 220
+    assert trial.details["figures"]["pairs"] == 700
     assert trial.details["figures"]["different"] == 0
     assert control.routes(world.model) == Routes(weights={f"v{champion}": 100})
     output = full_rollout(world.context("rollout", (*outputs, trial)), control)
@@ -81,7 +81,9 @@ def test_a_release_from_trial_to_rollback(world_maker: WorldMaker, platform: tup
     assert drift(world.model, control) == []
 
 
-def test_a_server_killed_under_load_is_rolled_back(world_maker: WorldMaker, platform: tuple[Home, str]) -> None:
+def test_a_server_killed_under_load_is_rolled_back(
+    world_maker: WorldMaker, quiet: None, platform: tuple[Home, str]
+) -> None:
     """Killed, and broken so that supervisord cannot bring it back: guardrail, traffic back, no alias moved."""
     world = world_maker(guardrails=PATIENT, rollout={"steps": [50, 100], "requests": 2000, "rate_per_s": 200})
     control = EnvoyController(*platform, server=TOY_SERVER)
@@ -176,7 +178,7 @@ def test_real_engines_behind_real_servers(world_maker: WorldMaker, platform: tup
     outputs, champion, challenger = released_then_challenged(world, "real-old", "real-new")
     trial = small_scale_test(world.context("trial", outputs), control)
     figures = trial.details["figures"]
-    assert (figures["pairs"], figures["different"], figures["champion_quality"]) == (220, 0, 100)
+    assert (figures["pairs"], figures["different"], figures["champion_quality"]) == (700, 0, 100)
     output = full_rollout(world.context("rollout", (*outputs, trial)), control)
     assert output.details["released"] == challenger
     batch = np.zeros((1, 10), np.float32)

@@ -7,7 +7,8 @@ from mlflow.exceptions import MlflowException
 from tests.release.ready import Ready, ready_in
 from tests.steps.stages import FAIL, World, WorldMaker, failing
 
-from slipstream.errors import GateFailed, RegistryError, SlipstreamError, Unavailable
+from slipstream.contract import Verdict
+from slipstream.errors import GateFailed, RegistryError, SlipstreamError, Unavailable, Undecided
 from slipstream.steps.base import Context
 from slipstream.steps.rollout import full_rollout
 from slipstream.tracking import Tracking
@@ -26,7 +27,8 @@ def test_a_good_challenger_is_released(ready: Ready) -> None:
     output = full_rollout(ready.context(), ready.fake)
     ready.released()
     assert (output.details["released"], output.details["previous"]) == (ready.new, ready.old)
-    assert {v.gate: v.answer for v in output.verdicts} == {"errors": "pass", "p99_cap": "pass"}
+    gates = ("errors", "p99_ratio", "p99_cap", "memory")
+    assert {v.gate: v.answer for v in output.verdicts} == dict.fromkeys(gates, "pass")
     assert [(p["phase"], p["champion_weight"]) for p in output.details["timeline"]] == [("50%", 50), ("100%", 0)]
     tags = ready.world.registry.tags(ready.new)
     assert tags["slipstream.released_by"] == "run-1"
@@ -56,8 +58,8 @@ def test_a_breach_puts_everything_back_and_says_why(ready: Ready) -> None:
     assert [p["phase"] for p in recorded.details["timeline"]] == ["50%"]
 
 
-def test_too_little_evidence_is_no_release(world_maker: WorldMaker, fake: FakeController) -> None:
-    ready = ready_in(world_maker(objective={"confidence": 0.9999}, rollout={"steps": [100], "requests": 50}), fake)
+def test_too_little_evidence_is_no_release(world_maker: WorldMaker, fake: FakeController, quiet: None) -> None:
+    ready = ready_in(world_maker(objective={"confidence": 0.9999}, rollout={"steps": [100], "requests": 60}), fake)
     assert "inconclusive" in failing(lambda: full_rollout(ready.context(), fake), GateFailed)
     ready.reverted()
 
@@ -119,23 +121,44 @@ def test_a_refusal_is_final_where_its_evidence_cannot_be_kept(ready: Ready, monk
     ready.reverted()
 
 
-def test_a_neighbours_burst_stops_no_rollout_but_a_slow_challenger_does(
+def test_a_burst_that_is_over_at_the_second_try_stops_no_rollout(
     world_maker: WorldMaker, fake: FakeController, quiet: None
 ) -> None:
-    ready = ready_in(world_maker(guardrails={"max_p99_ms": 700}, rollout={"steps": [100], "requests": 230}), fake)
-    slow, good = Behaviour(latency_s=1.5), Behaviour()
-    ready.fake.behaviours[f"v{ready.new}"] = slow
-    once_more = Stage.once_more
+    ready = ready_in(world_maker(guardrails={"max_p99_ms": 700}, rollout={"steps": [100], "requests": 700}), fake)
+    ready.fake.behaviours[f"v{ready.new}"] = Behaviour(latency_s=1.5)
+    retest = Stage.retest
 
-    def over(stage: Stage, *given: Any) -> None:
-        ready.fake.misbehave(ready.release(ready.new), good)
-        once_more(stage, *given)
+    def over(stage: Stage, breach: Verdict, rate_per_s: float) -> bool:
+        assert breach.gate == "p99_cap"
+        ready.fake.misbehave(ready.release(ready.new), Behaviour())
+        return retest(stage, breach, rate_per_s)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "once_more", over)
+        patch.setattr(Stage, "retest", over)
         output = full_rollout(ready.context(), ready.fake)
     ready.released()
-    assert any("tested once more, since p99" in note for note in output.details["notes"])
+    assert any("tested again, since p99" in note for note in output.details["notes"])
+
+
+def test_a_challenger_that_really_is_slow_breaks_the_cap_twice(
+    world_maker: WorldMaker, fake: FakeController, quiet: None
+) -> None:
+    ready = ready_in(world_maker(guardrails={"max_p99_ms": 300}, rollout={"steps": [100], "requests": 700}), fake)
+    ready.fake.behaviours[f"v{ready.new}"] = Behaviour(latency_s=0.6)
+    assert "p99_cap: " in failing(lambda: full_rollout(ready.context(), fake), GateFailed)
+    ready.reverted()
+
+
+def test_an_overloaded_machine_refuses_nothing(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The traffic goes back, the aliases stay, and the next attempt begins again."""
+    monkeypatch.setattr(Stage, "crowd", lambda stage, records: "processes waited 97 % of the time")
+    ready.fake.behaviours[f"v{ready.new}"] = Behaviour(refuse_rate=0.6, hang_rate=0.2)
+    failing(lambda: full_rollout(ready.context(), ready.fake), Undecided)
+    assert ready.aliases() == (ready.old, ready.older, ready.new)
+    assert ready.traffic() == {f"v{ready.old}": 100}
+    ready.fake.misbehave(ready.release(ready.new), Behaviour())
+    full_rollout(ready.context(), ready.fake)
+    ready.released()
 
 
 @pytest.mark.parametrize(("broken", "error"), [("set_routes", Unavailable), ("retire", GateFailed)])

@@ -40,7 +40,8 @@ def test_requests_are_paced_named_and_in_seeded_order(control: FakeController) -
     assert [r.id for r in records] == [f"run-shadow-{i}" for i in range(40)]
     assert [r.sample for r in records] == list(wanted.samples())
     assert set(wanted.samples()) == set(range(16))
-    assert records[-1].at - records[0].at == pytest.approx(0.39)
+    assert [r.index for r in records] == list(range(40))
+    assert np.diff([r.at for r in records]) == pytest.approx(np.diff(wanted.times_s()), abs=1e-6)
     assert seen[-1] == (40, 40)
     assert sent.aborted is None
     assert all(r.latency_ms >= r.served_ms >= 0 for r in records)
@@ -146,7 +147,7 @@ def test_nobody_there_is_a_record_and_no_exception() -> None:
 def test_errors_have_no_output(control: FakeController) -> None:
     control.misbehave(Release(model="net", name="v1"), Behaviour(error_rate=1.0))
     sent = send(load(control.endpoint("net"), requests=5), nothing, lambda done, total: None)
-    assert {(r.status, r.failed, r.release) for r in sent.records} == {(503, True, "v1")}
+    assert {(r.status, r.failed, r.release) for r in sent.records} == {(500, True, "v1")}
 
 
 def test_outputs_are_those_of_the_sample(control: FakeController) -> None:
@@ -154,3 +155,25 @@ def test_outputs_are_those_of_the_sample(control: FakeController) -> None:
     for record in send(wanted, nothing, lambda done, total: None).records:
         assert record.output is not None
         np.testing.assert_allclose(record.output, wanted.split.inputs[record.sample][None], rtol=1e-5)
+
+
+def test_requests_arrive_as_a_seeded_poisson_process() -> None:
+    """Exponential gaps: their mean is one over the rate, their spread as large as their mean."""
+    wanted = load(Endpoint("http://127.0.0.1:1"), requests=20_000, rate=100)
+    gaps_s = np.diff(wanted.times_s())
+    assert gaps_s.mean() == pytest.approx(0.01, rel=0.05)
+    assert gaps_s.std() == pytest.approx(0.01, rel=0.05)
+    np.testing.assert_array_equal(wanted.times_s(), replace(wanted).times_s())
+    assert (replace(wanted, seed=4).times_s() != wanted.times_s()).all()
+
+
+def test_a_refusal_is_told_from_an_error(control: FakeController) -> None:
+    control.misbehave(Release(model="net", name="v1"), Behaviour(refuse_rate=1.0))
+    sent = send(load(control.endpoint("net"), requests=5), nothing, lambda done, total: None)
+    assert {(r.status, r.failed, r.refused) for r in sent.records} == {(429, True, True)}
+
+
+def test_a_request_that_is_never_answered_has_no_release(control: FakeController) -> None:
+    control.misbehave(Release(model="net", name="v1"), Behaviour(hang_rate=1.0))
+    sent = send(load(control.endpoint("net"), requests=5), nothing, lambda done, total: None)
+    assert {(r.status, r.failed, r.release) for r in sent.records} == {(0, True, None)}

@@ -161,7 +161,7 @@ def _targets(plan: Plan) -> list[str]:
 
 def _rollout() -> list[str]:
     return [
-        "small_scale_test: {shadow: 500, share: 5%, requests: 2000}     # beside the release, before it gets traffic",
+        "small_scale_test: {shadow: 2500, share: 5%, requests: 2000}     # beside the release, before it gets traffic",
         "rollout: {steps: [25, 50, 100], approval: true}     # a person says yes first; false once you trust it",
         '# schedule: "@weekly"',
     ]

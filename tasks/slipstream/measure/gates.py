@@ -1,18 +1,16 @@
-"""Gates: evidence in, verdicts out. A gate never passes for want of data.
+"""Gates of stage 1: evidence in, verdicts out. A gate never passes for want of data. Stages 2 and 3: guardrails.py.
 
 A gate passes only when the one-sided confidence bound on the bad side is within the limit. What is missing, NaN or
 too little is `inconclusive`, and that is tested first. Two rules tell `fail` from `inconclusive`:
 
 - a measurement that is over (accuracy, speed-up): fail as soon as the estimate itself is beyond the limit, since
   no more data will come and the best guess already breaks the promise;
-- a guardrail that is asked again while data arrive (errors, disagreement, p99): fail only when the bound on the good
-  side is beyond the limit as well, so that the first odd request does not abort a rollout.
+- a latency: fail only when the bound on the good side is beyond the limit as well.
 """
 
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import numpy.typing as npt
 
 from slipstream.contract import Answer, Verdict
@@ -109,45 +107,6 @@ def latency(latencies_ms: npt.ArrayLike, limit_ms: float, confidence: float, noi
     return verdict
 
 
-def p99_cap(latencies_ms: npt.ArrayLike, limit_ms: float, confidence: float) -> Verdict:
-    """Hard cap on the p99 latency, in milliseconds; latencies_ms: (N,).
-
-    A few requests suffice for a fail; a pass needs `stats.min_queries(0.99, confidence)`, 473 at 95 %.
-    """
-    return _p99("p99_cap", latencies_ms, limit_ms, confidence, stats.min_queries(0.99, confidence))
-
-
-def p99_ratio(
-    champion_ms: npt.ArrayLike, challenger_ms: npt.ArrayLike, limit: float, confidence: float, rng: np.random.Generator
-) -> Verdict:
-    """The challenger's p99 over the champion's, measured side by side; (N,) and (M,) latencies in milliseconds.
-
-    Each side needs `stats.min_queries(0.99, confidence)` requests, 473 at 95 %.
-    """
-    gate = _Gate("p99_ratio", limit, "×")
-    ratio = stats.percentile_ratio(champion_ms, challenger_ms, 0.99, confidence, rng)
-    needed = stats.min_queries(0.99, confidence)
-    if ratio.n < needed:
-        reason = f"{ratio.n:,} requests are too few for a p99, which needs {needed:,}"
-        return gate.verdict("inconclusive", reason, ratio)
-    what = f"p99 {ratio.estimate:.2f}× the champion's, {_bound(confidence)} {ratio.high:.2f}×, limit {limit:g}×"
-    return gate.guard(ratio, what)
-
-
-def error_rate(errors: int, n: int, max_percent: float, confidence: float) -> Verdict:
-    """Share of failed requests, in percent. Without any failure, a limit of 1 % at 95 % needs 268 requests."""
-    rate = stats.wilson(errors, n, confidence).scaled(100.0)
-    what = f"{errors:,} of {n:,} requests failed, {_bound(confidence)} {rate.high:.2f} %, limit {max_percent:g} %"
-    return _Gate("errors", max_percent, "%").guard(rate, what)
-
-
-def disagreement(different: int, n: int, max_percent: float, confidence: float) -> Verdict:
-    """Share of requests that champion and challenger answered differently, in percent."""
-    rate = stats.wilson(different, n, confidence).scaled(100.0)
-    what = f"{different:,} of {n:,} answers differ, {_bound(confidence)} {rate.high:.2f} %, limit {max_percent:g} %"
-    return _Gate("disagreement", max_percent, "%").guard(rate, what)
-
-
 MIN_SPEEDUP = 1.02
 """Two copies of one ONNX Runtime engine, loaded side by side in one process, differed by about 1 % (2-core EPYC, under
 load): memory layout, not speed. So less than this is not called faster."""
@@ -194,15 +153,3 @@ def _p99(name: str, latencies_ms: npt.ArrayLike, limit_ms: float, confidence: fl
 
 def _bound(confidence: float, side: str = "upper") -> str:
     return f"{100 * confidence:.4g} % {side} bound"
-
-
-def settle(verdicts: tuple[Verdict, ...], *, noisy: bool, ratio: str) -> tuple[tuple[Verdict, ...], list[str]]:
-    """The final verdicts, and notes on what was set aside.
-
-    On a noisy machine an absolute latency limit that stays open is set aside when the verdict named `ratio`,
-    measured interleaved under the same noise, has passed. Nothing else is ever set aside.
-    """
-    carried = any(v.gate == ratio and v.passed for v in verdicts)
-    aside = [v for v in verdicts if v.gate == "latency" and v.answer == "inconclusive" and noisy and carried]
-    notes = [f"{v.gate} was not judged: {v.reason}; the {ratio}, measured interleaved, stands instead" for v in aside]
-    return tuple(v for v in verdicts if v not in aside), notes

@@ -290,29 +290,3 @@ def percentile_bounds(values: npt.ArrayLike, percentile: float, confidence: floa
     high = float(v[upper]) if upper < v.size else math.inf
     low = float(v[lower]) if lower >= 0 else -math.inf
     return Bounds(estimate, low, high, v.size)
-
-
-def percentile_ratio(
-    reference: npt.ArrayLike, subject: npt.ArrayLike, percentile: float, confidence: float, rng: np.random.Generator
-) -> Bounds:
-    """Bootstrap bounds for the ratio subject / reference of a percentile of two independent samples.
-
-    A resample's k-th order statistic is the original's at rank ⌈n·U⌉ with U the k-th order statistic of n
-    uniforms, which is Beta(k, n − k + 1); so no resample need be drawn (Efron 1979, section 3, for the median).
-    """
-    a, b = (np.sort(np.asarray(v, dtype=np.float64)) for v in (reference, subject))
-    n = min(a.size, b.size)
-    if n == 0 or not (np.isfinite(a).all() and np.isfinite(b).all()) or a[0] <= 0 or b[0] <= 0:
-        return unknown(n)
-    drawn = [_resampled_percentiles(v, percentile, rng) for v in (a, b)]
-    low, high = (float(q) for q in np.quantile(drawn[1] / drawn[0], [1.0 - confidence, confidence]))
-    ranks = [math.ceil(percentile * v.size) - 1 for v in (a, b)]
-    return Bounds(float(b[ranks[1]] / a[ranks[0]]), low, high, n)
-
-
-def _resampled_percentiles(ascending: Floats, percentile: float, rng: np.random.Generator) -> Floats:
-    n = ascending.size
-    k = math.ceil(percentile * n)
-    ranks = np.ceil(n * rng.beta(k, n - k + 1, RESAMPLES)).astype(np.intp)
-    drawn: Floats = ascending[np.clip(ranks, 1, n) - 1]
-    return drawn

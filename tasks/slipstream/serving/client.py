@@ -15,6 +15,8 @@ REQUEST_ID = "x-request-id"
 """Header that names a request; Envoy keeps it on the mirrored copy, so that two answers can be paired."""
 RELEASE = "x-slipstream-release"
 """Header that names the release that answered."""
+REFUSED = "x-slipstream-refused"
+"""Header of a server's answer to a request that it refused because it is overloaded."""
 SERVER_MS = "x-slipstream-server-ms"
 """Header with the time in the server in milliseconds, from request to answer."""
 

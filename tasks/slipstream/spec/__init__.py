@@ -39,8 +39,7 @@ from slipstream.steps import STEPS, environment_of
 __all__ = [
     "BASELINE", "PATTERNS", "TECHNIQUES", "Call", "Cluster", "Distill", "Guardrails", "Model", "Objective", "Optimizer",
     "Prune", "Quantize", "Resources", "Rollout", "SmallScaleTest", "Spec", "Target", "Toleration", "Training", "Waiver",
-    "dump",
-    "json_schema", "load", "load_text", "parse",
+    "dump", "json_schema", "load", "load_text", "parse",
 ]  # fmt: skip
 
 Technique = Literal["distill", "prune", "cluster", "simplify", "quantize"]

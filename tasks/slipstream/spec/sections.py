@@ -296,22 +296,27 @@ class Waiver(Section):
 
 
 class Guardrails(Section):
-    """Limits that abort a small-scale test or a rollout at once and put the traffic back."""
+    """Limits of the small-scale test and of the rollout. One that is certainly broken stops them at once and puts the
+    traffic back; where the evidence stays open, nothing is released."""
 
-    max_error_rate: Percent = 1.0
-    """Largest share of failed requests, in percent."""
+    max_error_rate: Percent = 0.5
+    """Largest share of the challenger's requests that may fail beyond the champion's share in the same windows, in
+    percentage points (upper bound). Requests that no server answered count for neither."""
     max_disagreement: Percent = 10.0
     """Largest share of requests that champion and challenger answer differently, in percent (upper bound)."""
-    max_accuracy_drop: Annotated[float, Field(gt=0, le=100)] = 5.0
+    max_accuracy_drop: Annotated[float, Field(gt=0, le=100)] = 3.0
     """Largest drop of the quality metric against the champion in the small-scale test, in percentage points (upper
-    bound). Wider than `objective.max_drop`, which stage 1 judges on all samples: here are only `shadow` of them."""
+    bound). Wider than `objective.max_drop`, which stage 1 judges on all samples: here are only those of `shadow`."""
     max_p99_ratio: Annotated[float, Field(gt=0)] = 2.0
-    """Largest ratio of the challenger's p99 latency to the champion's, measured side by side."""
+    """Largest ratio of the challenger's p99 latency to the champion's in the same windows (upper bound)."""
     max_p99_ms: Annotated[float, Field(gt=0)] = 250.0
-    """Cap on the p99 latency as the client sees it, in milliseconds. On a machine that others keep busy it is raised
-    to `max_p99_ratio` times the champion's own p99 in the same test, where that is more."""
+    """Largest p99 of the challenger's latency, in milliseconds: in the small-scale test in its server, in the rollout
+    as the client sees it. Where the champion breaks it too, or the machine is overloaded, it cannot be judged, and
+    nothing is released without a waiver."""
     max_memory_mib: Annotated[int, Field(gt=0)] = 4096
     """Largest resident memory of the model server, in MiB."""
+    max_memory_ratio: Annotated[float, Field(gt=0)] = 2.0
+    """Largest ratio of its memory to that of the champion's server, where it holds more than 512 MiB."""
     waivers: tuple[Waiver, ...] = ()
     """Limits that may stay open; the verdict, the registry's tags and the report say by whose word."""
 
@@ -319,8 +324,9 @@ class Guardrails(Section):
 class SmallScaleTest(Section):
     """Stage 2: the challenger beside the champion, first in shadow, then with a small share."""
 
-    shadow: Annotated[int, Field(ge=50, le=1_000_000)] = 500
-    """Requests that are mirrored to the challenger; the two answers are compared in pairs."""
+    shadow: Annotated[int, Field(ge=50, le=1_000_000)] = 2500
+    """Requests that are mirrored to the challenger; the two answers are compared in pairs. While the evidence is open,
+    as many again, up to four times in all."""
     share: Annotated[
         float,
         BeforeValidator(percent, json_schema_input_type=Annotated[float, Field(gt=0, le=50)] | str),
@@ -330,7 +336,7 @@ class SmallScaleTest(Section):
     requests: Annotated[int, Field(ge=50, le=10_000_000)] = 2000
     """Requests sent while the challenger has that share."""
     rate_per_s: Annotated[float, Field(gt=0, le=10_000)] = 100.0
-    """Paced request rate."""
+    """Mean request rate; requests arrive at random (Poisson), as those of many independent users do."""
 
 
 class Rollout(Section):
@@ -338,10 +344,12 @@ class Rollout(Section):
 
     steps: Annotated[tuple[Annotated[int, Field(gt=0, le=100)], ...], Field(min_length=1)] = (25, 50, 100)
     """Shares of traffic in percent; the last is 100."""
-    requests: Annotated[int, Field(ge=50, le=10_000_000)] = 500
-    """Requests observed at each step."""
+    requests: Annotated[int, Field(ge=50, le=10_000_000)] = 1000
+    """Requests observed at each step; at the last one, while the evidence is open, as many again up to three times.
+    There the champion gets a copy of each, so that the two are still compared; on KServe, which cannot, the step before
+    is repeated."""
     rate_per_s: Annotated[float, Field(gt=0, le=10_000)] = 100.0
-    """Paced request rate."""
+    """Mean request rate."""
     approval: bool = False
     """Whether a person must approve in the Airflow UI before the rollout starts."""
 

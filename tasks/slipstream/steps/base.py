@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from slipstream import data, digests, log_lines
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict, combine, digest
-from slipstream.errors import EXIT_RETRY, DataError, GateFailed, SlipstreamError, SpecError
+from slipstream.errors import EXIT_RETRY, DataError, GateFailed, SlipstreamError, SpecError, Undecided
 from slipstream.frameworks.base import ALONE, Group, Job, group_of, require_own_architecture, trainer_for
 from slipstream.home import Home, alone
 from slipstream.spec import TECHNIQUES, Spec
@@ -296,9 +296,14 @@ def _undecided(output: StepOutput) -> bool:
     )
 
 
-def require_pass(gate: str, verdicts: tuple[Verdict, ...]) -> None:
-    """Raise GateFailed, with every reason, unless all verdicts pass."""
+def require_pass(gate: str, verdicts: tuple[Verdict, ...], transient: str | None = None) -> None:
+    """Raise GateFailed, with every reason, unless all verdicts pass.
+
+    transient: why what is inconclusive may be decided later; then Undecided is raised, so that the step is retried.
+    """
     answer = combine(verdicts)
     if answer != "pass":
         reasons = "; ".join(f"{v.gate}: {v.reason}" for v in verdicts if not v.passed) or "no evidence"
+        if answer == "inconclusive" and transient is not None:
+            raise Undecided(f"{gate}: {answer}, since {transient}: {reasons}")
         raise GateFailed(f"{gate}: {answer}: {reasons}")

@@ -136,6 +136,8 @@ class _Rollout:
             self._go_back(stage)
             raise
         if not passed:
+            if combine(verdicts) == "inconclusive" and (reason := stage.transient()) is not None:
+                self._leave_open(stage, verdicts, reason)
             self._refuse(stage, verdicts)
         settle.finish_release(self.move)
 
@@ -181,6 +183,14 @@ class _Rollout:
             log.warning("rollout: the registry does not say who is champion (%s); the next attempt will see", error)
             return False
 
+    def _leave_open(self, stage: Stage, verdicts: tuple[Verdict, ...], reason: str) -> NoReturn:
+        """An outage or an overloaded machine: traffic back, nothing refused, the next attempt begins again."""
+        put_back_if_possible(stage)
+        self._record(stage, verdicts)
+        settle.put_back(self.move)
+        require_pass("rollout", verdicts, reason)
+        raise AssertionError("unreachable: what passes is not left open")
+
     def _refuse(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> NoReturn:
         """A breach: traffic first, then the rejection, then all else. Raises GateFailed."""
         put_back_if_possible(stage)
@@ -190,7 +200,7 @@ class _Rollout:
 
     def _record(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> None:
         """Write the evidence into this step's MLflow run; nothing is released yet."""
-        details = {"timeline": stage.timeline, "notes": stage.adapted(), "released": None}
+        details = {"timeline": stage.timeline, "notes": stage.notes, "released": None}
         output = self.context.output(verdicts=verdicts, details=details)
         self.context.tracking.record(self.context.run, output)
 

@@ -38,7 +38,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 
 def run(context: Context) -> StepOutput:
-    """Run the small-scale test. Raises GateFailed when it fails or stays inconclusive."""
+    """Run the small-scale test. Raises GateFailed when it fails or stays inconclusive, Undecided under overload."""
     with moving_alone(context.home, context.spec.model.name):
         return small_scale_test(context, traffic.controller(context.home))
 
@@ -89,6 +89,10 @@ def _guarded_test(context: Context, move: Move, champion: Incumbent) -> StepOutp
         raise
     output = context.output(verdicts=verdicts, details={"timeline": stage.timeline, **facts, **found})
     put_back_if_possible(stage)
+    if combine(verdicts) == "inconclusive" and (transient := stage.transient()) is not None:
+        context.tracking.record(context.run, output)
+        settle.put_back(move)  # nothing is refused: the step is tried again, with the same challenger
+        require_pass("small-scale test", verdicts, transient)
     if combine(verdicts) != "pass":
         settle.refuse(move, verdicts, lambda: context.tracking.record(context.run, output))
         require_pass("small-scale test", verdicts)

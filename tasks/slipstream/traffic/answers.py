@@ -138,8 +138,8 @@ def wait_for(since: Mark, ids: Iterable[str], seconds: float) -> dict[str, Answe
 def pair(
     records: Iterable[Record], champion: dict[str, Answered], challenger: dict[str, Answered]
 ) -> tuple[list[Pair], int]:
-    """Pairs of all requests that the champion answered, and how many of those the challenger left unanswered."""
-    answered = [r for r in records if r.id in champion]
+    """Pairs of all requests that the champion answered, in their order, and how many the challenger left unanswered."""
+    answered = sorted((r for r in records if r.id in champion), key=lambda r: r.index)
     pairs = [Pair(r.sample, champion[r.id], challenger[r.id]) for r in answered if r.id in challenger]
     return pairs, len(answered) - len(pairs)
 

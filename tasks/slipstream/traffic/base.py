@@ -45,6 +45,8 @@ class Observation:
     """Responses with status 5xx, and requests that got no response."""
     memory_mib: float
     """Resident memory of the release's server."""
+    unavailable: int = 0
+    """Those of the errors with status 503 or 504, which an overloaded machine can cause as well as the release."""
 
 
 @dataclass(frozen=True)

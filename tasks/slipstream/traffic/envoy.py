@@ -156,8 +156,8 @@ class EnvoyController:
 
     def observe(self, release: Release) -> Observation:
         """See the protocol. Mirrored requests count too, and as errors those that a fallback answered instead."""
-        requests, errors = self._counted(release)
-        return Observation(requests, errors, self._memory_mib(release))
+        requests, errors, computed = self._counted(release)
+        return Observation(requests, errors, self._memory_mib(release), unavailable=max(errors - computed, 0))
 
     def endpoint(self, model: str) -> Endpoint:
         """See the protocol."""
@@ -259,12 +259,15 @@ class EnvoyController:
         """One writer at a time over all models: the files are read, changed and written as a whole."""
         return alone(self._home.envoy / "lock")
 
-    def _counted(self, release: Release) -> tuple[int, int]:
-        """Requests and errors. Errors are a difference of counters, which Envoy does not read at one instant: so the
-        lesser of two readings, since a request between the two counters of one is in both of the other."""
+    def _counted(self, release: Release) -> tuple[int, int, int]:
+        """Requests, errors, and those of the errors that its server answered with 500.
+
+        Errors are a difference of counters, which Envoy does not read at one instant: so the lesser of two readings,
+        since a request between the two counters of one is in both of the other.
+        """
         query = {"format": "json", "filter": envoy_config.observed(release.key)}
         readings = [envoy_config.observation(self._admin.json("/stats", **query), release.key) for _ in range(2)]
-        return readings[1][0], min(errors for _, errors in readings)
+        return readings[1][0], min(r[1] for r in readings), readings[1][2]
 
     def _ports(self) -> dict[str, int]:
         """Ports in the written clusters."""

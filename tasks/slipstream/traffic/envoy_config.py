@@ -169,27 +169,30 @@ def loaded_clusters(config_dump: Json) -> dict[str, int]:
     return found
 
 
-def observation(document: Json, key: str) -> tuple[int, int]:
-    """Requests that were sent to a release, by their share or as copies, and those that its own server failed.
+def observation(document: Json, key: str) -> tuple[int, int, int]:
+    """Requests that were sent to a release, by their share or as copies; those that its own server failed; and those of
+    them that it answered with 500, so that it was there, in time, and could not compute the answer.
 
     `document` is the answer of `/stats?format=json`, filtered by `observed(key)`. Failed are all that its server did
     not answer, or answered with 5xx, also where the fallback then answered, or answered at once because the server
     was ejected; but not those that Envoy refused because too many were waiting.
     """
     found = {s["name"]: int(s["value"]) for s in document["stats"] if "name" in s}
-    completed = refused = answered = 0
+    completed = refused = answered = computed = 0
     for name, value in found.items():
         completed += value * name.endswith(".upstream_rq_completed")
         refused += value * name.endswith(".upstream_rq_pending_overflow")
         answered += value * name.endswith(".rq_success")
-    return completed, max(completed - answered - refused, 0)
+        computed += value * name.endswith(".upstream_rq_500")
+    return completed, max(completed - answered - refused, 0), computed
 
 
 def observed(key: str) -> str:
     """The filter for `/stats` that finds the counters of a release."""
     name = re.escape(key)
-    own = rf"cluster\.{name}\.(upstream_rq_completed|upstream_rq_pending_overflow|endpoint\..*\.rq_success)"
-    return rf"^({own}|cluster\.{name}{re.escape(AND)}[^.]*\.upstream_rq_completed)$"
+    counters = r"upstream_rq_completed|upstream_rq_500|upstream_rq_pending_overflow|endpoint\..*\.rq_success"
+    own = rf"cluster\.{name}\.({counters})"
+    return rf"^({own}|cluster\.{name}{re.escape(AND)}[^.]*\.upstream_rq_(completed|500))$"
 
 
 def ejected(clusters: Json) -> set[str]:

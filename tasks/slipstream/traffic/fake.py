@@ -9,7 +9,9 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,11 @@ class Behaviour:
 
     answer: Answer = first_values
     error_rate: float = 0.0
-    """Share of requests answered with 503."""
+    """Share of requests answered with 500."""
+    hang_rate: float = 0.0
+    """Share of requests whose connection is closed without an answer, and which no counter shows."""
+    refuse_rate: float = 0.0
+    """Share of requests refused as an overloaded server does: with 429 and its header."""
     latency_s: float = 0.001
     memory_mib: float = 100.0
 
@@ -142,20 +148,28 @@ class FakeController:
             return 404, "", b"{}"
         if routes.mirror is not None:
             copy = (Release(model=model, name=routes.mirror), request_id, content)
-            threading.Thread(target=self._answer, args=copy, daemon=True).start()
+            threading.Thread(target=self._copy, args=copy, daemon=True).start()
         with self._lock:
             [name] = self._random.choices(list(routes.weights), list(routes.weights.values()))
         status, body = self._answer(Release(model=model, name=name), request_id, content)
         return status, name, body
 
+    def _copy(self, release: Release, request_id: str, content: bytes) -> None:
+        with suppress(_Hangs):
+            self._answer(release, request_id, content)
+
     def _answer(self, release: Release, request_id: str, content: bytes) -> tuple[int, bytes]:
         target = self._deployed[release.model][release.name]
         with self._lock:
+            behaviour, draw = target.behaviour, self._random.random()
+            if draw < behaviour.hang_rate:
+                raise _Hangs
             target.requests += 1
-            failed = self._random.random() < target.behaviour.error_rate
+            refused = draw < behaviour.hang_rate + behaviour.refuse_rate
+            failed = not refused and draw < behaviour.hang_rate + behaviour.refuse_rate + behaviour.error_rate
             target.errors += failed
-        if failed:
-            return 503, b"{}"
+        if failed or refused:
+            return HTTPStatus.TOO_MANY_REQUESTS if refused else HTTPStatus.INTERNAL_SERVER_ERROR, b"{}"
         begun = time.perf_counter()
         time.sleep(target.behaviour.latency_s)
         output = np.asarray(target.behaviour.answer(_decode(content)), dtype=np.float32)
@@ -180,6 +194,10 @@ def _decode(content: bytes) -> npt.NDArray[Any]:
     return np.asarray(tensor["data"]).reshape(tensor["shape"])
 
 
+class _Hangs(Exception):
+    """This request is never answered."""
+
+
 class _Server(ThreadingHTTPServer):
     request_queue_size = 128
     """As many as a load may open at once; of the usual 5, a stall of the machine makes the rest fail."""
@@ -200,10 +218,15 @@ class _Handler(BaseHTTPRequestHandler):
         model = self.path.split("/")[3]
         try:
             status, release, body = self.fake.handle(model, self.headers.get(client.REQUEST_ID, ""), content)
+        except _Hangs:
+            self.close_connection = True
+            return
         except (Unavailable, KeyError) as error:
             status, release, body = 503, "", str(error).encode()
         self.send_response(status)
         self.send_header(client.RELEASE, release)
+        if status == HTTPStatus.TOO_MANY_REQUESTS:
+            self.send_header(client.REFUSED, "overload")
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

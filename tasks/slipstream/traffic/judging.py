@@ -1,57 +1,61 @@
-"""The verdicts of the small-scale test, from the evidence gathered so far. Pure: no traffic, no registry."""
+"""The verdicts of the small-scale test, from the evidence gathered so far. Sends nothing, moves no alias."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from slipstream.contract import Verdict
-from slipstream.data import Split
-from slipstream.measure import gates
+from slipstream.measure import guardrails, stats
 from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Metric, Records, metric_for
-from slipstream.spec import Spec
 from slipstream.traffic import answers
 from slipstream.traffic.answers import Pair
-from slipstream.traffic.base import Release
-from slipstream.traffic.guarded import Count, served_ms
+from slipstream.traffic.guard import CAP
+from slipstream.traffic.guarded import Stage
 from slipstream.traffic.load import Record
 
 
 @dataclass
 class Evidence:
-    """What shadow and canary have found."""
+    """What shadow and canary have found, beside what the guardrails have counted in `stage.seen`."""
 
-    spec: Spec
-    split: Split
-    challenger: Release
-    cap_ms: float
-    """Cap on the p99 that clients see."""
-    noisy: bool = False
-    """Whether others kept the machine busy, so that an absolute latency says little."""
+    stage: Stage
     pairs: list[Pair] = field(default_factory=list)
+    """In the order of the requests."""
     unanswered: int = 0
     """Mirrored requests that the champion answered and the challenger did not."""
     canary: list[Record] = field(default_factory=list)
-    canary_count: Count = field(default_factory=Count)
-    """Of the challenger in the canary, users' requests included."""
+    looks: int = 0
+    """How often more pairs were added, and thus looked at."""
+
+    def add_pairs(self, pairs: Sequence[Pair], unanswered: int) -> None:
+        """The pairs of one more shadow, in the order of the requests."""
+        self.pairs += pairs
+        self.unanswered += unanswered
+        self.looks += 1
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """One verdict for each question."""
-        limits, objective = self.spec.guardrails, self.spec.objective
-        rng, sure = np.random.default_rng(self.spec.seed), objective.confidence
+        limits, objective, stage = self.stage.spec.guardrails, self.stage.spec.objective, self.stage
+        rng, sure = np.random.default_rng(stage.spec.seed), objective.confidence
+        at_this_look = guardrails.looks_confidence(sure, max(self.looks, 1))
         champion_ms, challenger_ms = self._server_ms()
-        drop = metrics.drop(self.metric, *self._records(), sure, rng)
+        drop = metrics.drop(self.metric, *self._records(), at_this_look, rng)
+        differ = stats.wilson(self._different(), len(self._asked_once()), at_this_look)
+        served = [r.served_ms for r in self.canary if r.release == stage.challenger.name and not r.failed]
         found = [
-            self._errors(),
-            gates.disagreement(self._different(), len(self._asked_once()), limits.max_disagreement, sure),
-            gates.accuracy_of(drop, limits.max_accuracy_drop, sure),
-            self._forgiving(gates.p99_ratio(champion_ms, challenger_ms, limits.max_p99_ratio, sure, rng)),
-            gates.p99_cap(served_ms(self.canary), self.cap_ms, sure),
+            stage.errors(),
+            guardrails.disagreement(differ, limits.max_disagreement, at_this_look),
+            guardrails.accuracy(drop, limits.max_accuracy_drop, at_this_look),
+            stage.unless_crowded(guardrails.p99_ratio(champion_ms, challenger_ms, limits.max_p99_ratio, sure)),
+            stage.unless_crowded(guardrails.p99_limit(CAP, [*challenger_ms, *served], limits.max_p99_ms, sure)),
+            stage.memory(),
         ]
         if objective.latency_p99_ms is not None:
-            verdict = gates.p99_cap(challenger_ms, objective.latency_p99_ms, sure)
-            found.append(self._forgiving(verdict.model_copy(update={"gate": "latency"})))
+            verdict = guardrails.p99_limit("latency", challenger_ms, objective.latency_p99_ms, sure)
+            found.append(stage.unless_crowded(verdict))
         return tuple(found)
 
     def figures(self) -> dict[str, Any]:
@@ -64,22 +68,22 @@ class Evidence:
             "different": self._different(),
             "unanswered": self.unanswered,
             "canary_requests": len(self.canary),
-            "canary_answered_by_challenger": len(self._theirs()),
+            "canary_answered_by_challenger": sum(r.release == self.stage.challenger.name for r in self.canary),
             "champion_quality": quality[0] if np.isfinite(quality[0]) else None,
             "challenger_quality": quality[1] if np.isfinite(quality[1]) else None,
             "champion_server_p50_ms": _median(champion_ms),
             "challenger_server_p50_ms": _median(challenger_ms),
-            "noisy": self.noisy,
+            "noisy": self.stage.transient() is not None,
         }
 
     @property
     def metric(self) -> Metric:
         """The spec's."""
-        return metric_for(self.spec.objective.metric)
+        return metric_for(self.stage.spec.objective.metric)
 
     def _records(self) -> tuple[Records, Records]:
         """Those of champion's and challenger's answers."""
-        return answers.records(self._asked_once(), self.split, self.metric)
+        return answers.records(self._asked_once(), self.stage.split, self.metric)
 
     def _different(self) -> int:
         return answers.different(self._asked_once(), self.metric)
@@ -91,22 +95,6 @@ class Evidence:
     def _server_ms(self) -> tuple[list[float], list[float]]:
         """Latencies inside the servers, on the same requests at the same time."""
         return [p.champion.latency_ms for p in self.pairs], [p.challenger.latency_ms for p in self.pairs]
-
-    def _theirs(self) -> list[Record]:
-        return [r for r in self.canary if r.release in (self.challenger.name, None)]
-
-    def _errors(self) -> Verdict:
-        """Unanswered mirrored requests and failed canary requests; one that nobody answered is the challenger's."""
-        errors = self.unanswered + self.canary_count.errors
-        n = len(self.pairs) + self.unanswered + self.canary_count.requests
-        return gates.error_rate(errors, n, self.spec.guardrails.max_error_rate, self.spec.objective.confidence)
-
-    def _forgiving(self, verdict: Verdict) -> Verdict:
-        """A latency that fails on a noisy machine may be a neighbour's fault: measure on before saying no."""
-        if verdict.answer != "fail" or not self.noisy:
-            return verdict
-        reason = f"{verdict.reason}; but this machine was too busy to hold that against the challenger"
-        return verdict.model_copy(update={"answer": "inconclusive", "reason": reason})
 
 
 def _median(values: list[float]) -> float | None:

@@ -1,7 +1,8 @@
-"""A paced open-loop sender: requests leave at their time, whether or not earlier ones were answered.
+"""An open-loop sender: requests leave at their time, whether or not earlier ones were answered.
 
 Latency counts from the intended send time, so that a server that stalls cannot slow its own measurement down
-(coordinated omission; G. Tene, "How NOT to measure latency", 2013).
+(coordinated omission; G. Tene, "How NOT to measure latency", 2013). Gaps between requests are exponential, as those of
+many independent users are (a Poisson process): evenly spaced requests would hardly ever queue, and hide the tail.
 """
 
 import asyncio
@@ -24,7 +25,8 @@ from slipstream.traffic.base import Endpoint
 
 log = logging.getLogger(__name__)
 
-REQUEST_TIMEOUT_S = 10.0
+REQUEST_TIMEOUT_S = 12.0
+"""Longer than the splitter's own time-out of 10 s, which knows whose answer did not come."""
 WATCH_EVERY_S = 0.25
 """How often the guard looks: a breach stops the load within this time and what is under way."""
 TELL_EVERY_S = 0.5
@@ -39,6 +41,7 @@ class Record:
     """One request and its answer."""
 
     id: str
+    """Ends in the request's place in its phase."""
     sample: int
     """Index into the split."""
     at: float
@@ -57,6 +60,13 @@ class Record:
     """Time in the server, where it says so."""
     mirrored: "Record | None" = None
     """What the shadow answered, where the sender is who mirrors."""
+    refused: bool = False
+    """Whether a server refused it because it was overloaded, which is no error of the model's."""
+
+    @property
+    def index(self) -> int:
+        """The request's place in its phase, from 0."""
+        return int(self.id.rpartition("-")[2])
 
     @property
     def served_ms(self) -> float:
@@ -89,6 +99,12 @@ class Load:
         """(requests,) indices into the split: a seeded order, repeated when the split is shorter."""
         order = np.random.default_rng(self.seed).permutation(len(self.split))
         return np.resize(order, self.requests)
+
+    def times_s(self) -> npt.NDArray[np.float64]:
+        """(requests,) seconds from the phase's begin to each request: a seeded Poisson process."""
+        rng = np.random.default_rng([self.seed, 1])
+        times: npt.NDArray[np.float64] = np.cumsum(rng.exponential(1 / self.rate_per_s, self.requests))
+        return times
 
 
 @dataclass
@@ -158,6 +174,7 @@ class _Sender:
         self.stalls: list[tuple[float, float]] = []
         self.last_beat = time.perf_counter()
         self.path = client.infer_path(load.model)
+        self.times_s = load.times_s()
 
     async def run(self) -> Sent:
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS)
@@ -190,7 +207,7 @@ class _Sender:
         async with asyncio.TaskGroup() as group:
             for i, sample in enumerate(self.load.samples()):
                 content = client.body(self.load.split.inputs[sample : sample + 1])
-                await asyncio.sleep(max(0.0, begin.clock + i / self.load.rate_per_s - time.perf_counter()))
+                await asyncio.sleep(max(0.0, begin.clock + self.times_s[i] - time.perf_counter()))
                 group.create_task(self._one(clients, i, int(sample), content, begin))
 
     async def _one(
@@ -202,18 +219,19 @@ class _Sender:
     async def _ask(self, http: httpx.AsyncClient, i: int, sample: int, content: bytes, begin: _Begin) -> Record:
         name = f"{self.load.run}-{self.load.phase}-{i}"
         headers = {"content-type": "application/json", client.REQUEST_ID: name}
-        status, release, output, server_ms = 0, None, None, None
+        status, release, output, server_ms, refused = 0, None, None, None, False
         try:
             response = await http.post(self.path, content=content, headers=headers)
             status, release = response.status_code, response.headers.get(client.RELEASE) or None
             output, server_ms = _output(response), client.server_ms(response)
+            refused = client.REFUSED in response.headers
         except httpx.HTTPError:
             status = 0
         end = time.perf_counter()
-        intended = begin.clock + i / self.load.rate_per_s
-        at, latency_ms = begin.epoch + i / self.load.rate_per_s, 1000 * (end - intended)
+        intended, at = begin.clock + float(self.times_s[i]), begin.epoch + float(self.times_s[i])
+        latency_ms = 1000 * (end - intended)
         stalled_ms = self._stalled_ms(intended, end)
-        return Record(name, sample, at, status, release, output, latency_ms, stalled_ms, server_ms)
+        return Record(name, sample, at, status, release, output, latency_ms, stalled_ms, server_ms, refused=refused)
 
     async def _guard(self) -> None:
         while self.sent.aborted is None:

@@ -1,46 +1,90 @@
-"""What stage 3 measures: the traffic moves step by step, guarded. Moves no alias."""
+"""What stage 3 measures: the traffic moves step by step, guarded. Moves no alias.
+
+Champion and challenger are compared in every step. At the last one, where the champion answers nobody any more, it
+gets a copy of every request where the splitter can mirror to it, so that there is still something to compare with.
+"""
+
+import datetime
+import logging
 
 from slipstream.contract import Verdict, combine
-from slipstream.measure import gates
-from slipstream.traffic.guarded import CAP, Count, Stage, served_ms
-from slipstream.traffic.load import Record
+from slipstream.errors import DataError
+from slipstream.measure import guardrails, sequential
+from slipstream.measure.waivers import waive
+from slipstream.traffic import answers
+from slipstream.traffic.answers import Pairing
+from slipstream.traffic.guard import CAP
+from slipstream.traffic.guarded import Phase, Stage
+
+log = logging.getLogger(__name__)
 
 EXTRA = 3
-"""Repetitions of the last step while a verdict is inconclusive, at most."""
+"""Repetitions of the last step that compares the two, while a verdict is inconclusive, at most."""
 
 
 def measure(stage: Stage) -> tuple[Verdict, ...]:
-    """Write 2. The verdicts over all requests; where the cap was broken, those of a second attempt."""
+    """The verdicts over all requests, after the traffic has moved; those of a second attempt after a retest."""
     stage.probe(stage.spec.rollout.rate_per_s)
     verdicts = _climb(stage)
-    if len(verdicts) == 1 and verdicts[0].gate == CAP:
-        stage.once_more(verdicts[0], stage.spec.rollout.rate_per_s)
+    if len(verdicts) == 1 and stage.retest(verdicts[0], stage.spec.rollout.rate_per_s):
         verdicts = _climb(stage)
     return verdicts
 
 
 def _climb(stage: Stage) -> tuple[Verdict, ...]:
     """Step by step to all the traffic; ends at once with the first guardrail, alone, or failing verdict."""
-    settings, records, count = stage.spec.rollout, list[Record](), Count()
-    shares = [*settings.steps, *[settings.steps[-1]] * EXTRA]
-    verdicts: tuple[Verdict, ...] = ()
-    for number, share in enumerate(shares, start=1):
-        name = f"{share}%" if number <= len(settings.steps) else f"{share}%-{number - len(settings.steps) + 1}"
-        phase = stage.phase(name, stage.weights(share), settings.requests, settings.rate_per_s)
-        if phase.breach is not None:
-            return (phase.breach,)
-        records, count = records + phase.records, count + phase.count
-        verdicts = _judge(stage, records, count)
-        answer = combine(verdicts)
-        if answer == "fail" or (answer == "pass" and number >= len(settings.steps)):
+    steps, verdicts = stage.spec.rollout.steps, tuple[Verdict, ...]()
+    compared = [share for share in steps if share < 100 or _copies(stage)]
+    for share in steps:
+        for number in range(1, 2 + (EXTRA if share == max(compared, default=0) else 0)):
+            phase = _step(stage, f"{share}%" if number == 1 else f"{share}%-{number}", share)
+            if phase.breach is not None:
+                return (phase.breach,)
+            verdicts = _verdicts(stage)
+            if combine(verdicts) != "inconclusive":
+                break
+        if combine(verdicts) == "fail":
             break
     return verdicts
 
 
-def _judge(stage: Stage, records: list[Record], count: Count) -> tuple[Verdict, ...]:
-    """Errors of the challenger, and the p99 that clients see, over all requests of the rollout so far."""
-    limits, sure = stage.spec.guardrails, stage.spec.objective.confidence
-    return (
-        gates.error_rate(count.errors, count.requests, limits.max_error_rate, sure),
-        gates.p99_cap(served_ms(records), stage.cap_ms(), sure),
+def _copies(stage: Stage) -> bool:
+    """Whether a champion without traffic can be asked too: KServe gives it no address then."""
+    return stage.controller.answers(stage.champion) is not None
+
+
+def _step(stage: Stage, name: str, share: int) -> Phase:
+    settings = stage.spec.rollout
+    if share < 100 or not _copies(stage):
+        return stage.phase(name, stage.weights(share), settings.requests, settings.rate_per_s)
+    pairing = answers.pairing(stage.controller, stage.champion, stage.challenger)
+    routes = stage.weights(share, mirror=stage.champion)
+    phase = stage.phase(name, routes, settings.requests, settings.rate_per_s)
+    if phase.breach is None:
+        stage.seen.peaks += _peaks(pairing, phase)
+    return phase
+
+
+def _peaks(pairing: Pairing, phase: Phase) -> list[list[float]]:
+    """Slowest answers of blocks of requests that both answered, as times in the servers."""
+    try:
+        pairs, _ = pairing.pairs(sorted(phase.records, key=lambda r: r.index))
+    except DataError as error:  # a log that users' own requests have filled; the earlier steps have been compared
+        log.warning("rollout: the answers at 100 %% are not compared: %s", error)
+        return []
+    champion_ms, challenger_ms = ([p.champion.latency_ms for p in pairs], [p.challenger.latency_ms for p in pairs])
+    peaks = sequential.blocks(champion_ms, challenger_ms, guardrails.BLOCK)
+    columns = (peaks.champion_ms, peaks.champion_n, peaks.challenger_ms, peaks.challenger_n)
+    return [list(row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+def _verdicts(stage: Stage) -> tuple[Verdict, ...]:
+    """Errors, p99 and memory of the challenger beside the champion's, over all requests of the rollout so far."""
+    limits, sure, seen = stage.spec.guardrails, stage.spec.objective.confidence, stage.seen
+    verdicts = (
+        stage.errors(),
+        stage.unless_crowded(guardrails.typical_ratio(sequential.Peaks.of(seen.peaks), limits.max_p99_ratio, sure)),
+        stage.unless_crowded(guardrails.p99_limit(CAP, seen.challenger_ms, limits.max_p99_ms, sure)),
+        stage.memory(),
     )
+    return waive(verdicts, limits.waivers, datetime.datetime.now(datetime.UTC).date())
