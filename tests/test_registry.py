@@ -70,6 +70,7 @@ def test_what_a_version_deploys_cannot_be_changed_in_the_registry(world: World) 
         registry.tag(honest, genuine | tags)
         with pytest.raises(RegistryError, match=f"version {honest}: tag slipstream.artifact is {how}.*security.md"):
             registry.artifact(honest)
+    assert registry.sign(honest) == registry.artifact(honest) == ours  # a person vouches for it
     registry.tag(honest, genuine)
     assert registry.artifact(honest) == ours
     elsewhere = Registry(f"{world.model}-elsewhere", client)  # the same tags, on a version of another model

@@ -281,6 +281,20 @@ def rebuild(
 
 
 @app.command()
+def sign(
+    model: Annotated[str, typer.Argument(help="Registered model, such as fashion-resnet.")],
+    version: Annotated[str, typer.Argument(help="Its version, such as 3.")],
+) -> None:
+    """Vouch for a registered engine whose signature does not verify: after a new key, or from before signatures."""
+    from slipstream.home import Home
+    from slipstream.registry import Registry
+    from slipstream.report.find import connect
+
+    artifact = Registry(model, connect(Home.from_environment())).sign(version)
+    typer.echo(f"{model}: version {version} is signed: engine sha256 {artifact.sha256}")
+
+
+@app.command()
 def up(
     new_ports: Annotated[bool, typer.Option(help="Where a remembered port is taken, choose another one.")] = False,
     profile: Annotated[

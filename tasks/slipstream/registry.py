@@ -142,6 +142,19 @@ class Registry:
             )
         return artifact
 
+    def sign(self, version: str) -> Artifact:
+        """Sign a version's artifact as it is now, on a person's word: after a new key, or from before signatures."""
+        text = self.tags(version).get(ARTIFACT)
+        try:
+            artifact = Artifact.model_validate_json(text or "")
+        except ValidationError:
+            raise RegistryError(f"{self.model} version {version}: tag {ARTIFACT} holds no engine to sign") from None
+        self.tag(
+            version,
+            {ARTIFACT_SIGNATURE: signing.sign(signing.VERSION_ARTIFACT, self._signed(version, artifact))},
+        )
+        return artifact
+
     def _signed(self, version: str, artifact: Artifact) -> dict[str, Any]:
         """What the signature covers: where it stands, too, so that no other version's engine passes for this one's."""
         described = artifact.model_dump(mode="json", exclude_defaults=True)

@@ -136,6 +136,8 @@ def installed(
     """The chart, installed as docs/kubernetes.md says for such clusters."""
     secret = [f"--from-literal={k}={v}" for k, v in gateway.environment.items() if k.startswith("AWS_") and "KEY" in k]
     cluster.kubectl("create", "secret", "generic", "slipstream-storage", *secret)
+    signing_key = f"--from-literal=SLIPSTREAM_SIGNING_KEY={os.urandom(32).hex()}"
+    cluster.kubectl("create", "secret", "generic", "slipstream-signing", signing_key)
     files = [f"--from-literal=training.py={TRAINING}", f"--from-file={ROOT / 'examples/fashion.py'}"]
     cluster.kubectl("create", "configmap", "code", *files)
     address = cluster.server.rpartition("/")[2]

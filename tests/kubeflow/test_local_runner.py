@@ -90,7 +90,8 @@ def test_the_package_runs_in_containers(
     from kfp import components
     from mlflow import MlflowClient
 
-    (home / "settings.yaml").write_text(yaml.safe_dump({"environment": {"MLFLOW_TRACKING_URI": mlflow_server}}))
+    environment = {"MLFLOW_TRACKING_URI": mlflow_server, "SLIPSTREAM_SIGNING_KEY": os.urandom(32).hex()}
+    (home / "settings.yaml").write_text(yaml.safe_dump({"environment": environment}))
     out = tmp_path / "package.yaml"
     kubeflow.package(TINY, out, "accuracy_validation")
 
