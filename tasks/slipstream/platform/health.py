@@ -95,8 +95,9 @@ class _Probe:
 
 
 def _one(name: str, address: str | None, state: ProcessState, probe: _Probe) -> ServiceStatus:
-    answer = probe.healthy(name, address, state.pid) if state.pid else False
+    # First the port, then the answer: the last answer of a left-over process that ends in between must not count.
     note = _wrong(name, address, state) or probe.ejected.get(name)
+    answer = probe.healthy(name, address, state.pid) if state.pid else False
     return ServiceStatus(
         name=name,
         state=state.state,
