@@ -127,31 +127,30 @@ def test_a_champion_that_cannot_be_loaded_is_rebuilt_and_serves(scene: Scene) ->
     )
 
 
-def test_the_new_release_is_ready_before_traffic_moves_and_a_killed_rebuild_is_asked_for_again(
+def test_the_new_release_is_ready_before_anything_moves_and_a_killed_rebuild_is_finished(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = scene.champion(later)
     writes: list[str] = []
-    deploy, set_routes = scene.fake.deploy, scene.fake.set_routes
+    deploy = scene.fake.deploy
 
-    def watched_deploy(release: Release, engine: Path) -> None:
-        writes.append(f"deploy {release.name}")
-        deploy(release, engine)
+    def watched_deploy(release: Release, engine: Path, sha256: str | None = None) -> None:
+        writes.append(f"deploy {release.name} while version {scene.registry.champion()} is the champion")
+        deploy(release, engine, sha256)
 
-    def killed_after(model: str, routes: Routes) -> None:
+    def killed(model: str, routes: Routes) -> None:
         writes.append(f"routes {routes.weights}")
-        set_routes(model, routes)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(scene.fake, "deploy", watched_deploy)
-        patched.setattr(scene.fake, "set_routes", killed_after)
+        patched.setattr(scene.fake, "set_routes", killed)
         scene.rebuild()
     [new] = scene.fake.releases(scene.spec.model.name) - {f"v{old}"}
-    assert writes == [f"deploy {new}", f"routes {{'{new}': 100}}"]
-    assert scene.registry.champion() == old
+    assert writes == [f"deploy {new} while version {old} is the champion", f"routes {{'{new}': 100}}"]
+    assert scene.fake.routes(scene.spec.model.name).weights == {f"v{old}": 100}
 
-    scene.rebuild()
+    assert "there is nothing to rebuild" in scene.rebuild()
     scene.requires(new.removeprefix("v"))
 
 

@@ -1,8 +1,8 @@
 """rebuild: a release whose engine cannot be loaded here any more gets one that can, without an outage.
 
 The engine is built again from the same candidate, must answer as the old one recorded, and is registered as a new
-version that names the old one. It is deployed before the traffic moves, and the traffic moves before the alias. Until
-then nothing changes, so that a rebuild that was stopped is simply asked for again.
+version that names the old one. Its server is ready before alias and traffic move. A rebuild that was stopped before
+that changes nothing and is asked for again; one that was stopped afterwards is finished by whoever settles the move.
 
 The held-out samples are not asked: stage 1 judged this candidate on them, and evidence is measured once.
 """
@@ -74,6 +74,9 @@ class Rebuild:
         model, version = self.registry.model, self.registry.alias(self.alias)
         if version is None:
             raise RegistryError(f"{model}: no version has the alias {self.alias}; there is nothing to rebuild")
+        if not dry_run:
+            settle(self.registry, controller)
+            version = self.registry.alias(self.alias) or version
         old = _Old(version, self.registry.artifact(version))
         problem = _ask(self.home, server_environment(old.folder), "load", str(old.folder)).problem
         if not problem:
@@ -153,7 +156,7 @@ class Rebuild:
             self.client.update_run(run.info.run_id, status=status)  # set_terminated prints on stdout
 
     def _put_in_place(self, controller: TrafficController, old: str, version: str) -> None:
-        """Deploy, move the traffic where it is the champion, then the alias, as a move of its own."""
+        """Deploy, move the alias, then the traffic where it is the champion, as a move of its own."""
         registry, release, artifact = self.registry, self.registry.release(version), self.registry.artifact(version)
         settle(registry, lambda: controller)
         serves, previous = self.alias == CHAMPION, registry.alias(PREVIOUS)
@@ -169,9 +172,13 @@ class Rebuild:
                     "registered, and neither alias nor traffic was changed"
                 )
             if serves:
+                # The alias first, unlike in a rollout: from then on a killed rebuild is finished (release/settle.py),
+                # and the traffic is never put back to a server that may not start again.
+                move.update(state="promoting")
+                move.set_alias(CHAMPION, version)
                 move.controller.set_routes(registry.model, Routes(weights={release.name: 100}))
-            move.set_alias(self.alias, version)
-            if not serves:
+            else:
+                move.set_alias(self.alias, version)
                 move.update(previous=version)
             move.close("done")
             sweep(move.controller, registry)
