@@ -66,6 +66,19 @@ def test_zero_answers_agree_with_themselves():
     assert objection(zeros, zeros + 1, EXACT) is not None
 
 
+@pytest.mark.parametrize("bound", [EXACT, QUANTIZED, bound_for("bf16", quantized=False)], ids=lambda b: b.form)
+def test_units_in_the_last_place_are_rounding_where_all_answers_are_close_to_0(bound):
+    """An OCR detector on blank pages answers 1e-9 alone and 1.2e-7 in a batch: steps of its sigmoid."""
+    blank = np.full((8, 1, 16, 16), 1e-9, np.float32)
+    assert objection(blank, blank + np.float32(1.19e-7), bound) is None
+    assert objection(blank, blank + np.float32(1e-5), bound) is not None
+
+
+def test_the_floor_hides_nothing_of_answers_of_the_usual_size():
+    assert "differs by up to" in str(objection(SCORES, SCORES + np.float32(0.01), EXACT))
+    assert "differs by up to" in str(objection(SCORES * 0.01, SCORES * 0.01 + np.float32(1e-4), EXACT))
+
+
 @given(st.floats(1e-3, 1e6), st.integers(0, 2**16))
 def test_the_unit_of_the_answers_does_not_matter(scale, seed):
     x = np.random.default_rng(seed).normal(size=(16, 4))
