@@ -49,7 +49,12 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "tensorflow": (
         ".envs/tensorflow",
-        ("tests/frameworks/test_keras.py", "tests/steps/test_cluster.py", "tests/engines/test_litert.py"),
+        (
+            "tests/frameworks/test_keras.py",
+            "tests/frameworks/test_keras_3.py",
+            "tests/steps/test_cluster.py",
+            "tests/engines/test_litert.py",
+        ),
     ),
     "airflow": (".envs/airflow", ("tests/dags", "tests/triggers")),
     "kubeflow": (".envs/kubeflow", ("tests/kubeflow",)),

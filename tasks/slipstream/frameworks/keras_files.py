@@ -75,8 +75,7 @@ def find(folder: Path) -> Path:
 def load(path: Path, architecture: Call | None) -> Any:
     """The network of what `find` found. Code in it is never run: Lambda layers are refused.
 
-    Files without an architecture of their own (weights alone, or written by Keras 3) need `architecture`. Raises
-    ModelError.
+    Files of Keras 3 are converted. A file of weights alone needs `architecture`. Raises ModelError.
     """
     if architecture is not None:
         user_function(architecture)  # its module registers the layers that it defines
@@ -94,7 +93,7 @@ def _load(path: Path, architecture: Call | None) -> Any:
         described = (path / "keras_metadata.pb").exists()
         return keras.models.load_model(path, compile=False) if described else Served(path)
     if _written_by(path).startswith("3"):
-        return _from_keras_3(path, _built(path, architecture, "was written by Keras 3"))
+        return _from_keras_3(path, architecture)
     if path.suffix == ".keras":
         return keras.models.load_model(path, compile=False, safe_mode=True)
     with h5py.File(path) as file:
@@ -124,24 +123,22 @@ def _built(path: Path, architecture: Call | None, why: str) -> Any:
     return user_function(architecture)(**architecture.params)
 
 
-def _from_keras_3(path: Path, network: Any) -> Any:
-    """The network with the weights of a model that Keras 3 wrote; Keras 2 reads neither its layers nor their names.
+def _from_keras_3(path: Path, architecture: Call | None) -> Any:
+    """The network of a file that Keras 3 wrote: converted, or built by `architecture` and given its weights.
 
     Both list weights layer by layer. That they were meant for one another is told by equal answers to random inputs.
     """
-    import keras as keras_3
+    from slipstream.frameworks import keras_3
 
-    theirs = keras_3.saving.load_model(path, compile=False, safe_mode=True)
+    if architecture is None:
+        return keras_3.convert(path)
+    network, theirs = user_function(architecture)(**architecture.params), keras_3.read(path)
     given = theirs.get_weights()
     shapes = [[tuple(w.shape) for w in weights] for weights in (given, network.get_weights())]
     if shapes[0] != shapes[1]:
         raise ModelError(f"{path.name}: its weights do not fit model.architecture: {shapes[0]} in it, not {shapes[1]}")
     network.set_weights(given)
-    shape = [2, *(size or 8 for size in network.input_shape[1:])]
-    sample = np.random.default_rng(0).normal(size=shape).astype(network.inputs[0].dtype.as_numpy_dtype)
-    problem = objection(np.asarray(theirs(sample, training=False)), outputs(network, sample), EXACT)
-    if problem is not None:
-        raise ModelError(f"{path.name}: model.architecture is another network: with the same weights it {problem}")
+    keras_3.require_equal(path, theirs, network, "built by model.architecture")
     return network
 
 

@@ -1,0 +1,214 @@
+"""Files of Keras 3 as networks of Keras 2, which is what tensorflow-model-optimization trains.
+
+Keras 3 reads the file (no code in it is run: custom objects and Lambda layers are refused), its graph is walked, and
+each layer is made anew from its settings with the same weights. What Keras 2 has no counterpart for is refused by the
+layer's name, and the answers of both networks are compared before the result is believed.
+"""
+
+import inspect
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.agreement.bounds import EXACT, objection
+from slipstream.errors import ModelError
+from slipstream.frameworks.keras_runtime import keras
+from slipstream.frameworks.keras_training import outputs
+
+INSTEAD = "export the model with model.export() and name that folder, or name a function that builds it with tf.keras"
+"""What always works: a SavedModel answers, though it cannot be trained; a network of Keras 2 can."""
+SETTINGS_OF_TRAINING = {"quantization_config", "lora_rank", "lora_alpha"}
+"""Settings of Keras 3 that change no answer of a network read from a file."""
+HOW_IT_IS_MADE = ("module", "registered_name", "build_config")
+"""Keys beside an object's settings that Keras 2 does not need."""
+RENAMED = {("LeakyReLU", "negative_slope"): "alpha"}
+"""Layer and setting → the setting's name in Keras 2."""
+ADDED = {"MultiHeadAttention": {"query_shape": None, "key_shape": None, "value_shape": None}}
+"""Settings that only Keras 2 writes, and reads: shapes that are not known before the layer is called."""
+NAMED = 5
+
+
+def convert(path: Path) -> Any:
+    """The network of a .keras or .h5 file that Keras 3 wrote. Raises ModelError."""
+    _require_plain(path)
+    theirs = read(path)
+    if not hasattr(theirs, "_run_through_graph") and not hasattr(theirs, "layers"):
+        raise ModelError(f"{path.name}: holds a {type(theirs).__name__}, which has no graph of layers; {INSTEAD}")
+    network = _Conversion(path.name).network(theirs)
+    require_equal(path, theirs, network, "converted to Keras 2")
+    return network
+
+
+def read(path: Path) -> Any:
+    """The model as Keras 3 reads it. Raises ModelError."""
+    import keras as keras_3
+
+    try:
+        return keras_3.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # Keras and h5py share no root but Exception
+        reason = next(iter(str(error).splitlines()), "")
+        raise ModelError(f"{path.name}: Keras 3 cannot read it: {type(error).__name__}: {reason}") from error
+
+
+def require_equal(path: Path, theirs: Any, network: Any, what: str) -> None:
+    """Raise ModelError unless both answer two random samples alike."""
+    shape = [2, *(size or 8 for size in network.input_shape[1:])]
+    dtype = network.inputs[0].dtype.as_numpy_dtype
+    sample = _sample(theirs, shape, np.dtype(dtype))
+    problem = objection(np.asarray(theirs(sample, training=False)), outputs(network, sample), EXACT)
+    if problem is not None:
+        raise ModelError(f"{path.name}: {what}, with the same weights, it {problem}; {INSTEAD}")
+
+
+def _sample(theirs: Any, shape: list[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Random inputs; ids that every embedding has, whatever the dtype in which it is given them."""
+    rng = np.random.default_rng(0)
+    ids = [layer.input_dim for layer in theirs._flatten_layers() if type(layer).__name__ == "Embedding"]
+    if ids or np.issubdtype(dtype, np.integer):
+        return rng.integers(0, min([*ids, 256]), shape).astype(dtype)
+    return rng.normal(size=shape).astype(dtype)
+
+
+def _require_plain(path: Path) -> None:
+    """Raise ModelError when the file names code: a Lambda layer, or a class that is not Keras's own."""
+    strangers = list(dict.fromkeys(_strangers(_config(path))))
+    if strangers:
+        raise ModelError(
+            f"{path.name}: holds {', '.join(strangers[:NAMED])}, whose code is not in the file or would be run from "
+            f"it; {INSTEAD}"
+        )
+
+
+def _config(path: Path) -> Any:
+    """The network's description. Raises ModelError for a file of weights alone."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                return json.loads(file.read("config.json"))
+        with h5py.File(path) as file:
+            return json.loads(file.attrs["model_config"])
+    except KeyError:
+        raise ModelError(
+            f"{path.name}: holds weights alone; name the function that builds the network, with layers of tf.keras, "
+            "under model.architecture"
+        ) from None
+
+
+def _strangers(config: Any) -> Iterator[str]:
+    """Classes in a description that are code of others."""
+    if isinstance(config, Mapping):
+        name, module = config.get("class_name"), config.get("module") or "keras"
+        if name is not None and (
+            name == "Lambda" or config.get("registered_name") not in (None, name) or not _is_keras(str(module))
+        ):
+            yield f"{name} {dict(config.get('config') or {}).get('name', '')!r}" if name != "function" else str(config)
+        for value in config.values():
+            yield from _strangers(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _strangers(value)
+
+
+def _is_keras(module: str) -> bool:
+    return module.split(".", maxsplit=1)[0] in ("keras", "builtins")
+
+
+class _Conversion:
+    """One file's conversion; a layer that is used twice is made once."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.made: dict[int, Any] = {}
+
+    def network(self, theirs: Any) -> Any:
+        """A model of Keras 2 with the layers, graph and weights of one of Keras 3."""
+        functional = getattr(theirs, "_functional", None) or theirs  # what is inside of a Sequential
+        if not hasattr(functional, "_run_through_graph"):
+            raise self._refused(theirs, "is written as a class, which Keras 2 does not have")
+        inputs = [keras.Input(shape=x.shape[1:], dtype=x.dtype, name=x.name) for x in functional.inputs]
+        answers = functional._run_through_graph(inputs, operation_fn=self._layer, call_fn=self._call)
+        return keras.Model(inputs if len(inputs) > 1 else inputs[0], answers, name=theirs.name)
+
+    def _layer(self, theirs: Any) -> Any:
+        """The counterpart of a layer, or of a model used as one, and what it was made of."""
+        if id(theirs) not in self.made:
+            nested = hasattr(theirs, "_run_through_graph") or hasattr(theirs, "_functional")
+            self.made[id(theirs)] = (theirs, self.network(theirs) if nested else self._single(theirs))
+        return self.made[id(theirs)]
+
+    def _call(self, pair: tuple[Any, Any], *arguments: Any, **keywords: Any) -> Any:
+        """Call a counterpart in the graph; its weights exist from then on."""
+        theirs, layer = pair
+        used = {name: value for name, value in keywords.items() if value is not None}
+        try:
+            answer = layer(*arguments, **used)
+        except (TypeError, ValueError) as error:
+            raise self._refused(theirs, f"is not called like that in Keras 2 ({error})") from error
+        if not isinstance(layer, keras.Model):
+            given, own = theirs.get_weights(), layer.get_weights()
+            if [w.shape for w in given] != [w.shape for w in own]:
+                shapes = [[w.shape for w in weights] for weights in (given, own)]
+                raise self._refused(theirs, f"has weights {shapes[0]}, where Keras 2 has {shapes[1]}")
+            layer.set_weights(given)
+        return answer
+
+    def _single(self, theirs: Any) -> Any:
+        kind = type(theirs).__name__
+        own = getattr(keras.layers, kind, None)
+        if (
+            own is None
+            or not hasattr(theirs, "get_config")
+            or not type(theirs).__module__.startswith("keras.src.layers")
+        ):
+            raise self._refused(theirs, "has no counterpart in Keras 2")
+        config = self._settings(theirs, own)
+        try:
+            return keras.layers.deserialize({"class_name": kind, "config": config})
+        except (TypeError, ValueError, KeyError) as error:
+            raise self._refused(theirs, f"cannot be made in Keras 2 ({error})") from error
+
+    def _settings(self, theirs: Any, own: Any) -> dict[str, Any]:
+        """A layer's settings without what Keras 2 does not know, which must be as if it had not been set."""
+        kind = type(theirs).__name__
+        config = {RENAMED.get((kind, k), k): v for k, v in _plain(theirs.get_config()).items()}
+        known = {"name", "trainable", "dtype", *_parameters(own)}
+        defaults = _parameters(type(theirs))
+        for name in set(config) - known:
+            value = config.pop(name)
+            if name not in SETTINGS_OF_TRAINING and value not in (None, False, "channels_last", defaults.get(name)):
+                raise self._refused(theirs, f"has {name}={value!r}, which Keras 2 does not know")
+        return config | ADDED.get(kind, {})
+
+    def _refused(self, theirs: Any, why: str) -> ModelError:
+        return ModelError(f"{self.file}: layer {theirs.name!r} ({type(theirs).__name__}) {why}; {INSTEAD}")
+
+
+def _parameters(kind: Any) -> dict[str, Any]:
+    """Parameters of a class and its bases, with their defaults."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        for name, parameter in inspect.signature(base.__init__).parameters.items():
+            found[name] = parameter.default
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A setting as Keras 2 writes it: a precision by its name, a function by its own, anything inside likewise.
+
+    Without initializers, whose settings differ: the weights are given.
+    """
+    if isinstance(value, Mapping):
+        if value.get("class_name") == "DTypePolicy":
+            return value["config"]["name"]
+        if value.get("class_name") == "function":
+            return value["config"]
+        return {k: _plain(v) for k, v in value.items() if k not in HOW_IT_IS_MADE and "initializer" not in k}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(v) for v in value)
+    return value
