@@ -1,5 +1,6 @@
 """The command line: exit codes, where output goes, and what it says when it cannot help."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slipstream import errors
+from slipstream import cli, errors
 
 ROOT = Path(__file__).parent.parent
 SLIPSTREAM = Path(sys.executable).parent / "slipstream"
@@ -66,6 +67,40 @@ def test_the_schema_is_json_on_stdout() -> None:
             ("step", "check", "--spec", "examples/fashion.yaml", "--inputs", "no.json", "--outputs", "z"),
             "no.json: cannot be read",
         ),
+        (
+            (
+                "step",
+                "build",
+                "--spec",
+                "examples/fashion.yaml",
+                "--run-key",
+                "r",
+                "--cell",
+                "zzz@yyy",
+                "--outputs",
+                "z",
+            ),
+            "--cell zzz@yyy: spec fashion has no recipe zzz; it has baseline, int8",
+        ),
+        (
+            (
+                "step",
+                "build",
+                "--spec",
+                "examples/fashion.yaml",
+                "--run-key",
+                "r",
+                "--cell",
+                "int8@yy",
+                "--outputs",
+                "z",
+            ),
+            "--cell int8@yy: spec fashion has no target yy; it has server, portable",
+        ),
+        (
+            ("step", "check", "--spec", "examples/fashion.yaml", "--run-key", "r", "--outputs", "z"),
+            "step check needs the environment torch (",
+        ),
     ],
 )
 def test_a_step_that_cannot_start_exits_2(arguments: tuple[str, ...], said: str) -> None:
@@ -83,3 +118,44 @@ def test_without_a_platform_a_report_is_unavailable_and_says_what_to_start(tmp_p
 def test_usage_errors_exit_2() -> None:
     assert slipstream("validate").returncode == 2
     assert slipstream("no-such-command").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "examples/fashion.yaml", "--param", "max_drop=["), "--param max_drop=[: must be a number"),
+        (("run", "examples/fashion.yaml", "--param", "max_drop=a"), "--param max_drop=a: must be a number"),
+        (("compile", "examples/fashion.yaml", "--kfp", "/proc/x/y.yaml"), "there is no folder /proc/x"),
+        (("schema", "--markdown", "x"), "unexpected extra argument"),
+        (("validate", "/proc"), "/proc: cannot be read: Is a directory"),
+        (("validate", "x" * 300), "cannot be read: File name too long"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exits_2(arguments: tuple[str, ...], said: str) -> None:
+    done = slipstream(*arguments)
+    assert done.returncode == errors.EXIT_INPUT
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/x"), errors.EXIT_INPUT),
+        (OSError(errno.EROFS, "Read-only file system", "/boot/x"), errors.EXIT_INPUT),
+        (OSError(errno.ENOSPC, "No space left on device", "/full/x"), errors.EXIT_RETRY),
+        (OSError(errno.ENOSPC, "No space left on device"), errors.EXIT_RETRY),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), errors.EXIT_RETRY),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    error: OSError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert error.strerror in capsys.readouterr().err

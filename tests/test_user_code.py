@@ -1,5 +1,8 @@
 """What the digest of a function that a spec names covers."""
 
+import importlib
+import io
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -8,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from slipstream.errors import SpecError
+from slipstream.errors import CodeError, SpecError, Unavailable
 from slipstream.spec import Call
-from slipstream.user_code import user_code_digest, user_function
+from slipstream.user_code import blamed, user_code_digest, user_function
 
 CODE = {
     # A folder without __init__.py, as examples/ is.
@@ -62,7 +65,9 @@ def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget() -> None:
     """Unload the user's code."""
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("mine", "toolbox", "newer", "installed")]:
+    for name in [
+        n for n in sys.modules if n.partition(".")[0] in ("mine", "toolbox", "newer", "installed", "faulty", "broken")
+    ]:
         del sys.modules[name]
 
 
@@ -144,3 +149,67 @@ def test_a_module_that_another_one_hides_is_refused(
     monkeypatch.syspath_prepend(hiding.parent)
     with pytest.raises(SpecError, match=r"networks.py is hidden by .*earlier/mine/networks.py"):
         user_function(NETWORK)
+
+
+FAULTS = {
+    "exits with 3": (
+        "import sys\ndef data():\n    sys.exit(3)\n",
+        "faulty.py:3: sys.exit(3): code that slipstream calls",
+    ),
+    "exits with 0": ("import sys\ndef data():\n    sys.exit(0)\n", "faulty.py:3: sys.exit(0)"),
+    "exits": ("def data():\n    raise SystemExit\n", "faulty.py:2: sys.exit()"),
+    "exits at import": ("raise SystemExit('no')\n", "faulty.py:1: sys.exit('no')"),
+    "does not parse": ("def data(:\n    pass\n", "faulty.py:1: SyntaxError: "),
+    "does not parse below": ("def data():\n    import broken\n", "broken.py:2: SyntaxError: "),
+    "fails at import": ("x = 1\n1 / 0\n", "faulty.py:2: ZeroDivisionError: division by zero"),
+    "lacks a package": (
+        "import no_such_package\n",
+        "faulty.py:1: ModuleNotFoundError: No module named 'no_such_package'",
+    ),
+    "raises": ("def data():\n    raise KeyError('x')\n", "faulty.py:2: KeyError: 'x'"),
+    "raises in a library": ("import json\ndef data():\n    return json.loads('{')\n", "faulty.py:3: JSONDecodeError: "),
+    "raises what is no Exception": (
+        "class Own(BaseException): ...\ndef data():\n    raise Own('x')\n",
+        "faulty.py:3: Own: x",
+    ),
+    "asks": ("def data():\n    input('which? ')\n", "faulty.py:2: EOFError: EOF when reading a line; a step has no"),
+    "recurses": ("def data():\n    data()\n", "faulty.py:2: RecursionError: "),
+    "takes other parameters": ("def data(*, a):\n    pass\n", "faulty:data: TypeError: data() missing 1 required"),
+    "says much": ("def data():\n    raise ValueError('x' * 10**6)\n", "faulty.py:2: ValueError: x"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_users_code_names_file_and_line(code: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    text, said = FAULTS[fault]
+    (code / "faulty.py").write_text(text)
+    (code / "broken.py").write_text("pass\nx = = 1\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    importlib.invalidate_caches()
+    with pytest.raises(CodeError, match=re.escape(said)) as told:
+        user_function(Call(function="faulty:data"))()
+    assert str(told.value).startswith("faulty:data: ")
+    assert len(str(told.value)) < 700 and "\n" not in str(told.value)
+    assert told.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "error", [Unavailable("S3 is down"), ConnectionResetError(), TimeoutError(), KeyboardInterrupt()]
+)
+def test_what_a_retry_may_mend_and_what_slipstream_says_pass_unchanged(error: BaseException) -> None:
+    with pytest.raises(type(error)), blamed("x"):
+        raise error
+
+
+def test_what_slipstream_raises_when_the_users_code_calls_it_is_not_blamed_on_the_code(code: Path) -> None:
+    """A training function calls `fit`; what fails in there may be a lost process, which is tried again."""
+    (code / "faulty.py").write_text("from slipstream.digests import file\ndef train():\n    file(None)\n")
+    importlib.invalidate_caches()
+    with pytest.raises(AttributeError):
+        user_function(Call(function="faulty:train"))()
+
+
+def test_a_function_that_is_not_there_is_a_wrong_spec(code: Path) -> None:
+    with pytest.raises(SpecError, match="cannot import nowhere from") as told:
+        user_function(Call(function="nowhere:data"))
+    assert type(told.value) is SpecError

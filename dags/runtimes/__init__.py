@@ -46,6 +46,7 @@ def run_step(step: str, spec_uri: str, inputs: StepInput, context: Any) -> dict[
         job = Job(step, spec_uri, inputs, settings.load(home), home)
         if job.settings.runtime not in RUNTIMES:
             raise InputError(f"runtime is {job.settings.runtime!r}; known: {', '.join(RUNTIMES)}")
+        storage.delete(job.made)  # an earlier attempt's; a step that ends without one has failed
         storage.write_text(job.given, inputs.model_dump_json(indent=2))
         runtime = RUNTIMES[job.settings.runtime]()
         _running.append(runtime)

@@ -46,6 +46,7 @@ class Subprocess:
         parent = os.getpid()
         process = subprocess.Popen(
             command,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -3,12 +3,12 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from slipstream import log_lines
-from slipstream.errors import SlipstreamError
+from slipstream.errors import InputError, SlipstreamError, of_system
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs
     from slipstream.home import Home
@@ -167,9 +167,8 @@ def step(
     """Run one step: the same command in a virtual environment, a container or a pod."""
     from slipstream import documents, storage
     from slipstream import spec as specs
-    from slipstream.errors import InputError
     from slipstream.steps import STEPS
-    from slipstream.steps.base import run_step
+    from slipstream.steps.base import run_step, wrong_environment
 
     if name not in STEPS:
         raise InputError(f"unknown step {name!r}; known: {', '.join(STEPS)}")
@@ -179,7 +178,13 @@ def step(
     given = documents.read(inputs) if inputs else documents.gather(name, chosen, run_key, cell, upstream or [])
     for variable, value in STEPS[name].variables.items():
         os.environ.setdefault(variable, value)
-    if (output := run_step(name, specs.load(spec), given)) is not None:
+    try:
+        output = run_step(name, chosen, given)
+    except ImportError as error:
+        if (wrong := wrong_environment(name, chosen, given.cell, error)) is not None:
+            raise wrong from error
+        raise
+    if output is not None:
         storage.write_text(outputs, output.model_dump_json(indent=2))
 
 
@@ -194,6 +199,8 @@ def compile_(
 
     from slipstream.home import Home
 
+    if not kfp.absolute().parent.is_dir():
+        raise InputError(f"--kfp {kfp}: there is no folder {kfp.parent}")
     python = Home.from_environment().require_python("kubeflow", "`slipstream compile`")
     command = [str(python), "-m", "slipstream.kubeflow", str(spec), str(kfp), "--stop-after", stop_after]
     if code := subprocess.run(command, check=False).returncode:
@@ -356,6 +363,14 @@ def main() -> None:
     try:
         app()
     except SlipstreamError as error:
-        typer.secho(f"{error.headline}: ", fg="red", bold=True, nl=False, err=True)
-        typer.echo(str(error), err=True)
-        raise SystemExit(error.exit_code) from error
+        _exit_with(error)
+    except OSError as error:
+        _exit_with(of_system(error))
+    except RecursionError as error:
+        _exit_with(InputError(f"something that was given is nested too deeply: {error}"))
+
+
+def _exit_with(error: SlipstreamError) -> NoReturn:
+    typer.secho(f"{error.headline}: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(str(error), err=True)
+    raise SystemExit(error.exit_code) from error

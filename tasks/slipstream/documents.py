@@ -6,9 +6,9 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from slipstream import flow, signing, storage
-from slipstream.contract import Document, StepInput, StepOutput
+from slipstream.contract import Cell, Document, StepInput, StepOutput
 from slipstream.errors import InputError
-from slipstream.spec import Spec
+from slipstream.spec import BASELINE, Spec
 
 T = TypeVar("T", bound=Document)
 
@@ -26,9 +26,20 @@ def gather(step: str, spec: Spec, run_key: str, cell: str, outputs: Iterable[str
 
     Raises InputError when one is missing or none, DataError when this platform did not sign it.
     """
-    chosen = flow.cell_of(cell) if cell else None
+    chosen = _cell(spec, cell) if cell else None
     found = [signing.require_signed(_read(uri, StepOutput, "OUT"), uri) for uri in outputs]
     return StepInput(run_key=run_key, cell=chosen, upstream=flow.upstream(step, spec, chosen, found))
+
+
+def _cell(spec: Spec, key: str) -> Cell:
+    chosen = flow.cell_of(key)
+    recipes = (BASELINE, *spec.recipes)
+    if chosen.recipe not in recipes:
+        raise InputError(f"--cell {key}: spec {spec.name} has no recipe {chosen.recipe}; it has {', '.join(recipes)}")
+    if chosen.target is not None and chosen.target not in spec.targets:
+        has = ", ".join(spec.targets)
+        raise InputError(f"--cell {key}: spec {spec.name} has no target {chosen.target}; it has {has}")
+    return chosen
 
 
 def _read(uri: str, kind: type[T], name: str) -> T:

@@ -6,6 +6,7 @@
     ├── Undecided                exit 1   a gate could not be judged: an outage, or an overloaded machine
     ├── InputError               exit 2   what was given is wrong; a retry will not help
     │   ├── SpecError                     the spec: file, field, mend
+    │   │   └── CodeError                 a function that the spec names: file, line, what it raised
     │   ├── DataError                     a data set
     │   ├── ModelError                    a model, checkpoint or candidate
     │   ├── EngineError                   an engine that cannot be built or may not be loaded here
@@ -16,6 +17,7 @@ A message says what is wrong, where, and what to do. `cli.main` exits with the c
 reads it and decides whether Airflow retries.
 """
 
+import errno
 from typing import ClassVar
 
 EXIT_RETRY = 1
@@ -61,6 +63,12 @@ class SpecError(InputError):
     headline = "Bad spec"
 
 
+class CodeError(SpecError):
+    """A function that the spec names cannot be imported, raised an exception, or ended the process."""
+
+    headline = "Bad code"
+
+
 class DataError(InputError):
     """A data set is missing, malformed, or not the one that earlier steps used."""
 
@@ -90,3 +98,18 @@ class GateFailed(SlipstreamError):
 
     exit_code = EXIT_GATE
     headline = "Gate failed"
+
+
+PERMANENT = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM,
+    errno.EROFS,
+}  # fmt: skip
+"""The system's errors about a path itself, which stay; a full disk or a lost connection may pass."""
+
+
+def of_system(error: OSError) -> SlipstreamError:
+    """What the operating system refused, as an error with the path and an exit code."""
+    what = error.strerror or type(error).__name__
+    path = f"{error.filename}: " if error.filename is not None else ""
+    kind = InputError if error.errno in PERMANENT and error.filename is not None else SlipstreamError
+    return kind(f"{path}{what}")

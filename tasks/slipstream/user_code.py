@@ -1,23 +1,36 @@
 """The functions that a spec names as `module:function`, and what identities know of them."""
 
 import ast
+import functools
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from importlib.util import resolve_name
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from slipstream import digests
 from slipstream.contract import digest
-from slipstream.errors import SpecError
+from slipstream.errors import CodeError, SlipstreamError, SpecError
 from slipstream.home import Home
 from slipstream.spec import Call
+from slipstream.spec.document import shortened
+
+PACKAGE = Path(__file__).parent
+
+
+RETRIED = (ConnectionError, TimeoutError, MemoryError)
+"""What user code may raise without being wrong: an outage or a busy machine, so that a retry may help."""
 
 
 def user_function(call: Call) -> Callable[..., Any]:
-    """Import a function from the user's code. Raises SpecError when it is not there.
+    """Import a function from the user's code. Raises SpecError when it is not there, CodeError when its module fails.
+
+    The function that is returned raises CodeError for whatever the user's code raises, and for an attempt to exit.
 
     Only modules below SLIPSTREAM_CODE: the name may come from a manifest in the artifact store, and `os:system` is a
     function too. Where the file lies is known before anything is imported.
@@ -32,10 +45,8 @@ def user_function(call: Call) -> Callable[..., Any]:
         )
     if str(code) not in sys.path:
         sys.path.insert(0, str(code))
-    try:
+    with blamed(call.function):
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SpecError(f"{call.function}: cannot import {module_name} from {code}: {error}") from error
     if not (module.__file__ and file.samefile(module.__file__)):
         raise SpecError(
             f"{call.function}: {file} is hidden by {module.__file__ or 'a built-in module'} of the same name; rename it"
@@ -43,8 +54,74 @@ def user_function(call: Call) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise SpecError(f"{call.function}: {module_name} has no function {name}")
-    found: Callable[..., Any] = function
-    return found
+
+    @functools.wraps(function, updated=())
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        with blamed(call.function):
+            return function(*arguments, **keywords)
+
+    return called
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Raise CodeError, which names `what`, file and line, for exceptions of the user's code within the block.
+
+    SystemExit among them: its code would be taken for the step's own verdict. Slipstream's errors pass, and so does
+    what slipstream's code raised when the user's called it (a training function calls `fit`).
+    """
+    try:
+        yield
+    except (SlipstreamError, KeyboardInterrupt, GeneratorExit, *RETRIED):
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) and _is_ours(error):
+            raise
+        raise CodeError(f"{what}: {told(error)}") from error
+
+
+def told(error: BaseException) -> str:
+    """An exception of the user's code in one line: file and line, where there is one in the user's code, and what."""
+    place = _place(error)
+    if isinstance(error, SystemExit):
+        what = f"sys.exit({'' if error.code is None else repr(error.code)}): code that slipstream calls must not exit"
+    elif isinstance(error, EOFError):
+        what = f"EOFError: {error}; a step has no terminal to ask at"
+    else:
+        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        first = next((line for line in said.splitlines() if line.strip()), "")
+        what = f"{type(error).__name__}: {shortened(first)}" if first else type(error).__name__
+    return f"{place}: {what}" if place else what
+
+
+def _place(error: BaseException) -> str | None:
+    """`file:line` of the last frame in the user's code; of the text that does not parse for a SyntaxError."""
+    if isinstance(error, SyntaxError) and error.filename and _is_users(error.filename):
+        return f"{error.filename}:{error.lineno}"
+    lines = [f"{f.f_code.co_filename}:{n}" for f, n in traceback.walk_tb(error.__traceback__) if _is_users_frame(f)]
+    return lines[-1] if lines else None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether slipstream's code raised the error after the user's code had called it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    users = [i for i, frame in enumerate(frames) if _is_users_frame(frame)]
+    ours = [i for i, frame in enumerate(frames) if PACKAGE in Path(frame.f_code.co_filename).parents]
+    return bool(users) and max(ours, default=-1) > users[-1]
+
+
+def _is_users_frame(frame: FrameType) -> bool:
+    return _is_users(frame.f_code.co_filename)
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file is the user's: below SLIPSTREAM_CODE, which may hold slipstream and environments as well."""
+    path = Path(file)
+    return (
+        path.is_relative_to(Home.from_environment().code)
+        and not path.is_relative_to(PACKAGE)
+        and "site-packages" not in path.parts
+    )
 
 
 def user_code_digest(call: Call | None) -> str | None:

@@ -30,7 +30,7 @@ def schedule(value: str) -> str:
     """Raise ValueError, with the field that is wrong, unless Airflow accepts the schedule and it comes due."""
     if value in PRESETS:
         return value
-    parts = value.split()
+    parts = [part for part in value.split(" ") if part]
     if value.startswith("@") or len(parts) != len(FIELDS):
         raise ValueError(
             f"{value!r} is neither a preset ({', '.join(PRESETS)}) nor a cron expression of five fields such as "

@@ -12,6 +12,7 @@ A step that trains may do a part of `run` in several processes: `context.togethe
 import importlib
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,12 +21,22 @@ from typing import Any, Protocol, TypeVar, cast
 
 from slipstream import data, digests, log_lines
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict, combine, digest
-from slipstream.errors import EXIT_RETRY, DataError, GateFailed, SlipstreamError, SpecError, Undecided
+from slipstream.errors import (
+    EXIT_RETRY,
+    CodeError,
+    DataError,
+    GateFailed,
+    InputError,
+    SlipstreamError,
+    SpecError,
+    Undecided,
+)
 from slipstream.frameworks.base import ALONE, Group, Job, group_of, require_own_architecture, trainer_for
 from slipstream.home import Home, alone
 from slipstream.spec import TECHNIQUES, Spec
 from slipstream.steps import STEPS
 from slipstream.tracking import StepRun, Tracking, fetch
+from slipstream.user_code import told
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +261,15 @@ def _work(module: StepModule, context: Context, processes: int) -> StepOutput:
         assert made is not None, "process 0 has the output"
         return made
     with context.group.blaming():
-        return module.run(context)
+        return _never_exits(context.step, lambda: module.run(context))
+
+
+def _never_exits(step: str, work: Callable[[], T]) -> T:
+    """The result of a step's work. An exit from within it, as a user's network may do, is not the step's verdict."""
+    try:
+        return work()
+    except SystemExit as error:
+        raise CodeError(f"step {step}: {told(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -294,6 +313,16 @@ def _undecided(output: StepOutput) -> bool:
     return (
         combine(output.verdicts) == "inconclusive" and bool(open_verdicts) and not any(v.final for v in open_verdicts)
     )
+
+
+def wrong_environment(step: str, spec: Spec, cell: Cell | None, error: ImportError) -> InputError | None:
+    """What to say when this environment lacks a step's libraries; None when it is the step's own environment."""
+    home, environment = Home.from_environment(), spec.environment_of(step, cell.target if cell else None)
+    python = home.python(environment)
+    if Path(sys.prefix) == python.parent.parent or not python.exists():
+        return None
+    program = python.with_name("slipstream")
+    return InputError(f"step {step} needs the environment {environment} ({error}): run it with {program}")
 
 
 def require_pass(gate: str, verdicts: tuple[Verdict, ...], transient: str | None = None) -> None:
