@@ -51,7 +51,7 @@ def test_the_tight_example_differs_only_where_it_says() -> None:
     loose, tight = (specs.load(ROOT / f"examples/{name}.yaml").model_dump() for name in ("fashion", "fashion-tight"))
     differing = {key for key in loose if loose[key] != tight[key]}
     assert differing <= {"name", "objective", "schedule"}
-    assert tight["objective"] == loose["objective"] | {"max_drop": 0.01}
+    assert tight["objective"] == loose["objective"] | {"max_drop": 0.06}
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

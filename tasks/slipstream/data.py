@@ -1,6 +1,7 @@
 """Data sets: the splits that the user's loader returns, their identity, and the calibration draw."""
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from slipstream import storage, tokens
-from slipstream.errors import DataError
+from slipstream.errors import CodeError, DataError
 from slipstream.home import Home
 from slipstream.spec import Call, Spec
+from slipstream.spec.document import shown
 from slipstream.user_code import user_function
 
 INPUT_DTYPES = ("float32", "int64", "int32", "uint8")
@@ -43,14 +45,18 @@ class Split:
             total.update(np.ascontiguousarray(array).data)
         return total.hexdigest()
 
+    @cached_property
+    def _sample_digests(self) -> list[bytes]:
+        rows = np.ascontiguousarray(self.inputs).reshape(len(self), -1)
+        ends = tokens.lengths(rows) if tokens.holds(self.inputs) else [rows.shape[1]] * len(rows)
+        return [hashlib.blake2b(row[:end].data, digest_size=16).digest() for row, end in zip(rows, ends, strict=True)]
+
     def sample_digests(self) -> list[bytes]:
         """A 16-byte digest for each sample's input, to tell whether two splits share one.
 
         A text's padding does not count: the same text may be padded to another length in the other split.
         """
-        rows = np.ascontiguousarray(self.inputs).reshape(len(self), -1)
-        ends = tokens.lengths(rows) if tokens.holds(self.inputs) else [rows.shape[1]] * len(rows)
-        return [hashlib.blake2b(row[:end].data, digest_size=16).digest() for row, end in zip(rows, ends, strict=True)]
+        return list(self._sample_digests)
 
     def take(self, indices: npt.NDArray[np.intp]) -> "Split":
         """The samples at `indices`, in that order."""
@@ -75,16 +81,20 @@ class Data:
         return found
 
     def calibration(self, samples: int, seed: int) -> npt.NDArray[np.intp]:
-        """Indices into `train` of a calibration set, stratified by chance alone, that shares no sample with `test`.
+        """Indices into `train` of a calibration set of distinct samples, drawn at random, none of which is in `test`.
 
         Raises DataError when the training split has too few samples of its own.
         """
         held_out = set(self.test.sample_digests())
-        own = np.array([i for i, d in enumerate(self.train.sample_digests()) if d not in held_out], dtype=np.intp)
+        first: dict[bytes, int] = {}
+        for index, name in enumerate(self.train.sample_digests()):
+            if name not in held_out:
+                first.setdefault(name, index)
+        own = np.array(list(first.values()), dtype=np.intp)
         if len(own) < samples:
             raise DataError(
-                f"calibration wants {samples} samples, but the training split has only {len(own)} that are not "
-                "also in the test split; lower quantize.samples or give more training data"
+                f"data: calibration wants quantize.samples, {samples}, but split train has only {len(own)} distinct "
+                "samples that are not in split test too; lower quantize.samples or give more training data"
             )
         return np.sort(np.random.default_rng(seed).choice(own, samples, replace=False))
 
@@ -92,7 +102,10 @@ class Data:
 def load(spec: Spec) -> Data:
     """Load the spec's data set and check it. Raises DataError."""
     if isinstance(spec.data, Call):
-        data = user_function(spec.data)(**spec.data.params)
+        try:
+            data = user_function(spec.data)(**spec.data.params)
+        except CodeError as error:
+            raise CodeError(f"data: {error}") from error
         if not isinstance(data, Data):
             raise DataError(f"data: {spec.data.function} returned {type(data).__name__}, not slipstream.data.Data")
     else:
@@ -100,6 +113,8 @@ def load(spec: Spec) -> Data:
         data = Data(train=_read(spec.data.train), test=_read(spec.data.test), tokenizer=tokenizer)
     for name, split in (("train", data.train), ("test", data.test)):
         _check(name, split)
+    if not all(isinstance(name, str) for name in data.classes):
+        raise DataError(f"data: classes must be names, as text, not {shown(data.classes)}")
     return data
 
 
@@ -120,11 +135,21 @@ def _read(uri: str) -> Split:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Split(arrays["inputs"], arrays["labels"])
-    except (ValueError, KeyError, OSError) as error:
-        raise DataError(f"{uri}: not an .npz file with arrays `inputs` and `labels`: {error}") from error
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        # NumPy's own advice is to allow pickles, which run code.
+        said = "it holds Python objects" if "pickle" in str(error) else str(error)
+        raise DataError(f"{uri}: not an .npz file with arrays `inputs` and `labels`: {said}") from error
 
 
 def _check(name: str, split: Split) -> None:
+    if not isinstance(split, Split):
+        raise DataError(f"data: split {name} is a {type(split).__name__}, not a slipstream.data.Split")
+    for what, array in (("inputs", split.inputs), ("labels", split.labels)):
+        if not isinstance(array, np.ndarray) or array.ndim == 0:
+            raise DataError(
+                f"data: {what} of split {name} are a {type(array).__name__}, not a NumPy array with a row for each "
+                "sample"
+            )
     if len(split) == 0:
         raise DataError(f"data: split {name} is empty")
     if len(split.inputs) != len(split.labels):

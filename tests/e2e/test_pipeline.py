@@ -101,9 +101,10 @@ def test_a_second_run_reuses_what_did_not_change(user: User) -> None:
 
 def test_too_tight_a_limit_rejects_every_engine(user: User) -> None:
     before = user.champion()
-    done = user.types("run", user.writes("tight", objective={"max_drop": 0.0001}), "--watch")
+    objective = {"max_drop": 20, "latency_p99_ms": 0.001}
+    done = user.types("run", user.writes("tight", objective=objective), "--watch")
     assert done.returncode == 3
-    assert "allowed 0.0001" in done.stdout + done.stderr
+    assert "p99" in done.stdout + done.stderr
     assert user.champion() == before
 
 
@@ -113,3 +114,9 @@ def test_the_impossible_is_refused_before_anything_is_trained(user: User) -> Non
     assert done.returncode == 2
     assert "targets.gpu" in done.stdout + done.stderr
     assert not list((user.home.root / "runs" / "gpu").glob("*/retrain.*"))
+
+
+def test_a_drop_that_the_test_split_cannot_prove_is_refused_before_anything_is_trained(user: User) -> None:
+    done = user.types("run", user.writes("unprovable", objective={"max_drop": 0.0001}), "--watch")
+    assert done.returncode == 2
+    assert "1,000 test samples can never prove a drop of at most objective.max_drop" in done.stdout + done.stderr

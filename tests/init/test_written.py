@@ -36,10 +36,10 @@ def test_an_onnx_file_from_init_to_its_baseline_and_again_from_the_registry(
     assert spec.model.file == "written-net.onnx"
     with pytest.raises(SlipstreamError, match=r"written-train\.npz: not there yet; write it by numpy\.savez"):
         step("check", spec)
-    for seed, (name, n) in enumerate({"train": 320, "test": 64}.items()):
+    for seed, (name, n) in enumerate({"train": 320, "test": 640}.items()):
         np.savez(tmp_path / f"written-{name}.npz", inputs=samples(n, seed=seed), labels=np.arange(n) % CLASSES)
     checked = step("check", spec)
-    assert checked.details["samples"] == {"train": 320, "test": 64}
+    assert checked.details["samples"] == {"train": 320, "test": 640}
     baseline = step("retrain", spec, checked)
     assert baseline.details["origin"] == "file"
 

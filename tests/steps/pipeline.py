@@ -26,6 +26,7 @@ def small_spec(folder: Path, name: str, *, train: np.ndarray | None = None, **ch
         "model": {"registry": f"models:/{name}@source", "architecture": "examples.fashion:resnet"},
         "data": {split: str(folder / f"{split}.npz") for split in splits},
         "recipes": {"int8": ["quantize"], "pruned-int8": ["prune", "quantize"]},
+        "objective": {"max_drop": 20.0},  # what 64 test images can prove
         "quantize": {"samples": 32},
         "targets": {
             "server": {"engine": "openvino", "threads": 1},

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.steps.training import document, spec_of, step
 from tests.user_code import use
 
-from slipstream.errors import EngineError, ModelError, SpecError, Unavailable
+from slipstream.errors import CodeError, DataError, EngineError, InputError, ModelError, SpecError, Unavailable
 from slipstream.spec import Target
 
 pytestmark = pytest.mark.usefixtures("mlflow_server", "home")
@@ -54,8 +54,9 @@ def test_problems_of_several_kinds_are_one_error() -> None:
     written = document("several")
     written["targets"]["fast"] = Target(engine="openvino", device="GPU").model_dump()
     del written["model"]["train"]
-    with pytest.raises(SpecError) as raised:
+    with pytest.raises(InputError) as raised:
         step("check", spec_of(written))
+    assert type(raised.value) is InputError, "neither the spec's fault alone, nor the engine's"
     assert [line.split(":")[0] for line in str(raised.value).splitlines()] == ["targets.fast", "model.registry"]
 
 
@@ -137,7 +138,7 @@ from slipstream.data import Data, Split
 def data(kinds=3):
     labels = np.full((40, 2, 5), -1, np.float32)
     labels[:, 0] = (kinds - 1, 1, 1, 5, 6)
-    split = Split(np.zeros((40, 1, 8, 8), np.float32), labels)
+    split = Split(np.random.default_rng(0).random((40, 1, 8, 8), np.float32), labels)
     return Data(split, Split(split.inputs + 1, labels), classes=("a", "b", "c"))
 
 def network(columns=7):
@@ -160,7 +161,8 @@ def detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **objective: str)
     use(tmp_path, monkeypatch)
     written = document("detection") | {"recipes": {"int8": ["quantize"]}, "data": "detection_case:data"}
     written["model"] |= {"architecture": "detection_case:network", "train": "detection_case:network"}
-    return written | {"objective": {"metric": "map"} | objective, "distill": None}
+    quantize = {"samples": 16}
+    return written | {"objective": {"metric": "map", "max_drop": 20} | objective, "distill": None, "quantize": quantize}
 
 
 def test_boxes_and_their_metric_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,8 +173,10 @@ def test_boxes_and_their_metric_are_taken(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"objective": {"metric": "top1"}}, ModelError, r"network: labels must be \(N,\) integers, not \(40, 2, 5\)"),
-        ({"objective": {"metric": "detection_case:wrong"}}, SpecError, r"wrong must return \(2,\) scores"),
+        ({"objective": {"metric": "top1", "max_drop": 20}}, DataError,
+         r"^data: split train: labels must be \(N,\) integers for top1, not \(N, 2, 5\) float32"),
+        ({"objective": {"metric": "detection_case:wrong", "max_drop": 20}}, SpecError,
+         r"wrong must return \(2,\) scores"),
         ({"objective": {"metric": "detection_case:none"}}, SpecError, "^objective.metric: .* has no function none"),
         ({"data": {"function": "detection_case:data", "params": {"kinds": 4}}}, ModelError, "classes go up to 3"),
         ({"model": {"architecture": {"function": "detection_case:network", "params": {"columns": 8}}}}, ModelError,
@@ -202,7 +206,7 @@ def test_a_loader_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
     use(tmp_path, monkeypatch)
     written = document("loader")
     written["data"] = "broken_loader:data"
-    with pytest.raises(Exception, match="data: the loader failed: IndexError"):
+    with pytest.raises(CodeError, match=r"data: broken_loader:data: .*broken_loader.py:2: IndexError"):
         step("check", spec_of(written))
 
 

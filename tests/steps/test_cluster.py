@@ -41,6 +41,7 @@ def document(model: str) -> dict[str, Any]:
             "train": {"function": "tests.frameworks.keras_networks:train", "params": {"epochs": 2}},
         },
         "data": {"function": "examples.fashion_keras:data", "params": {"limit": 1600}},
+        "objective": {"max_drop": 10.0},  # what 320 test images can prove
         "recipes": {"chain": ["prune", "cluster", "quantize"], "pruned": ["prune", "quantize"]},
         "prune": {"method": "magnitude", "sparsity": [0.3, 0.7], "end_step": 10, "frequency": 2, "epochs": 2},
         "cluster": {"clusters": 8, "learning_rate": 0.001},

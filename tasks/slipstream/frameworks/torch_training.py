@@ -242,6 +242,16 @@ def _optimizer(network: Any, schedule: Schedule) -> Any:
     return torch.optim.SGD(parameters, schedule.learning_rate, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
 
 
+def _answer(answer: Any) -> torch.Tensor:
+    """A network's answer in float32. Raises ModelError when it is no single tensor."""
+    if not isinstance(answer, torch.Tensor):
+        raise ModelError(
+            f"the network answers a {type(answer).__name__}, but must answer one tensor; wrap it in a module whose "
+            "forward returns the part to optimize"
+        )
+    return answer.float().cpu()
+
+
 def logits(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """(N, …) inputs to (N, classes) float32 outputs in evaluation mode.
 
@@ -256,7 +266,7 @@ def logits(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     with torch.inference_mode():
         parts = (inputs[i : i + size] for i in range(0, len(inputs), size))
         batches = (torch.tensor(tokens.trim(part)).to(place, memory_format=layout) for part in parts)
-        outputs: npt.NDArray[np.float32] = torch.cat([network(b).float().cpu() for b in batches]).numpy()
+        outputs: npt.NDArray[np.float32] = torch.cat([_answer(network(b)) for b in batches]).numpy()
     return outputs
 
 

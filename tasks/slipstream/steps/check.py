@@ -13,11 +13,20 @@ import numpy as np
 import numpy.typing as npt
 from mlflow import MlflowClient
 
-from slipstream import hardware, text_checks
+from slipstream import hardware, second_load, split_checks, text_checks
 from slipstream.contract import StepInput, StepOutput
 from slipstream.data import Data
 from slipstream.engines.inquiry import Finding, inquire
-from slipstream.errors import DataError, EngineError, ModelError, SlipstreamError, SpecError, Unavailable
+from slipstream.errors import (
+    CodeError,
+    DataError,
+    EngineError,
+    InputError,
+    ModelError,
+    SlipstreamError,
+    SpecError,
+    Unavailable,
+)
 from slipstream.frameworks.base import Framework, framework_for, trainer_for
 from slipstream.measure.metrics import METRICS
 from slipstream.measure.metrics.base import BATCH, metric_for
@@ -26,7 +35,7 @@ from slipstream.steps import sample_size
 from slipstream.steps.base import Context
 from slipstream.steps.rehearsal import rehearse
 from slipstream.steps.retrain import from_file, require_version, version_to_load
-from slipstream.user_code import user_function
+from slipstream.user_code import told, user_function
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +98,8 @@ def _functions(spec: Spec) -> Iterator[SlipstreamError]:
         if call is not None:
             try:
                 user_function(call)
+            except CodeError as error:
+                yield CodeError(f"{field}: {error}")
             except SpecError as error:
                 yield SpecError(f"{field}: {error}; check the name, and that SLIPSTREAM_CODE is the folder above it")
 
@@ -117,15 +128,45 @@ def _networks_and_data(spec: Spec, context: Context, buildable: Mapping[str, Tar
     try:
         loaded = context.data
         framework = framework_for(spec.model.framework)
-    except (DataError, ModelError) as error:
-        yield error
-        return
     except Unavailable:  # nothing is wrong with the data: the step is tried again
         raise
-    except Exception as error:
-        yield DataError(f"data: the loader failed: {type(error).__name__}: {error}")
+    except SlipstreamError as error:
+        yield error
         return
-    yield from text_checks.data(spec, loaded)
+    except Exception as error:
+        yield DataError(f"data: {type(error).__name__}: {error}")
+        return
+    data_problems = [*split_checks.problems(spec, loaded), *text_checks.data(spec, loaded), *_labels(spec, loaded)]
+    yield from data_problems
+    shown: list[npt.NDArray[Any]] = []
+    if any(isinstance(p, DataError) for p in data_problems):  # then the networks' answers say nothing
+        return
+    yield from _networks(spec, context, framework, buildable, shown)
+    yield from second_load.problems(context.home, spec, loaded, shown[0] if shown else None, context.workdir)
+
+
+def _labels(spec: Spec, loaded: Data) -> Iterator[DataError]:
+    """Labels that the metric does not judge by."""
+    metric = metric_for(spec.objective.metric)
+    for name, split in (("train", loaded.train), ("test", loaded.test)):
+        try:
+            metric.check_labels(split.labels)
+        except DataError as error:
+            yield DataError(f"data: split {name}: {error}")
+
+
+def _networks(
+    spec: Spec,
+    context: Context,
+    framework: Framework,
+    buildable: Mapping[str, Target],
+    shown: list[npt.NDArray[Any]],
+) -> Iterator[SlipstreamError]:
+    """Networks that do not take the data, and engines that do not take the networks.
+
+    The answers of networks without a problem are added to `shown`.
+    """
+    loaded = context.data
     networks: dict[str, tuple[str, Call | None, Callable[[], Any]]] = {}
     for field, call in {
         "model.architecture": spec.model.architecture,
@@ -139,8 +180,11 @@ def _networks_and_data(spec: Spec, context: Context, buildable: Mapping[str, Tar
     for field, (name, architecture, make) in networks.items():
         network, problems = _network(spec, framework, (field, name), make, loaded)
         yield from problems
+        if problems and field == "model.architecture":
+            return  # a file of its weights has the same problems
         if not problems:
             yield from _pruning(spec, field, network, loaded)
+            shown.append(framework.logits(network, loaded.train.inputs[:2]))
             save = partial(framework.save, network, architecture, loaded.test)
             yield from rehearse(context.home, f"{field}: {name}", save, buildable, context.workdir)
 
@@ -168,13 +212,14 @@ def _network(
     try:
         network = make()
         outputs = framework.logits(network, loaded.train.inputs[:2])
-    except ModelError as error:
-        return None, [ModelError(f"{field}: {error}")]
     except Unavailable:
         raise
+    except SlipstreamError as error:
+        said = str(error)
+        return None, [type(error)(said if said.startswith(f"{field}: ") else f"{field}: {said}")]
     except Exception as error:
         shape, dtype = loaded.train.inputs.shape[1:], loaded.train.inputs.dtype
-        reason = f"{type(error).__name__}: {error}"
+        reason = told(error)
         general = ModelError(f"{field}: {what} does not take a batch of the data ({shape} {dtype}): {reason}")
         ids = [] if network is None else [*text_checks.token_ids(framework, f"{field}: {what}", network, loaded)]
         return None, [*(ids or [general])]
@@ -219,7 +264,7 @@ def _are_classes(outputs: npt.NDArray[Any], labels: npt.NDArray[Any]) -> bool:
 
 
 def _joined(problems: list[SlipstreamError]) -> SlipstreamError:
-    """One error for all: of the problems' own class when they share one, else a SpecError."""
+    """One error for all: of the problems' own class when they share one, else an InputError."""
     classes = {type(p) for p in problems}
-    kind = classes.pop() if len(classes) == 1 else SpecError
-    return kind("\n".join(str(p) for p in problems))
+    kind = classes.pop() if len(classes) == 1 else InputError
+    return kind("\n".join(dict.fromkeys(str(p) for p in problems)))

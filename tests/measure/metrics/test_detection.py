@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from tests.measure.metrics.contract import Case, MetricContract
 from tests.measure.metrics.scenes import CLASSES, made, perfect
 
-from slipstream.errors import EngineError
+from slipstream.errors import InputError
 from slipstream.measure.metrics.base import metric_for, value
 from slipstream.measure.metrics.detection import decode, iou
 
@@ -140,5 +140,5 @@ OF_CLASS_2 = np.array([[[2, 0, 0, 0, 0], [0, 0, 0, 0, 0]]], np.float32)
     ],
 )
 def test_what_is_no_detection_is_an_error(outputs: np.ndarray, labels: np.ndarray, message: str) -> None:
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(InputError, match=message):
         metric_for("map").check(outputs, labels, "engine e")

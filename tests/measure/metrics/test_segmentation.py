@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tests.measure.metrics.contract import Case, MetricContract
 
-from slipstream.errors import EngineError
+from slipstream.errors import InputError
 from slipstream.measure.metrics.base import metric_for, value
 
 CLASSES, SIZE = 4, 12
@@ -72,5 +72,5 @@ def test_a_few_pixels_make_no_difference_and_a_lost_item_does() -> None:
     ],
 )
 def test_what_is_no_map_is_an_error(outputs: tuple[int, ...], labels: np.ndarray, message: str) -> None:
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(InputError, match=message):
         metric_for("miou").check(np.zeros(outputs, np.float32), labels, "engine e")

@@ -41,9 +41,14 @@ class Metric(Protocol):
         """Number of classes in outputs of this shape, batch first; None where outputs know none."""
         ...
 
+    def check_labels(self, labels: Array) -> None:
+        """Raise DataError unless these can be labels of samples: (N, …), of the metric's shape and kind."""
+        ...
+
     def check(self, outputs: Array, labels: Array, what: str, error: type[InputError] = EngineError) -> None:
         """Raise `error`, which names `what`, unless these can be answers to samples with these labels.
 
+        DataError for labels that no model has answers to, SpecError for outputs that the metric says nothing of.
         outputs: (N, …), labels: (N, …). NaN and infinity are refused: such a model is broken, not inaccurate.
         """
         ...
@@ -170,6 +175,11 @@ def worst_class(
         return "all samples", 100.0 * (value(metric, baseline) - value(metric, engine))
     worst = max(drops, key=lambda c: drops[c])
     return (classes[worst] if worst < len(classes) else str(worst)), 100.0 * drops[worst]
+
+
+def counted_from_one(least: float, most: float, classes: int) -> str:
+    """A hint for labels beyond the last class that run from 1 to the number of classes; otherwise empty."""
+    return "; they seem to count from 1: subtract 1" if least >= 1 and most == classes else ""
 
 
 def finite(outputs: Array) -> npt.NDArray[np.bool_]:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from slipstream.errors import EngineError, InputError
-from slipstream.measure.metrics.base import Array, Mean, Records, finite, require_finite
+from slipstream.errors import DataError, EngineError, InputError, SpecError
+from slipstream.measure.metrics.base import Array, Mean, Records, counted_from_one, finite, require_finite
 from slipstream.measure.stats import Floats
 
 PREDICTION = np.dtype([("label", np.int32), ("answer", np.int32)])
@@ -14,18 +14,41 @@ NO_CLASS = -1
 class Classes:
     """What metrics of class scores share."""
 
+    name: str
+    top = 1
+    """Outputs that may be the label; of no more than that every answer is right."""
+
     def classes(self, shape: tuple[int, ...]) -> int | None:
         """One output for each class."""
         return shape[1] if len(shape) == 2 else None
 
-    def check(self, outputs: Array, labels: Array, what: str, error: type[InputError] = EngineError) -> None:
+    def check_labels(self, labels: Array) -> None:
         """See the protocol."""
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-            raise error(f"{what}: labels must be (N,) integers, not {labels.shape} {labels.dtype}")
+            rest = "".join(f", {size}" for size in labels.shape[1:]) or ","
+            raise DataError(f"labels must be (N,) integers for {self.name}, not (N{rest}) {labels.dtype}")
+        if labels.size and labels.min() < 0:
+            raise DataError(f"labels must count from 0 for {self.name}, but the least is {labels.min()}")
+
+    def check(self, outputs: Array, labels: Array, what: str, error: type[InputError] = EngineError) -> None:
+        """See the protocol."""
+        self.check_labels(labels)
         if outputs.ndim != 2 or len(outputs) != len(labels):
             raise error(f"{what}: outputs have shape {outputs.shape}, not ({len(labels)}, classes)")
-        if labels.size and (labels.min() < 0 or labels.max() >= outputs.shape[1]):
-            raise error(f"{what}: {outputs.shape[1]} outputs, but labels run from {labels.min()} to {labels.max()}")
+        classes = outputs.shape[1]
+        if classes <= self.top:
+            advice = (
+                "give one score for each class, or write a metric as module:function"
+                if classes == 1
+                else "choose top1 or f1"
+            )
+            raise SpecError(
+                f"objective.metric: {what} has {classes} outputs, so that {self.name} is always right; {advice}"
+            )
+        if labels.size and labels.max() >= classes:
+            least, most = labels.min(), labels.max()
+            hint = counted_from_one(least, most, classes)
+            raise error(f"{what}: {classes} outputs, but labels run from {least} to {most}{hint}")
         require_finite(outputs, what, error)
 
     def differ(self, one: Array, other: Array) -> bool:

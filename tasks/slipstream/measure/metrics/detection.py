@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.errors import EngineError, InputError
-from slipstream.measure.metrics.base import Array, Records, finite, require_finite
+from slipstream.errors import DataError, EngineError, InputError
+from slipstream.measure.metrics.base import Array, Records, counted_from_one, finite, require_finite
 from slipstream.measure.metrics.classification import mean_over_classes
 from slipstream.measure.stats import Floats
 
@@ -95,19 +95,28 @@ class MeanAP:
         """One score for each class, after the box."""
         return shape[2] - BOX if len(shape) == 3 and shape[2] > BOX else None
 
-    def check(self, outputs: Array, labels: Array, what: str, error: type[InputError] = EngineError) -> None:
+    def check_labels(self, labels: Array) -> None:
         """See the protocol."""
         if labels.ndim != 3 or labels.shape[2] != 5:
-            raise error(f"{what}: labels must be (N, objects, 5), class and box of each object, not {labels.shape}")
+            rest = "".join(f", {size}" for size in labels.shape[1:]) or ","
+            raise DataError(f"labels must be (N, objects, 5) for map, class and box of each object, not (N{rest})")
+        kinds = labels[..., 0]
+        objects = labels[kinds >= 0]
+        if (kinds != np.floor(kinds)).any():
+            raise DataError("labels must have whole numbers as classes for map, counted from 0; padding is -1")
+        if (objects[:, 3:] <= objects[:, 1:3]).any():
+            raise DataError("a labelled box has no area; boxes are x1, y1, x2, y2, and padding is -1")
+
+    def check(self, outputs: Array, labels: Array, what: str, error: type[InputError] = EngineError) -> None:
+        """See the protocol."""
+        self.check_labels(labels)
         classes = self.classes(outputs.shape)
         if classes is None or len(outputs) != len(labels):
             raise error(f"{what}: outputs have shape {outputs.shape}, not ({len(labels)}, anchors, 4 + classes)")
         kinds = labels[..., 0]
-        objects = labels[kinds >= 0]
-        if (kinds >= classes).any() or (kinds != np.floor(kinds)).any():
-            raise error(f"{what}: {classes} class scores, but the labels' classes go up to {kinds.max():g}")
-        if (objects[:, 3:] <= objects[:, 1:3]).any():
-            raise error(f"{what}: a labelled box has no area; boxes are x1, y1, x2, y2, and padding is -1")
+        if (kinds >= classes).any():
+            hint = counted_from_one(kinds[kinds >= 0].min(), kinds.max(), classes)
+            raise error(f"{what}: {classes} class scores, but the labels' classes go up to {kinds.max():g}{hint}")
         require_finite(outputs, what, error)
         scores = outputs[..., BOX:]
         if scores.size and (scores.min() < -0.01 or scores.max() > 1.01):  # INT8 may miss 0 and 1 by a step

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.errors import EngineError, InputError
+from slipstream.errors import DataError, EngineError, InputError
 from slipstream.measure.metrics.base import Array, Records, finite, require_finite
 from slipstream.measure.metrics.classification import mean_over_classes
 from slipstream.measure.stats import Floats
@@ -28,14 +28,24 @@ class MeanIoU:
         """One map for each class."""
         return shape[1] if len(shape) == 4 else None
 
-    def check(self, outputs: Array, labels: Array, what: str, error: type[InputError] = EngineError) -> None:
+    def check_labels(self, labels: Array) -> None:
         """See the protocol."""
         if labels.ndim != 3 or not np.issubdtype(labels.dtype, np.integer):
-            raise error(f"{what}: labels must be (N, height, width) integers, not {labels.shape} {labels.dtype}")
+            rest = "".join(f", {size}" for size in labels.shape[1:])
+            raise DataError(f"labels must be (N, height, width) integers for miou, not (N{rest}) {labels.dtype}")
+        if labels.size and labels.min() < IGNORED:
+            raise DataError(
+                f"labels must count from 0 for miou, but the least is {labels.min()}; pixels that are not to be judged "
+                f"are {IGNORED}"
+            )
+
+    def check(self, outputs: Array, labels: Array, what: str, error: type[InputError] = EngineError) -> None:
+        """See the protocol."""
+        self.check_labels(labels)
         n, height, width = labels.shape
         if outputs.ndim != 4 or (len(outputs), *outputs.shape[2:]) != labels.shape:
             raise error(f"{what}: outputs have shape {outputs.shape}, not ({n}, classes, {height}, {width})")
-        if labels.size and (labels.min() < IGNORED or labels.max() >= outputs.shape[1]):
+        if labels.size and labels.max() >= outputs.shape[1]:
             raise error(
                 f"{what}: {outputs.shape[1]} outputs, but labels run from {labels.min()} to {labels.max()}; pixels "
                 f"that are not to be judged are {IGNORED}"

@@ -6,7 +6,7 @@ an environment without the framework: the module must import there.
 
 import numpy as np
 
-from slipstream.errors import EngineError, InputError, SpecError
+from slipstream.errors import CodeError, EngineError, InputError, SpecError
 from slipstream.measure.metrics import short_name
 from slipstream.measure.metrics.base import Array, Mean, Records, finite, require_finite
 from slipstream.spec import Call
@@ -27,6 +27,9 @@ class UserMetric(Mean):
         """What outputs mean is known to the user's function alone."""
         return None
 
+    def check_labels(self, labels: Array) -> None:
+        """What labels mean is known to the user's function alone."""
+
     def check(self, outputs: Array, labels: Array, what: str, error: type[InputError] = EngineError) -> None:
         """See the protocol."""
         if not outputs.ndim or len(outputs) != len(labels):
@@ -38,12 +41,17 @@ class UserMetric(Mean):
         whole = finite(outputs)
         shown = outputs if whole.all() else np.where(whole.reshape(-1, *[1] * (outputs.ndim - 1)), outputs, 0)
         try:
-            scores = np.asarray(self._call(shown, labels), np.float64)
-        except Exception as error:  # the user's code may raise anything
-            raise SpecError(
+            answer = self._call(shown, labels)
+        except CodeError as error:
+            said = str(error).removeprefix(f"{self._function}: ")
+            raise CodeError(
                 f"objective.metric: {self._function} failed on outputs {outputs.shape} and labels {labels.shape}: "
-                f"{type(error).__name__}: {error}"
+                f"{said}"
             ) from error
+        try:
+            scores = np.asarray(answer, np.float64)
+        except (TypeError, ValueError) as error:
+            raise SpecError(f"objective.metric: {self._function} must return numbers, not {error}") from error
         if scores.shape != (len(labels),):
             raise SpecError(
                 f"objective.metric: {self._function} must return ({len(labels)},) scores, one for each sample, not "
