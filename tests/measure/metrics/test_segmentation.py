@@ -65,7 +65,7 @@ def test_a_few_pixels_make_no_difference_and_a_lost_item_does() -> None:
     ("outputs", "labels", "message"),
     [
         ((2, 3, 4, 4), np.zeros(2, int), r"labels must be \(N, height, width\) integers"),
-        ((2, 3, 4, 4), np.zeros((2, 4, 4)), "integers, not .* float64"),
+        ((2, 3, 4, 4), np.zeros((2, 4, 4)), "integers for miou, not .* float64"),
         ((2, 3, 2, 4), np.zeros((2, 4, 4), int), r"shape \(2, 3, 2, 4\), not \(2, classes, 4, 4\)"),
         ((2, 3), np.zeros((2, 4, 4), int), r"shape \(2, 3\)"),
         ((2, 3, 4, 4), np.full((2, 4, 4), 255), "3 outputs, but labels run from 255 to 255; .* judged are -1"),
