@@ -55,6 +55,8 @@ def test_the_best_passing_engine_becomes_the_challenger(world: World, upstream: 
     assert tags["slipstream.pipeline_run"] == "p-run-1"
     assert tags["slipstream.validate.accuracy"].startswith("pass: drop 0.1")
     assert world.registry.artifact(version) == world.engine("int8")
+    assert world.registry.description(version).startswith("**int8@server**: top1 ")
+    assert "by pipeline run `run-1`" in world.registry.description(version)
 
 
 def test_a_repeated_step_registers_nothing_new(world: World, upstream: Callable[..., tuple]) -> None:

@@ -23,6 +23,7 @@ from slipstream.evidence import Row, row_of, settled
 from slipstream.measure.waivers import waive
 from slipstream.registry import CHALLENGER, SHA256, Registry
 from slipstream.release import rejections, settle
+from slipstream.report import wording
 from slipstream.spec import Spec
 from slipstream.steps import champion as champions
 from slipstream.steps import racing
@@ -142,8 +143,26 @@ def _register(registry: Registry, inputs: StepInput, winner: Row, champion: str 
     if champion is not None and registry.tags(champion).get(SHA256) == built.sha256:
         return champion, True
     version = registry.register(built, winner.cell, inputs.pipeline_run_id, winner.verdicts)
+    if not registry.description(version):  # of a step that is tried again it may say more by now
+        registry.describe(version, description(winner, inputs.run_key))
     registry.set_alias(CHALLENGER, version)
     return version, False
+
+
+def description(row: Row, run_key: str) -> str:
+    """What a registered version is, as MLflow's page of the model shows it: one sentence and where it comes from."""
+    e = row.evidence
+    if e is None:
+        return f"**{row.cell}**, from pipeline run `{run_key}`."
+    gains = {"the eager baseline": e.speedup_eager, "its FP32 engine": e.speedup_reference}
+    facts = [
+        f"{wording.metric(e.metric)} {wording.percent(e.engine_quality)} %",
+        f"drop {wording.points(e.drop_pp.estimate)} points (at most {wording.points(e.drop_pp.high)})",
+        *(f"{wording.ratio(gain.estimate)} {reference}" for reference, gain in gains.items() if gain),
+        f"p50 {wording.milliseconds(e.latency.p50_ms)} ms",
+        wording.size(e.size_bytes),
+    ]
+    return f"**{row.cell}**: {', '.join(facts)}. Measured on {e.hardware}, by pipeline run `{run_key}`."
 
 
 def _write_rows(context: Context, rows: Sequence[Row]) -> None:
