@@ -114,7 +114,7 @@ def test_an_operator_that_an_engine_lacks_is_found(tmp_path: Path, monkeypatch: 
     graph = helper.make_graph(nodes, "unpooled", [images], [scores], [weights])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "it.onnx")
     monkeypatch.setenv("SLIPSTREAM_CODE", f"{Path.cwd()}")
-    written = document("operators") | {"recipes": {"int8": ["quantize"]}, "distill": None}
+    written = document("operators") | {"recipes": {"int8": ["quantize"]}, "distill": None, "quantize": {"samples": 64}}
     written["model"] = {
         "registry": written["model"]["registry"],
         "framework": "onnx",
@@ -143,7 +143,8 @@ def data(kinds=3):
 
 def network(columns=7):
     from torch import nn
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5 * columns), nn.Sigmoid(), nn.Unflatten(1, (5, columns)))
+    hidden = nn.Linear(64, 64), nn.ReLU()  # channels to remove
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(64, 5 * columns), nn.Sigmoid(), nn.Unflatten(1, (5, columns)))
 
 def loss(outputs, labels):
     return outputs.mean()
