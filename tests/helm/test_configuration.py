@@ -169,6 +169,7 @@ def _installed(path: str) -> str:
 
 def test_the_receiver_is_told_everything(home: Path) -> None:
     """The variables of its Deployment are all that it asks for (triggers/configuration.py)."""
+    from slipstream import signing
     from slipstream.triggers import configuration
 
     objects = render({"airflow.url": "https://airflow.example.org", "webhook.url": "https://hooks.example.org"})
@@ -178,6 +179,7 @@ def test_the_receiver_is_told_everything(home: Path) -> None:
     found = configuration.load(Home.from_environment(), variables)
     assert (found.airflow, found.url) == ("https://airflow.example.org", "https://hooks.example.org")
     assert [found.port] == [p["containerPort"] for p in container["ports"]]
+    assert variables[signing.VARIABLE] == "from a Secret", "the watchdog believes only signed records of a move"
     assert found.mlflow == "http://slipstream-mlflow.ml.svc:5000"
 
 
