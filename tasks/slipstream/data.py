@@ -94,7 +94,8 @@ class Data:
         if len(own) < samples:
             raise DataError(
                 f"data: calibration wants quantize.samples, {samples}, but split train has only {len(own)} distinct "
-                "samples that are not in split test too; lower quantize.samples or give more training data"
+                f"{'sample that is' if len(own) == 1 else 'samples that are'} not in split test too; lower "
+                "quantize.samples or give more training data"
             )
         return np.sort(np.random.default_rng(seed).choice(own, samples, replace=False))
 

@@ -86,7 +86,7 @@ def test_a_run_can_end_early(tmp_path: Path) -> None:
 
 def test_a_release_that_a_person_must_approve_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "asks.yaml"
-    path.write_text(FASHION.read_text() + "\nrollout: {approval: true}\n")
+    path.write_text(FASHION.read_text().replace("approval: false", "approval: true"))
     with pytest.raises(InputError, match="approval"):
         kubeflow.package(path, tmp_path / "out.yaml")
     kubeflow.package(path, tmp_path / "out.yaml", "small_scale_test")

@@ -98,11 +98,16 @@ def test_status_and_logs_on_the_command_line(platform: Platform) -> None:
     assert "known: airflow-api-server" in unknown.stderr
 
 
-def test_mlflow_killed_under_a_step_loses_nothing(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def mlflow_login(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that steps get, with MLflow's address and log-in."""
     for name, value in lifecycle._environment(
         platform.home, platform.addresses, addresses.load_secrets(platform.home)
     ).items():
         monkeypatch.setenv(name, value)
+
+
+def test_mlflow_killed_under_a_step_loses_nothing(platform: Platform, mlflow_login: None) -> None:
     client = MlflowClient(platform.addresses.mlflow)
     run = client.create_run(client.create_experiment("killed"), run_name="step").info.run_id
     for step in range(METRICS):
@@ -167,7 +172,7 @@ def test_up_takes_over_what_a_killed_supervisord_left_running(platform: Platform
     assert platform.pids() == before
 
 
-def test_a_power_cut_loses_nothing(platform: Platform) -> None:
+def test_a_power_cut_loses_nothing(platform: Platform, mlflow_login: None) -> None:
     for process in processes.supervised(platform.home):
         os.kill(process.pid, signal.SIGKILL)
     while processes.supervised(platform.home):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import requests
+from mlflow.exceptions import MlflowException
 
 from slipstream.errors import SlipstreamError
 from slipstream.traffic.base import TrafficController
@@ -89,18 +90,20 @@ def stopped(
     act: Callable[[Any, Any], object],
     fuse: Callable[[int, Any], Fuse],
     numbers: range = range(1000),
-) -> Iterator[tuple[int, Fuse, Any, SlipstreamError | None]]:
+) -> Iterator[tuple[int, Fuse, Any, Exception | None]]:
     """The action on ever new models, each time with a fuse at another of its writes, as long as there are any.
 
-    Yields the number, the fuse, the model, and the error that the action ended with, None after a success or a kill.
+    Yields the number, the fuse, the model, and the error that the action ended with (ours or MLflow's), None after a
+    success or a kill.
     """
     for at in numbers:
         model = make()
-        lit, error = fuse(at, model), None
+        lit = fuse(at, model)
+        error: Exception | None = None
         with lit.watching(model.fake) as controller:
             try:
                 act(model, controller)
-            except SlipstreamError as raised:
+            except (SlipstreamError, MlflowException) as raised:
                 error = raised
             except Killed:
                 pass

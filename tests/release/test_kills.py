@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.release.killed import EVERY, Fuse, some, stopped
+from tests.release.killed import Fuse, stopped
 from tests.release.ready import BREACH, ERRORS, Ready, measure, ready_in
 from tests.steps.stages import WorldMaker, failing
 
@@ -40,15 +40,22 @@ def lost(at: int, ready: Ready) -> Fuse:
     return Fuse(at, lost=True)
 
 
-HOW = pytest.mark.parametrize("fuse", [killed, pytest.param(lost, marks=pytest.mark.slow)])
+def sweep(first: int) -> Any:
+    """Kills at every third write; slow: lost answers to every third, and kills at each."""
+    third, slow = range(first, 1000, 3), pytest.mark.slow
+    cases = [
+        pytest.param(killed, third, id="killed, every third write"),
+        pytest.param(lost, third, marks=slow, id="answer lost, every third write"),
+        pytest.param(killed, range(1000), marks=slow, id="killed, each write"),
+    ]
+    return pytest.mark.parametrize(("fuse", "numbers"), cases)
 
 
 def look(ready: Ready) -> None:
     watchdog.look(ready.world.model, lambda: ready.fake, ready.world.registry)
 
 
-@HOW
-@pytest.mark.parametrize("numbers", [some(1), EVERY])
+@sweep(1)
 def test_a_rollout_is_finished_or_begun_again(make: Make, fuse: MakeFuse, numbers: range) -> None:
     for at, _, ready, _ in stopped(make, Ready.rolled_out, fuse, numbers):
         if at % 2:
@@ -60,8 +67,7 @@ def test_a_rollout_is_finished_or_begun_again(make: Make, fuse: MakeFuse, number
         assert [v.answer for v in output.verdicts] == ["pass"]
 
 
-@HOW
-@pytest.mark.parametrize("numbers", [some(0), EVERY])
+@sweep(0)
 def test_a_refused_rollout_stays_refused(make: Make, verdicts: list[Verdict], fuse: MakeFuse, numbers: range) -> None:
     def refused(ready: Ready, controller: Any) -> None:
         verdicts[0] = BREACH
@@ -79,8 +85,7 @@ def test_a_refused_rollout_stays_refused(make: Make, verdicts: list[Verdict], fu
         assert ready.aliases()[:2] == (ready.old, ready.older)
 
 
-@HOW
-@pytest.mark.parametrize("numbers", [some(1), EVERY])
+@sweep(1)
 def test_a_trial_leaves_the_traffic_where_it_was(make: Make, fuse: MakeFuse, numbers: range) -> None:
     for at, _, ready, _ in stopped(make, Ready.tried, fuse, numbers):
         if at % 2:
@@ -90,8 +95,7 @@ def test_a_trial_leaves_the_traffic_where_it_was(make: Make, fuse: MakeFuse, num
         ready.reverted(challenger=ready.new)
 
 
-@HOW
-@pytest.mark.parametrize("numbers", [some(2), EVERY])
+@sweep(2)
 def test_a_refused_trial_stays_refused(make: Make, verdicts: list[Verdict], fuse: MakeFuse, numbers: range) -> None:
     def refused(ready: Ready, controller: Any) -> None:
         verdicts[0] = BREACH
@@ -114,9 +118,8 @@ def scheduled(ready: Ready) -> None:
     failing(lambda: ready.tried(run_key="run-2"), RegistryError)
 
 
-@HOW
 @pytest.mark.parametrize("finish", [look, another, scheduled])
-@pytest.mark.parametrize("numbers", [some(1), EVERY])
+@sweep(1)
 def test_a_rollback_is_finished_by_whoever_comes(
     make: Make, fuse: MakeFuse, finish: Callable[[Ready], None], numbers: range
 ) -> None:

@@ -127,8 +127,9 @@ def test_the_engines_meet_in_one_race_and_a_repeated_step_finds_it_again(stage: 
     assert output.details["winner"] == "small@server"
     race = output.details["race"]
     assert set(race["rounds_ms"]) == {"int8@server", "small@server"}
-    places = {r["cell"]: r["standing"] for r in output.details["rows"]}
-    assert places["small@server"]["relative"]["estimate"] == 1 < places["int8@server"]["relative"]["estimate"]
+    places = {r["cell"]: r["standing"]["relative"] for r in output.details["rows"] if r["standing"]}
+    assert set(places) == {"int8@server", "small@server"}
+    assert places["small@server"]["low"] <= 1, "the pick is the fastest, or as fast within the bounds"
     again = select.run(context)
     assert again.details["race"] == race and again.details["winner"] == "small@server"
 

@@ -102,10 +102,11 @@ def test_check_names_the_token_id_when_not_even_a_batch_of_the_data_fits() -> No
 
     encoder = {"function": "tests.engines.text_networks:encoder", "params": {"rows": 3}}
     given = {**spec().model.model_dump(), "architecture": encoder, "train": "tests.engines.text_networks:train"}
+    few = {"function": "tests.engines.texts:data", "params": {"training": 40, "testing": 20}}  # which share no sample
     with pytest.raises(
         ModelError, match=r"^model.architecture: .* does not take token id \d+, the highest of the data"
     ):
-        step("check", spec(model=given))
+        step("check", spec(model=given, data=few, quantize={"samples": 16}, objective={"max_drop": 60.0}))
 
 
 def test_a_network_that_cannot_be_pruned_is_named_before_training() -> None:

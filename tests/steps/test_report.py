@@ -17,6 +17,7 @@ from tests.user_code import use
 from slipstream import spec as specs
 from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.errors import InputError, Unavailable
+from slipstream.evidence import row_of
 from slipstream.home import Home
 from slipstream.platform import addresses
 from slipstream.report import find, show
@@ -88,7 +89,12 @@ def test_a_rejected_run_is_rebuilt_from_the_evidence_that_select_saw(spec: specs
 
 
 def test_a_missing_cell_never_ends_green(spec: specs.Spec) -> None:
-    upstream = [o for o in sample.whole_run() if o.cell != Cell(recipe="int8", target="portable")]
+    upstream = [
+        o for o in sample.whole_run() if o.step != "select" and (o.cell is None or o.cell.key != "int8@portable")
+    ]
+    rows = [r for r in sample.rows() if r["cell"] != "int8@portable"]
+    gap = row_of("int8@portable", None).model_dump(mode="json")
+    upstream.append(sample.select_output(rows=[*rows, gap], missing=["int8@portable"]))
     _, made = report(spec, "missing", *upstream)
     assert made.missing == ("int8@portable",)
     assert made.outcome == "released" and not made.ok
@@ -99,7 +105,7 @@ def test_a_step_that_failed_is_named_with_its_reason_and_its_recorded_output_is_
     build = tracking.start("failed-trial", "build", Cell(recipe="int8", target="portable"), "i" * 64)
     tracking.fail(build, "no room on the disk")
     trial = tracking.start("failed-trial", "trial", None, "j" * 64)
-    tracking.client.log_dict(trial.run_id, sample.trial_output("fail").model_dump(mode="json"), "output.json")
+    tracking.record(trial, sample.trial_output("fail").model_copy(update={"run_id": trial.run_id}))
     tracking.fail(trial, "small-scale test: fail")
     upstream = [*sample.validate_outputs(), sample.select_output()]
     _, made = report(spec, "failed-trial", *upstream)

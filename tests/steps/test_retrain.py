@@ -193,7 +193,7 @@ def test_a_file_that_is_not_there_is_a_model_error_before_anything_starts(tmp_pa
 
 
 def test_a_file_that_does_not_fit_the_data_is_found_by_check(tmp_path: Path) -> None:
-    spec = onnx_spec(tmp_path, "misfit-file", str(onnx_file(tmp_path / "model.onnx")), images=samples(20)[:, :, :8])
+    spec = onnx_spec(tmp_path, "misfit-file", str(onnx_file(tmp_path / "model.onnx")), images=samples(96)[:, :, :8])
     with pytest.raises(ModelError, match=r"^model\.file: the model takes N×1×16×16 float32"):
         step("check", spec)
 

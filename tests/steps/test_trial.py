@@ -142,14 +142,14 @@ def test_a_no_stays_a_no_where_the_traffic_cannot_be_put_back(
 def test_a_neighbours_burst_fails_no_challenger(
     world_maker: WorldMaker, fake: FakeController, quiet: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = world_maker(guardrails={"max_p99_ms": 700})
+    world = world_maker(guardrails={"max_p99_ms": 2500})  # more than a busy machine makes of a toy server's answers
     outputs, champion, _ = with_champion(world, fake)
     probe, retest, over = guarded.Stage.probe, guarded.Stage.retest, []
 
     def then_it_begins(stage: guarded.Stage, rate_per_s: float) -> None:
         probe(stage, rate_per_s)
         if not over:
-            fake.misbehave(champion, Behaviour(latency_s=1.5))
+            fake.misbehave(champion, Behaviour(latency_s=5))
 
     def and_is_over(stage: guarded.Stage, breach: Verdict, rate_per_s: float) -> bool:
         assert (breach.gate, breach.answer) == ("p99_cap", "inconclusive")  # the champion's answers

@@ -85,10 +85,10 @@ def test_waiting_ends_when_all_are_there_or_the_time_is_up(path: Path) -> None:
 
 def test_pairs_are_made_by_id_and_missing_answers_counted(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
-    write(AnswerLog(path, "net--v1"), "a", "b", "c")
-    write(AnswerLog(other, "net--v2"), "c", "a", output=(0, 1, 0))
+    write(AnswerLog(path, "net--v1"), "a-0", "b-1", "c-2")
+    write(AnswerLog(other, "net--v2"), "c-2", "a-0", output=(0, 1, 0))
     both = [answers.read(answers.Mark(p, 0, b"")) for p in (path, other)]
-    pairs, unanswered = answers.pair([record("a", 4), record("b"), record("c", 2), record("unknown")], *both)
+    pairs, unanswered = answers.pair([record("a-0", 4), record("b-1"), record("c-2", 2), record("unknown-3")], *both)
     assert [p.sample for p in pairs] == [4, 2]
     assert unanswered == 1
     assert answers.different(pairs, TOP1) == 2
@@ -97,14 +97,14 @@ def test_pairs_are_made_by_id_and_missing_answers_counted(path: Path, tmp_path: 
 def test_what_the_sender_mirrored_is_paired_by_like_latencies() -> None:
     def said(server_ms: float | None, output: list[float] | None, latency_ms: float = 9.0) -> Record:
         found = None if output is None else np.array([output], np.float32)
-        return Record("r", 3, 0.0, 200, "v1", found, latency_ms, 1.0, server_ms)
+        return Record("r-0", 3, 0.0, 200, "v1", found, latency_ms, 1.0, server_ms)
 
     yes, no = [1.0, 0.0], [0.0, 1.0]
     records = [
         replace(said(2.0, yes), mirrored=said(3.0, no)),
-        replace(said(2.0, yes), id="stock", mirrored=said(None, yes, 12.0)),
-        replace(said(2.0, yes), id="unanswered", mirrored=said(None, None)),
-        replace(said(None, None), id="failed", mirrored=said(3.0, yes)),
+        replace(said(2.0, yes), id="stock-1", mirrored=said(None, yes, 12.0)),
+        replace(said(2.0, yes), id="unanswered-2", mirrored=said(None, None)),
+        replace(said(None, None), id="failed-3", mirrored=said(3.0, yes)),
     ]
     pairs, unanswered = answers.FromRecords().pairs(records)
     assert [(p.champion.latency_ms, p.challenger.latency_ms) for p in pairs] == [(2.0, 3.0), (8.0, 11.0)]
