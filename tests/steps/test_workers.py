@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from tests.conftest import free_port
 from tests.steps.training import RUN_KEY, document, spec_of, step
 
+from slipstream import signing
 from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.frameworks.base import read_manifest
 from slipstream.spec import Spec
@@ -50,8 +51,9 @@ def test_the_number_of_processes_is_in_the_identity_when_it_is_not_one(mlflow_se
 
 
 @pytest.mark.slow
-def test_whole_steps_in_two_processes(home: Path, tmp_path: Path) -> None:
+def test_whole_steps_in_two_processes(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed and resumed, distilled and pruned, each step with another launcher."""
+    monkeypatch.setenv(signing.VARIABLE, "k" * 64)  # pods have homes of their own, and one key from a Secret
     given = Documents(tmp_path, written("together", limit=400, epochs=3))
     baseline = killed_and_resumed(given, home)
     assert MlflowClient().get_model_version_by_alias("together", "source").version == baseline.details["version"]
