@@ -72,7 +72,8 @@ NO_TESTS = 5
 """Exit code of pytest when it found nothing to run."""
 GIVES_WAY = 10
 """What the others add to their niceness. The scheduler then leaves them a tenth of a contested core."""
-AT_A_TIME = 3
+AT_A_TIME = {False: 3, True: 2}
+"""Parts beside each other, and of the slow tests: those wait less, and some of them measure."""
 NAMED = ("images", "docker", "kfp", "k8s")
 """Tiers that run only when they are named: they need minutes, and more than a checkout and its environments."""
 
@@ -116,7 +117,7 @@ def run(part: str, report: Path, marked: str) -> bool:
 
 def run_all(reports: dict[str, Path], marked: str) -> list[str]:
     """Run the parts in their order; the failed ones."""
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
+    with ThreadPoolExecutor(AT_A_TIME[marked == SLOW]) as pool:
         passed = dict(zip(reports, pool.map(lambda part: run(part, reports[part], marked), reports), strict=True))
     return [part for part, fine in passed.items() if not fine]
 

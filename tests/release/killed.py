@@ -13,7 +13,7 @@ import pytest
 import requests
 from mlflow.exceptions import MlflowException
 
-from slipstream.errors import SlipstreamError
+from slipstream.errors import SlipstreamError, Unavailable
 from slipstream.traffic.base import TrafficController
 
 READS = {"deployed", "releases", "routes", "observe", "endpoint", "mirror", "answers"}
@@ -82,7 +82,14 @@ class _Watched:
         method = getattr(self._controller, name)
         if name not in CHANGES:
             return method
-        return lambda *args, **kwargs: self._fuse.write(name, lambda: method(*args, **kwargs))
+
+        def change(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return self._fuse.write(name, lambda: method(*args, **kwargs))
+            except requests.ConnectionError as error:  # a real controller says it so
+                raise Unavailable(str(error)) from error
+
+        return change
 
 
 def stopped(
