@@ -43,7 +43,8 @@ def _engine(row: Row) -> Text:
     name = Text.assemble(
         (f"{wording.STATUS_GLYPH[row.status]} ", style), (recipe, "bold"), "\n  ", (f"{target} ", "dim")
     )
-    return name.append("← picked", "bold green") if row.release else name.append(row.status, style)
+    status = "open" if row.status == "inconclusive" else row.status  # what fits; the reason below says the rest
+    return name.append("← picked", "bold green") if row.release else name.append(status, style)
 
 
 def _figures(e: EngineEvidence) -> list[Text]:
