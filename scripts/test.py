@@ -132,6 +132,16 @@ def count(reports: list[Path]) -> dict[str, int]:
     return total
 
 
+def failures(reports: list[Path]) -> list[str]:
+    """Names of the tests that failed, each as `path::test`, for whoever reads only the end of a long output."""
+    found = []
+    for report in reports:
+        for case in ElementTree.parse(report).getroot().iter("testcase"):  # noqa: S314 (written by pytest just now)
+            if case.find("failure") is not None or case.find("error") is not None:
+                found.append(f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}")
+    return found
+
+
 def main() -> None:
     """Run the named parts, or all but those that must be named."""
     slow = SLOW in sys.argv[1:]
@@ -144,10 +154,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         reports = {part: Path(folder) / f"{part}.xml" for part in parts if files_of(part)}
         failed = run_all(reports, SLOW if slow else f"not {SLOW}")
-        total = count([r for r in reports.values() if r.exists()])
+        written = [r for r in reports.values() if r.exists()]
+        total, names = count(written), failures(written)
     bad = total["failures"] + total["errors"]
     if failed:
-        print(f"\nfailed in: {', '.join(failed)}")
+        print("\n".join([f"\nfailed in: {', '.join(failed)}", *(f"  {name}" for name in names)]))
     print(f"\n{total['tests'] - bad - total['skipped']} passed, {bad} failed, {total['skipped']} skipped")
     sys.exit(1 if failed or not total["tests"] else 0)
 

@@ -59,9 +59,11 @@ def test_a_file_that_is_too_large_is_not_read_whole(tmp_path: Path) -> None:
         specs.load(path)
 
 
+# PyYAML itself reads the line ends that only YAML 1.1 knows (U+0085, U+2028, U+2029) otherwise than it wrote them.
+words = st.text(st.characters(codec="utf-8", exclude_characters="\x85\u2028\u2029"), max_size=8)
 tree = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda child: st.lists(child, max_size=4) | st.dictionaries(st.text(max_size=4), child, max_size=4),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words,
+    lambda child: st.lists(child, max_size=4) | st.dictionaries(words, child, max_size=4),
     max_leaves=30,
 )
 
