@@ -1,6 +1,7 @@
 """Links from a task in Airflow to what it recorded in MLflow. Computed once, when the task ends; kept as an XCom."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -8,11 +9,10 @@ import httpx
 from airflow.sdk import BaseOperatorLink
 
 from slipstream import flow
+from slipstream.report import urls
 
 TIMEOUT_S = 3
 """A link is a convenience: MLflow being slow or away must not hold up the end of a task."""
-VIEW = "?workflowType=machine_learning"
-"""Without it MLflow's pages open in their view of language-model traces."""
 
 
 class MlflowRunLink(BaseOperatorLink):
@@ -24,7 +24,7 @@ class MlflowRunLink(BaseOperatorLink):
         """The address; empty where MLflow knows no such run or does not answer."""
         step, cell = flow.task_of(operator.task_id)
         tags = {"slipstream.step": step} | ({"slipstream.cell": cell.key} if cell else {})
-        return _page(operator.model, str(ti_key.run_id), tags)
+        return _address(urls.mlflow_run, operator.model, str(ti_key.run_id), tags)
 
 
 class ReportLink(BaseOperatorLink):
@@ -34,13 +34,11 @@ class ReportLink(BaseOperatorLink):
 
     def get_link(self, operator: Any, *, ti_key: Any) -> str:
         """The address; empty where MLflow knows no such run or does not answer."""
-        return _page(
-            operator.model, str(ti_key.run_id), {"slipstream.step": "pipeline"}, "/artifacts/report/index.html"
-        )
+        return _address(urls.report, operator.model, str(ti_key.run_id), {"slipstream.step": "pipeline"})
 
 
-def _page(model: str, run_key: str, tags: dict[str, str], below: str = "") -> str:
-    """Address of the newest run of a model's experiment with these tags, by MLflow's REST API."""
+def _address(page: Callable[[str, str, str], str], model: str, run_key: str, tags: dict[str, str]) -> str:
+    """Address of a page of the newest run of a model's experiment with these tags, by MLflow's REST API."""
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not server.startswith("http"):
         return ""
@@ -55,6 +53,4 @@ def _page(model: str, run_key: str, tags: dict[str, str], below: str = "") -> st
             runs = client.post("/api/2.0/mlflow/runs/search", json=query).raise_for_status().json().get("runs", [])
     except (httpx.HTTPError, ValueError, KeyError):
         return ""
-    if not runs:
-        return ""
-    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs/{runs[0]['info']['run_id']}{below}{VIEW}"
+    return page(server, experiment, runs[0]["info"]["run_id"]) if runs else ""

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from urllib.parse import quote
 
 from rich.console import Console
 
@@ -13,8 +12,8 @@ from slipstream.errors import Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses
 from slipstream.platform.addresses import Addresses
-from slipstream.report import find, tables
-from slipstream.report.document import PAGE, Report
+from slipstream.report import find, tables, urls
+from slipstream.report.document import Report
 from slipstream.serving.client import infer_path
 
 
@@ -45,33 +44,14 @@ def pages(home: Home, places: Addresses, report: Report, *, reveal: bool) -> dic
     """Addresses of the run's pages, and the log-in; its password only when `reveal`."""
     secrets = addresses.load_secrets(home)
     password = secrets.airflow_password if reveal else "(shown on a terminal, and by `slipstream up`)"
-    run = run_page(places, report.experiment_id, report.pipeline_run_id)
+    experiment, run = report.experiment_id, report.pipeline_run_id
     return {
-        "Airflow": airflow_page(places, catalog.dag_id(report.spec), report.run_key),
+        "Airflow": urls.airflow_run(places.airflow, catalog.dag_id(report.spec), report.run_key),
         "log-in": f"{secrets.airflow_user} / {password}",
-        "MLflow run": run,
-        "report": report_page(places, report.experiment_id, report.pipeline_run_id),
-        "registry": f"{places.mlflow}/#/models/{quote(report.model, safe='')}{MLFLOW_VIEW}",
+        "MLflow run": urls.mlflow_run(places.mlflow, experiment, run),
+        "report": urls.report(places.mlflow, experiment, run),
+        "registry": urls.registered_model(places.mlflow, report.model),
     }
-
-
-MLFLOW_VIEW = "?workflowType=machine_learning"
-"""Without it MLflow's pages open in their view of language-model traces."""
-
-
-def airflow_page(places: Addresses, dag_id: str, run_key: str) -> str:
-    """Airflow's page of a run."""
-    return f"{places.airflow}/dags/{dag_id}/runs/{quote(run_key, safe='')}"
-
-
-def run_page(places: Addresses, experiment_id: str, run_id: str) -> str:
-    """MLflow's page of a run."""
-    return f"{places.mlflow}/#/experiments/{experiment_id}/runs/{run_id}{MLFLOW_VIEW}"
-
-
-def report_page(places: Addresses, experiment_id: str, run_id: str) -> str:
-    """The report of a pipeline run, in MLflow."""
-    return f"{places.mlflow}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{PAGE}{MLFLOW_VIEW}"
 
 
 def request_line(home: Home, places: Addresses, report: Report) -> str | None:

@@ -11,7 +11,7 @@ from slipstream.airflow_api import FINAL, AirflowApi, TaskInstance
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses
-from slipstream.report import show
+from slipstream.report import urls
 from slipstream.report.find import connect
 from slipstream.watch.journal import (
     OVER,
@@ -45,7 +45,7 @@ def follow(home: Home, run: Started, console: Console) -> int:
     notes = Notes(connect(home), run.spec.model.name, run.spec.name, run.run_id)
     watch = _Watch(AirflowApi.of(home), notes, run)
     places = addresses.load(home)
-    airflow_page = show.airflow_page(places, run.dag_id, run.run_id)
+    airflow_page = urls.airflow_run(places.airflow, run.dag_id, run.run_id)
     console.print(f"[dim]{airflow_page}[/]", highlight=False, soft_wrap=True)
     try:
         with view(console) as shown:
@@ -61,7 +61,7 @@ def follow(home: Home, run: Started, console: Console) -> int:
     console.print(_end(code, pipeline.headline, run, watch.seconds), highlight=False)
     pages = {"Airflow": airflow_page}
     if pipeline.headline and notes.experiment_id is not None:
-        pages["report"] = show.report_page(places, notes.experiment_id, pipeline.run_id)
+        pages["report"] = urls.report(places.mlflow, notes.experiment_id, pipeline.run_id)
         pages["next"] = f"slipstream report {run.spec.name}  ({_next(code)})"
     else:
         pages["next"] = "see the log of the failed task in Airflow; there is no report of this run"
