@@ -2,8 +2,8 @@
 
 `python -m slipstream.serving.server --model NAME --release KEY --engine DIR --port P --answers FILE`
 
-Only the paths of `PATHS` are answered: the SDK would also let any client unload the model, and fails (501) where a path
-names a version.
+Only the paths of `middleware.PATHS` are answered: the SDK would also let any client unload the model, and fails (501)
+where a path names a version.
 
 Statuses of an inference request, each with `{"error": …}` where it is not 200:
 
@@ -24,13 +24,10 @@ guardrails count them. What clients send is never a 5xx either.
 import argparse
 import asyncio
 import logging
-import re
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +38,6 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from kserve import Model, ModelServer
 from kserve.model_server import app
-from prometheus_client import Counter
 from starlette.requests import ClientDisconnect
 
 from slipstream import digests
@@ -50,26 +46,18 @@ from slipstream.errors import DataError, EngineError, SlipstreamError
 from slipstream.frameworks.base import OUTPUT
 from slipstream.serving import protocol
 from slipstream.serving.answers import AnswerLog
-from slipstream.serving.client import REFUSED, RELEASE, REQUEST_ID, SERVER_MS, infer_path
+from slipstream.serving.client import REFUSED, REQUEST_ID, infer_path
 from slipstream.serving.connections import Bounded, allow_files
 from slipstream.serving.inputs import Inputs
+from slipstream.serving.middleware import ANSWER, Releases
 from slipstream.serving.protocol import MOST_ID, BadRequest
 
 log = logging.getLogger(__name__)
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 WARM_UP = 20
 WARM_UP_LENGTH = 16
 """Tokens of the warm-up's text where the target has no lengths."""
 GRACE_S = 10
-PATHS = r"/|/metrics|/v2(/health/(live|ready)|/models(/{model}(/(ready|infer))?)?)?"
-IS_READY = JSONResponse({"ready": True})
-"""Of the health check, which Envoy makes four times a second. The server listens only once its engine is loaded."""
-NOT_FOUND = JSONResponse({"error": "not found; send inference requests to POST /v2/models/NAME/infer"}, 404)
 MOST_WAIT_S = 8.0
 """A request that waits longer for the engine is refused: less than Envoy's 10 s, after which nobody would read it."""
 MOST_WAITING = 256
@@ -82,21 +70,6 @@ INLINE_MS = 5.0
 """Inferences up to about this long run in the event loop: a hop to a thread and back costs more than they take."""
 DECODE_INLINE_BYTES = 256 * 2**10
 """Bodies up to this size are decoded in the event loop, for the same reason."""
-
-
-REQUESTS = Counter("slipstream_requests", "Inference requests by class of status.", ["status"])
-CLASSES = ("2xx", "3xx", "4xx", "5xx")
-
-
-@dataclass
-class Answer:
-    """What a request was answered with, handed from the model to the middleware that logs it."""
-
-    request_id: str = ""
-    output: npt.NDArray[Any] | None = None
-
-
-_answer: ContextVar[Answer] = ContextVar("answer")
 
 
 class EngineModel(Model):  # type: ignore[misc]  # kserve has no type information
@@ -143,7 +116,7 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
             raise BadRequest(f"inputs[0]: {error}") from error
         if not np.isfinite(output).all():
             raise Refused(422, "the output holds NaN or infinity: the values overflow in this engine")
-        answer = _answer.get()
+        answer = ANSWER.get()
         answer.request_id, answer.output = request_id, output
         content, headers = protocol.encode(self.name, request_id, output, request.binary)
         return Response(content, headers=headers)
@@ -197,45 +170,6 @@ class Overload(Refused):
 
     def __init__(self, reason: str) -> None:
         super().__init__(429, f"{reason}; send fewer at a time")
-
-
-class Releases:
-    """ASGI middleware that names the release in every response, counts, and logs every answer after it was sent."""
-
-    def __init__(self, application: Application, model: str, release: str, log: AnswerLog | None) -> None:
-        self._application = application
-        self._paths = re.compile(PATHS.replace("{model}", re.escape(model)))
-        self._header = (RELEASE.encode(), release.encode())
-        self._log = log
-        for status in CLASSES:  # so that a figure that is missing is never taken for none
-            REQUESTS.labels(status)
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._application(scope, receive, send)
-            return
-        started, status = time.perf_counter(), 500  # an exception is answered further out
-        answer = Answer()
-        _answer.set(answer)
-
-        async def named(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                took = (SERVER_MS.encode(), f"{(time.perf_counter() - started) * 1e3:.4f}".encode())
-                message["headers"] = [*message.get("headers", ()), self._header, took]
-            await send(message)
-
-        application = self._application if self._paths.fullmatch(scope["path"]) else NOT_FOUND
-        if scope["path"] == "/v2/health/ready":
-            application = IS_READY
-        try:
-            await application(scope, receive, named)
-        finally:
-            if scope["path"].endswith("/infer"):
-                REQUESTS.labels(f"{status // 100}xx").inc()
-        if answer.output is not None and self._log is not None:
-            self._log.write(answer.request_id, (time.perf_counter() - started) * 1e3, answer.output)
 
 
 class Server(ModelServer):  # type: ignore[misc]  # kserve has no type information
