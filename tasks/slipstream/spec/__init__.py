@@ -17,6 +17,7 @@ from slipstream.frameworks import FRAMEWORKS
 from slipstream.spec.document import MAX_BYTES, decode, read
 from slipstream.spec.explain import explain
 from slipstream.spec.fields import PATTERNS, Call, Name, Optimizer, Schedule, Section
+from slipstream.spec.resources import Resources, Toleration, Training
 from slipstream.spec.sections import (
     Cluster,
     DataSource,
@@ -26,12 +27,9 @@ from slipstream.spec.sections import (
     Objective,
     Prune,
     Quantize,
-    Resources,
     Rollout,
     SmallScaleTest,
     Target,
-    Toleration,
-    Training,
     Waiver,
 )
 from slipstream.steps import STEPS, environment_of

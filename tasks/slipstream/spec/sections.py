@@ -12,7 +12,6 @@ from slipstream.frameworks import FRAMEWORKS
 from slipstream.measure.metrics import METRICS
 from slipstream.spec.fields import (
     FUNCTION_NAME,
-    MEMORY,
     FileUri,
     Name,
     Optimizer,
@@ -358,45 +357,3 @@ class Rollout(Section):
         if list(self.steps) != sorted(set(self.steps)) or self.steps[-1] != 100:
             raise ValueError(f"steps must grow and end at 100, but are {list(self.steps)}")
         return self
-
-
-class Training(Section):
-    """How training steps (retrain, distill, prune's fine-tuning) are spread."""
-
-    workers: Annotated[int, Field(ge=1, le=256)] = 1
-    """Processes that share each batch (PyTorch DDP). On one machine they run side by side; on Kubernetes each is a
-    pod, and together they are a Kubeflow Trainer job."""
-
-
-class Toleration(Section):
-    """Kubernetes toleration: lets a pod run on nodes that a taint keeps others from."""
-
-    key: str | None = None
-    """Key of the taint; none matches every taint."""
-    operator: Literal["Equal", "Exists"] = "Equal"
-    """Whether the value must be equal, or the key only be there."""
-    value: str | None = None
-    """Value of the taint."""
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Effect of the taint; none matches every effect."""
-
-
-class Resources(Section):
-    """What a step may use, where it runs, and in which image. What is left out comes from the settings."""
-
-    cpu: Annotated[float, Field(gt=0, le=1024)] | None = None
-    """Processor cores: what Kubernetes reserves; a limit in Docker."""
-    memory: Annotated[str, Field(pattern=MEMORY)] | None = None
-    """Memory such as `4Gi`; a step that exceeds it is killed, and says so."""
-    gpu: Annotated[int, Field(ge=0, le=64)] | None = None
-    """Number of NVIDIA GPUs."""
-    node_selector: dict[str, str] | None = None
-    """Labels that the node must have (Kubernetes)."""
-    tolerations: tuple[Toleration, ...] | None = None
-    """Taints that the step tolerates (Kubernetes)."""
-    image: str | None = None
-    """Image to run instead of the one of the step's environment."""
-
-    def over(self, base: "Resources") -> "Resources":
-        """These, and what they leave out from `base`."""
-        return Resources(**(base.model_dump(exclude_none=True) | self.model_dump(exclude_none=True)))
