@@ -59,10 +59,8 @@ def _timed(context: Context, built: Mapping[str, Artifact], plan: Plan) -> tuple
         subjects[EAGER] = single(load_eager(context.fetch(baseline), threads=threads), test)
 
     def progress(done: int, total: int, others_cores: float | None) -> None:
-        if others_cores is None:
-            context.run.progress(done, total)
-        else:
-            context.run.progress(done, total, others_cores=others_cores)
+        figures = {} if others_cores is None else {"cores used by others": others_cores}
+        context.run.progress(done, total, "rounds", **figures)
 
     mean = spec.objective.prefer == "throughput"
     return races.run(subjects, len(test), plan, seed=spec.seed, threads=threads, mean=mean, progress=progress), absent
