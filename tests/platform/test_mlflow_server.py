@@ -14,7 +14,7 @@ from tests.conftest import ROOT, wait_for
 
 from slipstream.errors import Unavailable
 from slipstream.home import Home
-from slipstream.platform import addresses, console, mlflow_server, supervisor
+from slipstream.platform import addresses, console, mlflow_server, programs
 from slipstream.platform.addresses import MLFLOW, MLFLOW_PASSWORD, MLFLOW_USER, Addresses, Secrets
 from slipstream.report.find import connect
 
@@ -28,7 +28,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Home, Add
     home.root.mkdir()
     found, secrets = addresses.choose(home, set()), addresses.ensure_secrets(home)
     program = mlflow_server.program(home, found, secrets, {})
-    environment = supervisor.base_environment(home) | program.environment
+    environment = programs.base_environment(home) | program.environment
     with (home.root / "server.log").open("wb") as log:
         process = subprocess.Popen(program.command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from slipstream.home import Home
-from slipstream.platform import console, supervisor
+from slipstream.platform import console, programs
 from slipstream.platform.health import ServiceStatus
 from slipstream.platform.lifecycle import SILENT_FOR_S, STARTS, _Patience
 
@@ -29,7 +29,7 @@ def test_services_are_given_up_after_a_long_silence_only(somewhere: Home) -> Non
 
 def test_a_log_that_grows_or_a_state_that_changes_is_waited_for(somewhere: Home) -> None:
     patience, now_s = _Patience(somewhere), 0.0
-    log = supervisor.log_file(somewhere, "mlflow")
+    log = programs.log_file(somewhere, "mlflow")
     for line in range(5):
         log.write_text("starting\n" * line)
         assert patience.exhausted([service()], now_s) == []

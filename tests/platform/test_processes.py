@@ -13,7 +13,8 @@ import pytest
 
 from slipstream.home import Home
 from slipstream.platform import launch, processes, supervisor
-from slipstream.platform.supervisor import MARK, Program
+from slipstream.platform.launch import MARK
+from slipstream.platform.programs import Program
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
 

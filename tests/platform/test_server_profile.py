@@ -16,7 +16,7 @@ from tests.platform.running import Platform, silent
 from slipstream import storage
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home
-from slipstream.platform import addresses, health, lifecycle, object_store, postgresql, processes, supervisor
+from slipstream.platform import addresses, health, lifecycle, object_store, postgresql, processes, programs, supervisor
 from slipstream.platform.addresses import port_of
 
 pytestmark = [
@@ -169,7 +169,7 @@ def test_a_shell_gets_what_it_needs(platform: Platform) -> None:
 
 def test_down_stops_cleanly_and_leaves_nothing(platform: Platform) -> None:
     assert lifecycle.down(platform.home) == []
-    log = supervisor.log_file(platform.home, postgresql.NAME).read_text()
+    log = programs.log_file(platform.home, postgresql.NAME).read_text()
     assert log.rstrip().endswith("database system is shut down")
     assert processes.supervised(platform.home) == []
     assert platform.mentioned() == []

@@ -16,8 +16,9 @@ from tests.conftest import free_port
 
 from slipstream.errors import Unavailable
 from slipstream.home import Home
-from slipstream.platform import launch, processes, supervisor
-from slipstream.platform.supervisor import ABSENT, ProcessState, Program
+from slipstream.platform import launch, processes, programs, supervisor
+from slipstream.platform.programs import Program
+from slipstream.platform.supervisor import ABSENT, ProcessState
 
 PRINT_AND_SLEEP = "import os, sys, time; print(os.environ.get('ANSWER'), flush=True); time.sleep(600)"
 
@@ -43,7 +44,7 @@ def test_a_started_program_runs_with_its_environment_and_logs(shared_home: Home)
     awkward = """50% of "it's" ; # not a comment, é"""
     supervisor.start(shared_home, program("logs", ANSWER=awkward))
     eventually(lambda: supervisor.state(shared_home, "logs").state == "RUNNING")
-    assert awkward in supervisor.log_file(shared_home, "logs").read_text()
+    assert awkward in programs.log_file(shared_home, "logs").read_text()
 
 
 def test_starting_again_changes_nothing(shared_home: Home) -> None:
@@ -58,7 +59,7 @@ def test_a_changed_program_is_restarted_and_no_other(shared_home: Home) -> None:
     supervisor.start(shared_home, program("bystander"))
     before = pid(shared_home, "changed"), pid(shared_home, "bystander")
     supervisor.start(shared_home, program("changed", ANSWER="42"))
-    eventually(lambda: "42" in supervisor.log_file(shared_home, "changed").read_text())
+    eventually(lambda: "42" in programs.log_file(shared_home, "changed").read_text())
     assert pid(shared_home, "changed") != before[0]
     assert pid(shared_home, "bystander") == before[1]
 
@@ -66,7 +67,7 @@ def test_a_changed_program_is_restarted_and_no_other(shared_home: Home) -> None:
 def test_a_change_that_was_written_but_not_applied_is_applied_by_the_next_start(shared_home: Home) -> None:
     supervisor.start(shared_home, program("unapplied", ANSWER="41"))
     before = pid(shared_home, "unapplied")
-    supervisor._write(shared_home, program("unapplied", ANSWER="42"))  # killed right after its first write
+    programs.write(shared_home, program("unapplied", ANSWER="42"))  # killed right after its first write
     supervisor.start(shared_home, program("unapplied", ANSWER="42"))
     assert pid(shared_home, "unapplied") != before
 
@@ -135,7 +136,7 @@ def test_what_holds_secrets_is_private(shared_home: Home) -> None:
 
 def test_a_home_too_deep_for_a_socket_path_works(home: Path, tmp_path: Path) -> None:
     deep = replace(Home.from_environment(), root=tmp_path / ("d" * 100))
-    address = supervisor.socket_path(deep)
+    address = programs.socket_path(deep)
     assert not address.is_relative_to(deep.root)
     try:
         supervisor.start(deep, program())
@@ -146,7 +147,7 @@ def test_a_home_too_deep_for_a_socket_path_works(home: Path, tmp_path: Path) -> 
 
 
 def test_a_stale_socket_does_not_count_as_running(platform_home: Home) -> None:
-    path = supervisor.socket_path(platform_home)
+    path = programs.socket_path(platform_home)
     path.parent.mkdir(parents=True)
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
@@ -161,7 +162,7 @@ def test_a_missing_command_is_a_clear_error(shared_home: Home, tmp_path: Path) -
 
 
 def test_a_step_whose_supervisord_died_is_told_so(platform_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(supervisor.MARK, str(platform_home.root))
+    monkeypatch.setenv(launch.MARK, str(platform_home.root))
     with pytest.raises(Unavailable, match="slipstream up"):
         supervisor.start(platform_home, program())
 
@@ -183,7 +184,7 @@ def test_what_a_killed_supervisord_left_running_is_taken_over_as_it_runs(platfor
     supervisor.start(platform_home, program())
     eventually(lambda: supervisor.state(platform_home, "worker").state == "RUNNING")
     assert pid(platform_home) == before
-    assert "goes on under a new supervisord" in supervisor.log_file(platform_home, "worker").read_text()
+    assert "goes on under a new supervisord" in programs.log_file(platform_home, "worker").read_text()
     kill_supervisord(platform_home)  # the watching process goes with it, and the next one takes over likewise
     supervisor.ensure_running(platform_home)
     eventually(lambda: supervisor.state(platform_home, "worker").state == "RUNNING")
@@ -199,7 +200,7 @@ def test_what_was_taken_over_is_stopped_and_changed_like_any_other(platform_home
     before, unstopped = pid(platform_home), pid(platform_home, "stubborn")
     kill_supervisord(platform_home)
     supervisor.start(platform_home, program(ANSWER="42"))
-    eventually(lambda: "42" in supervisor.log_file(platform_home, "worker").read_text())
+    eventually(lambda: "42" in programs.log_file(platform_home, "worker").read_text())
     assert pid(platform_home) != before and launch.identity(before) is None
     eventually(lambda: supervisor.state(platform_home, "stubborn").state == "RUNNING")
     assert pid(platform_home, "stubborn") == unstopped
@@ -233,7 +234,7 @@ def test_a_program_logs_on_when_supervisord_is_gone(platform_home: Home, tmp_pat
     before = pid(platform_home, "talker")
     kill_supervisord(platform_home)
     (tmp_path / "go").touch()
-    eventually(lambda: "still here" in supervisor.log_file(platform_home, "talker").read_text())
+    eventually(lambda: "still here" in programs.log_file(platform_home, "talker").read_text())
     assert supervisor.state(platform_home, "talker").pid == before
     supervisor.ensure_running(platform_home)
 
@@ -241,13 +242,13 @@ def test_a_program_logs_on_when_supervisord_is_gone(platform_home: Home, tmp_pat
 def test_logs_are_bounded_while_their_program_writes_on(
     platform_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "LOG_BYTES", 1000)
+    monkeypatch.setattr(programs, "LOG_BYTES", 1000)
     say = "import time\nfor n in range(10**6):\n    print(n, 'x' * 99, flush=True); time.sleep(0.01)"
     supervisor.start(platform_home, Program("chatty", (sys.executable, "-c", say)))
-    log = supervisor.log_file(platform_home, "chatty")
+    log = programs.log_file(platform_home, "chatty")
     for number in range(1, 6):
         eventually(lambda: log.stat().st_size > 1000)
-        supervisor.rotate_logs(platform_home)
+        programs.rotate_logs(platform_home)
         assert log.with_name(f"chatty.log.{min(number, 3)}").stat().st_size > 1000
     assert sorted(p.name for p in log.parent.glob("chatty*")) == ["chatty.log", *(f"chatty.log.{n}" for n in (1, 2, 3))]
     eventually(lambda: 0 < log.stat().st_size < 1000)  # no hole where the earlier lines were
@@ -262,6 +263,6 @@ def test_supervisord_gets_the_environment_of_whoever_started_it_first(
     monkeypatch.setenv("MINE", "of the user")
     monkeypatch.setenv("SUPERVISOR_PROCESS_NAME", "watch")
     monkeypatch.setenv("SLIPSTREAM_PROGRAM", "watch")
-    made = supervisor.base_environment(platform_home)
+    made = programs.base_environment(platform_home)
     assert made["MINE"] == "of the user"
     assert not made.keys() & {"SECRET", "SUPERVISOR_PROCESS_NAME", "SLIPSTREAM_PROGRAM", "SLIPSTREAM_DESCRIPTION"}

@@ -13,7 +13,7 @@ from slipstream.errors import Unavailable
 from slipstream.home import Home, dags_folder, write_atomically
 from slipstream.platform import postgresql, supervisor
 from slipstream.platform.addresses import Addresses, Secrets, port_of
-from slipstream.platform.supervisor import Program
+from slipstream.platform.programs import Program, base_environment
 
 SCHEDULER = "airflow-scheduler"
 API_SERVER = "airflow-api-server"
@@ -87,7 +87,7 @@ def prepare(home: Home, environment: dict[str, str], secrets: Secrets) -> None:
         supervisor.stop(home, name)
     done = subprocess.run(
         [str(home.envs / "airflow" / "bin" / "airflow"), "db", "migrate"],
-        env=supervisor.base_environment(home) | environment,
+        env=base_environment(home) | environment,
         capture_output=True,
         text=True,
         check=False,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from slipstream.errors import InputError
 from slipstream.home import Home
-from slipstream.platform import addresses, health, lifecycle, object_store, supervisor
+from slipstream.platform import addresses, health, lifecycle, object_store, programs
 from slipstream.platform.addresses import Profile
 from slipstream.platform.health import ServiceStatus
 
@@ -74,7 +74,7 @@ def logs(home: Home, service: str | None, lines: int, follow: bool) -> None:
         raise InputError(f"no log of {service!r} under {home.root / 'logs'}; known: {', '.join(known) or 'none'}")
     if not known:
         raise InputError(f"no logs under {home.root}; start the platform with `slipstream up`")
-    files = [str(supervisor.log_file(home, name)) for name in ([service] if service else known)]
+    files = [str(programs.log_file(home, name)) for name in ([service] if service else known)]
     # -F finds the new file after a rotation.
     os.execvp("tail", ["tail", "-n", str(lines), *(["-F"] if follow else []), *files])  # noqa: S606 (no shell needed)
 

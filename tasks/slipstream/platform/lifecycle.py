@@ -15,12 +15,13 @@ from slipstream.platform import (
     object_store,
     postgresql,
     processes,
+    programs,
     supervisor,
 )
 from slipstream.platform.addresses import Addresses, Profile, Secrets, port_of
 from slipstream.platform.health import ServiceStatus
 from slipstream.platform.processes import Process
-from slipstream.platform.supervisor import Program
+from slipstream.platform.programs import Program
 from slipstream.traffic import envoy
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def _sort_out_orphans(home: Home) -> None:
     orphaned = supervisor.states(home)
     if postgresql.NAME not in orphaned:
         postgresql.stop_left_over(home)
-    left = processes.stop_orphans(home, keep=supervisor.program_names(home))
+    left = processes.stop_orphans(home, keep=programs.names(home))
     if left:
         log.info("stopped %d processes that a killed platform had left running", len(left))
     if orphaned:
@@ -231,12 +232,12 @@ class _Patience:
         return [s for s in missing if len(self._processes[s.name]) > STARTS]
 
     def _log_bytes(self, name: str) -> int:
-        log = supervisor.log_file(self._home, name)
+        log = programs.log_file(self._home, name)
         return log.stat().st_size if log.exists() else 0
 
 
 def _why(home: Home, service: ServiceStatus) -> str:
-    log = supervisor.log_file(home, service.name)
+    log = programs.log_file(home, service.name)
     tail = log.read_text(errors="replace")[-1500:] if log.exists() else "(no log)"
     return f"{service.name} is not healthy ({service.state}); its log {log} ends with:\n{tail}"
 

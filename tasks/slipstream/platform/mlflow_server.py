@@ -7,7 +7,7 @@ Everything on this machine can reach the port, and whoever may write to MLflow c
 from slipstream.home import Home, write_atomically
 from slipstream.platform import object_store, postgresql
 from slipstream.platform.addresses import Addresses, Secrets, port_of
-from slipstream.platform.supervisor import Program
+from slipstream.platform.programs import Program
 
 NAME = "mlflow"
 USERS = "mlflow_users"

@@ -13,9 +13,9 @@ import httpx
 
 from slipstream.errors import Unavailable
 from slipstream.home import Home
-from slipstream.platform import supervisor
+from slipstream.platform import programs, supervisor
 from slipstream.platform.addresses import Secrets
-from slipstream.platform.supervisor import Program
+from slipstream.platform.programs import Program
 
 NAME = "object-store"
 BUCKET = "slipstream"
@@ -80,7 +80,7 @@ def await_ready(home: Home, url: str) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
     while not healthy(url):
         if time.monotonic() > deadline or supervisor.state(home, NAME).state == "FATAL":
-            raise Unavailable(f"the object store does not answer at {url}; see {supervisor.log_file(home, NAME)}")
+            raise Unavailable(f"the object store does not answer at {url}; see {programs.log_file(home, NAME)}")
         time.sleep(0.1)
 
 

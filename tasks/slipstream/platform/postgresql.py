@@ -14,9 +14,9 @@ from pathlib import Path
 
 from slipstream.errors import Unavailable
 from slipstream.home import Home, write_atomically
-from slipstream.platform import processes, supervisor
+from slipstream.platform import processes, programs, supervisor
 from slipstream.platform.addresses import Secrets, port_of
-from slipstream.platform.supervisor import Program
+from slipstream.platform.programs import Program
 
 NAME = "postgresql"
 PACKAGE = "postgresql"
@@ -46,7 +46,7 @@ def programs_folder(home: Home) -> Path:
 
 def prepare(home: Home, secrets: Secrets) -> None:
     """Make the data folder at the first call, and the file with the password. Raises Unavailable."""
-    programs, data = programs_folder(home), _data(home)
+    binaries, data = programs_folder(home), _data(home)
     _folder(home).mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(_password_file(home), f"127.0.0.1:*:*:{ROLE}:{secrets.postgresql_password}\n", 0o600)
     if (_folder(home) / "version").exists():
@@ -54,8 +54,8 @@ def prepare(home: Home, secrets: Secrets) -> None:
     shutil.rmtree(data, ignore_errors=True)  # from a first `up` that was killed
     data.mkdir(mode=0o700)
     _give_away(data)
-    _initdb(programs, data, secrets.postgresql_password)
-    write_atomically(_folder(home) / "version", str(_version(programs)))
+    _initdb(binaries, data, secrets.postgresql_password)
+    write_atomically(_folder(home) / "version", str(_version(binaries)))
 
 
 def program(home: Home, url: str) -> Program:
@@ -78,7 +78,7 @@ def await_ready(home: Home, url: str) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
     while not healthy(home, url):
         if time.monotonic() > deadline or supervisor.state(home, NAME).state == "FATAL":
-            raise Unavailable(f"PostgreSQL does not answer at {url}; see {supervisor.log_file(home, NAME)}")
+            raise Unavailable(f"PostgreSQL does not answer at {url}; see {programs.log_file(home, NAME)}")
         time.sleep(0.1)
 
 
@@ -120,7 +120,7 @@ def stop_left_over(home: Home, wait_s: float = 30) -> None:
         return
 
 
-def _initdb(programs: Path, data: Path, password: str) -> None:
+def _initdb(binaries: Path, data: Path, password: str) -> None:
     """Make the data folder's content. The password goes through a pipe: it is never on the disk, nor an argument."""
     receive, send = os.pipe()
     try:
@@ -131,7 +131,7 @@ def _initdb(programs: Path, data: Path, password: str) -> None:
         done = subprocess.run(
             [
                 *_as_its_user(data),
-                *(str(programs / "initdb"), "-D", _named(data), *access, "-E", "UTF8", "--locale=C"),
+                *(str(binaries / "initdb"), "-D", _named(data), *access, "-E", "UTF8", "--locale=C"),
             ],
             stdin=receive,
             cwd="/",
@@ -170,8 +170,8 @@ def _installed() -> Iterator[tuple[int, Path]]:
             yield _version(folder), folder
 
 
-def _version(programs: Path) -> int:
-    shown = subprocess.run([str(programs / "postgres"), "-V"], capture_output=True, text=True, check=False).stdout
+def _version(binaries: Path) -> int:
+    shown = subprocess.run([str(binaries / "postgres"), "-V"], capture_output=True, text=True, check=False).stdout
     match = re.search(r"\) (\d+)", shown)
     return int(match[1]) if match else 0
 

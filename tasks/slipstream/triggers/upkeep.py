@@ -6,7 +6,7 @@ supervisord keeps this process alive, and this process keeps supervisord alive.
 import logging
 
 from slipstream.home import Home
-from slipstream.platform import lifecycle, supervisor
+from slipstream.platform import lifecycle, programs
 
 log = logging.getLogger(__name__)
 
@@ -19,4 +19,4 @@ def keep_up(home: Home) -> None:
         return
     if lifecycle.revive(home):
         log.warning("supervisord was killed and runs again; its programs were taken over as they ran")
-    supervisor.rotate_logs(home)
+    programs.rotate_logs(home)
