@@ -6,6 +6,7 @@ so that a step killed at any moment is never mistaken for a finished one.
 
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -195,6 +196,7 @@ def _dataset(data: Data, name: str, split: str, source: str) -> Dataset:
 
 def connected() -> MlflowClient:
     """A client of the MLflow server that MLFLOW_TRACKING_URI names. Raises InputError when that names no server."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # in a task's log each redraw is a line
     try:
         return MlflowClient()
     except MlflowException:
