@@ -41,7 +41,7 @@ def test_the_same_bytes_are_not_tried_again_by_the_next_run(
     before = ready.aliases()
     message = failing(lambda: ready.selected(run_key="run-2"), GateFailed)
     stage = STAGES[refuse.__name__]
-    assert f"int8@server: passed: version {ready.new} (sha256 " in message, message
+    assert f"int8@server: rejected: rejection: version {ready.new} (sha256 " in message, message
     assert f"was rejected in the {stage} by " in message
     assert f"slipstream allow {ready.world.model} {ready.new} --reason" in message
     assert ready.aliases() == before
@@ -61,7 +61,8 @@ def test_the_next_best_passing_engine_wins_instead(ready: Ready, monkeypatch: py
     )
     output = select.run(ready.world.context("select", outputs, "run-2"))
     assert output.details["winner"] == "small@server"
-    assert list(output.details["rejected"]) == ["int8@server"]
+    statuses = {r["cell"]: r["status"] for r in output.details["rows"]}
+    assert (statuses["int8@server"], statuses["small@server"]) == ("rejected", "passed")
     assert "is the best of 1 passing engines" in output.verdicts[0].reason
 
 

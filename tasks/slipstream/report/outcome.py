@@ -49,7 +49,7 @@ def headline(spec: Spec, outcome: Outcome, winner: Row | None, version: str | No
         "released": f"{name}{engine} is live{_gain(spec, winner)}",
         "unchanged": f"{name}{engine} already serves and is still the best",
         "held": f"{name}{engine} passed its gates, and was not rolled out",
-        "rejected": f"Nothing was released: {_none_of(len(judged))} passed the gates",
+        "rejected": f"Nothing was released: {_none_passed(len(judged))}",
         "stopped": f"Nothing was released: {name}{engine} did not pass the small-scale test",
         "rolled_back": f"Nothing was released: the rollout of {name}{engine} was aborted",
         "failed": f"Nothing was released: {absent} of {wording.count(len(judged), 'engine')} left no evidence"
@@ -76,8 +76,10 @@ def explanation(
     return ""
 
 
-def _none_of(number: int) -> str:
-    return "no engine" if number == 0 else f"none of {wording.count(number, 'engine')}"
+def _none_passed(engines: int) -> str:
+    if engines <= 1:
+        return "no engine passed the gates" if engines == 0 else "the only engine did not pass the gates"
+    return f"none of {engines} engines passed the gates"
 
 
 def _gain(spec: Spec, winner: Row | None) -> str:

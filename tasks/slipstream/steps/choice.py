@@ -19,20 +19,15 @@ class Choice:
     race: Race | None
     absent: Mapping[str, str] = field(default_factory=dict)
     """Cells that took no part in the race → why."""
-    rejected: Mapping[str, str] = field(default_factory=dict)
-    """Cells whose engine was rejected before → why."""
 
     @property
     def entrants(self) -> list[str]:
         """Cells that passed and may be released."""
-        return [cell for cell, row in self.rows.items() if self._may_win(cell, row)]
-
-    def _may_win(self, cell: str, row: Row) -> bool:
-        return row.status == "passed" and not row.comparison and cell not in self.rejected
+        return [cell for cell, row in self.rows.items() if row.status == "passed" and not row.comparison]
 
     def entrants_of(self, target: str) -> list[str]:
         """Cells of a target that passed, also where its engines are for comparison only."""
-        passed = [c for c, r in self.rows.items() if r.status == "passed" and c not in self.rejected]
+        passed = [c for c, r in self.rows.items() if r.status == "passed"]
         return [c for c in passed if flow.cell_of(c).target == target]
 
     def best(self, cells: Sequence[str]) -> str | None:

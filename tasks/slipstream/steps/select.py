@@ -4,8 +4,7 @@ What passed against the baseline is compared with the champion (champion.py); th
 which they take turns (measure/race.py), and the objective's `prefer` picks among those that passed.
 Details: `rows` (evidence.Row), `winner` (cell key), `version` (registry), `best_per_target`, `champion` (version that
 the challenger will be compared with, or None), `already_champion`, `missing` (cells that left no evidence),
-`comparison_only` (cells of engines that are never released → why), `rejected` (cells whose engine was rejected in an
-earlier test, rollout or rollback → why, and how to lift it), `competing` (engines that the bounds account for),
+`comparison_only` (cells of engines that are never released → why), `competing` (engines that the bounds account for),
 `race` (evidence.Race, or None), `not_raced` (cells → why).
 """
 
@@ -19,7 +18,7 @@ from typing import Any
 from slipstream import flow, traffic
 from slipstream.contract import Artifact, StepInput, StepOutput, Verdict
 from slipstream.errors import DataError, GateFailed
-from slipstream.evidence import Row, row_of, settled
+from slipstream.evidence import Row, judged, row_of, settled
 from slipstream.measure.waivers import waive
 from slipstream.registry import CHALLENGER, SHA256, Registry
 from slipstream.release import rejections, settle
@@ -42,12 +41,10 @@ def run(context: Context) -> StepOutput:
     registry = Registry(spec.model.name, context.tracking.client)
     settle.settle(registry, lambda: traffic.controller(context.home), wait_for=("rollback",))
     champion = registry.champion()
-    rows = table(spec, inputs)
-    rows = _waived(spec, rows)
+    rows = _waived(spec, rejected_before(registry, inputs, table(spec, inputs)))
     if champion is not None:
         rows = _waived(spec, champions.compare(context, registry, champion, rows))
-    rejected = rejected_before(registry, inputs, rows)
-    choice = _choice(context, rows, rejected)
+    choice = _choice(context, rows)
     winner = choice.best(choice.entrants)
     rows = [choice.placed(r) for r in rows]
     details = {
@@ -56,7 +53,6 @@ def run(context: Context) -> StepOutput:
         "champion": champion,
         "missing": [r.cell for r in rows if r.status == "missing"],
         "comparison_only": comparison_only(spec, rows),
-        "rejected": rejected,
         "competing": spec.competing,
         "race": None if choice.race is None else choice.race.model_dump(mode="json"),
         "not_raced": dict(choice.absent),
@@ -65,7 +61,7 @@ def run(context: Context) -> StepOutput:
     if winner is None:
         verdict = Verdict(gate="select", answer="fail", reason="no engine passed", n=len(rows))
         context.tracking.record(context.run, context.output(verdicts=(verdict,), details=details))
-        raise GateFailed(_refusal(rows, comparison_only(spec, rows) | rejected))
+        raise GateFailed(_refusal(rows, comparison_only(spec, rows)))
     picked = next(r for r in rows if r.cell == winner)
     version, already = _register(registry, inputs, picked, champion)
     verdict = Verdict(gate="select", answer="pass", reason=choice.reason(winner), n=len(rows))
@@ -107,27 +103,30 @@ def comparison_only(spec: Spec, rows: Sequence[Row]) -> dict[str, str]:
     }
 
 
-def rejected_before(registry: Registry, inputs: StepInput, rows: Sequence[Row]) -> dict[str, str]:
-    """Cells whose engine, by its digest, was rejected and not allowed again, with the reason and how to lift it."""
-    active, reasons = rejections.active(registry), {}
-    for row in rows:
+def rejected_before(registry: Registry, inputs: StepInput, rows: Sequence[Row]) -> list[Row]:
+    """The rows; an engine that was rejected by its digest in an earlier test, rollout or rollback fails here too."""
+    active = rejections.active(registry)
+
+    def judge(row: Row) -> Row:
         built = inputs.output_of("build", flow.cell_of(row.cell))
-        if built is not None and built.artifact is not None and built.artifact.sha256 in active:
-            reasons[row.cell] = rejections.explain(registry, active[built.artifact.sha256])
-    return reasons
+        if built is None or built.artifact is None or (known := active.get(built.artifact.sha256)) is None:
+            return row
+        return judged(row, Verdict(gate="rejection", answer="fail", reason=rejections.explain(registry, known)))
+
+    return [judge(row) for row in rows]
 
 
-def _choice(context: Context, rows: Sequence[Row], rejected: Mapping[str, str]) -> Choice:
+def _choice(context: Context, rows: Sequence[Row]) -> Choice:
     """All that is needed to pick; races the engines where any passed."""
     objective = context.spec.objective
-    choice = Choice(objective.prefer, objective.confidence, {r.cell: r for r in rows}, None, rejected=rejected)
+    choice = Choice(objective.prefer, objective.confidence, {r.cell: r for r in rows}, None)
     if not choice.entrants:
         return choice
     measured = [flow.cell_of(r.cell) for r in rows if r.evidence is not None]
     outputs = [context.inputs.output_of("build", cell) for cell in measured]
     built = {o.cell.key: o.artifact for o in outputs if o is not None and o.cell is not None and o.artifact is not None}
     race, absent = racing.race(context, built)
-    return Choice(choice.prefer, choice.confidence, choice.rows, race, absent, rejected)
+    return Choice(choice.prefer, choice.confidence, choice.rows, race, absent)
 
 
 def _built(inputs: StepInput, cell: str) -> Artifact:
