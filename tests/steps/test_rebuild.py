@@ -3,6 +3,7 @@
 The engines, MLflow and the processes that load and build are real; the traffic is the fake's.
 """
 
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from slipstream import digests
 from slipstream.contract import Artifact, Verdict
 from slipstream.engines import recorded
 from slipstream.engines.base import build_engine, load_engine, read_manifest, record_answers
-from slipstream.errors import GateFailed, ModelError, RegistryError
+from slipstream.errors import EngineError, GateFailed, ModelError, RegistryError
 from slipstream.home import Home
 from slipstream.registry import CHAMPION, PREVIOUS, REBUILT_FROM, Registry
 from slipstream.signature import signature
@@ -166,6 +167,26 @@ def test_a_candidate_that_is_not_the_one_it_was_built_from_is_refused(scene: Sce
     old = scene.champion(lambda engine: (later(engine), edit_manifest(engine, candidate_sha256="0" * 64))[0])
     assert "sha256" in failing(scene.rebuild, ModelError)
     scene.requires(old)
+
+
+def test_what_the_servers_cannot_load_either_is_neither_registered_nor_deployed(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the servers' environment was changed: the same engine is built again, and would be refused again."""
+    changed = tmp_path / "changed"
+    (changed / "onnxruntime-1.0.0.dist-info").mkdir(parents=True)
+    (changed / "onnxruntime-1.0.0.dist-info" / "METADATA").write_text("Name: onnxruntime\nVersion: 1.0.0\n")
+    for name, path in (("torch", ""), ("serve", f"PYTHONPATH={changed} ")):
+        python = tmp_path / "envs" / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\n{path}exec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+    monkeypatch.setenv("SLIPSTREAM_ENVS", str(tmp_path / "envs"))
+    old = scene.champion(lambda engine: None)
+    said = failing(scene.rebuild, EngineError)
+    assert "environment serve cannot load it either" in said and "'1.0.0'" in said and "nothing was changed" in said
+    scene.requires(old)
+    assert scene.registry.versions_of(scene.registry.artifact(old).sha256) == [old]
 
 
 def test_previous_is_rebuilt_without_touching_the_champion(scene: Scene) -> None:

@@ -1,8 +1,8 @@
 """Builds an engine again from its candidate, where its libraries are: `python -m slipstream.engines.rebuilt`.
 
 `load FOLDER` says why an engine folder cannot be loaded in this environment, if so. `build REQUEST` (JSON) builds the
-same target from the same candidate, compares the answers with those that the old engine recorded, and logs the new
-engine to MLflow. Both print one JSON document as their last line; errors carry their exit code.
+same target from the same candidate, and compares the answers with those that the old engine recorded. `log REQUEST`
+logs the new engine to MLflow. Each prints one JSON document as its last line; errors carry their exit code.
 """
 
 import sys
@@ -54,10 +54,9 @@ def load(folder: Path) -> Finding:
 
 
 def build(request: Request) -> Finding:
-    """Build, compare and, when the answers are as recorded, log."""
+    """Build, and compare the answers with those on record."""
     try:
-        verdict = _build(request)
-        return Finding(verdict=verdict, artifact=_log(request) if verdict.passed else None)
+        return Finding(verdict=_build(request))
     except SlipstreamError as error:
         return Finding(problem=str(error), exit_code=error.exit_code)
 
@@ -78,6 +77,14 @@ def _build(request: Request) -> Verdict:
     return Verdict(gate=GATE, answer="pass", reason=reason, n=len(samples))
 
 
+def log(request: Request) -> Finding:
+    """Log the engine that was built, as a model of MLflow."""
+    try:
+        return Finding(artifact=_log(request))
+    except SlipstreamError as error:
+        return Finding(problem=str(error), exit_code=error.exit_code)
+
+
 def _log(request: Request) -> Artifact:
     from slipstream.signature import signature
     from slipstream.tracking import StepRun, connected
@@ -95,7 +102,10 @@ def _log(request: Request) -> Artifact:
 def main(action: str, argument: str) -> None:
     """Print the finding."""
     log_lines.configure()
-    finding = load(Path(argument)) if action == "load" else build(Request.model_validate_json(argument))
+    if action == "load":
+        finding = load(Path(argument))
+    else:
+        finding = {"build": build, "log": log}[action](Request.model_validate_json(argument))
     sys.stdout.write(f"\n{finding.model_dump_json()}\n")
 
 

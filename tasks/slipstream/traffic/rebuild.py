@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from slipstream import traffic
-from slipstream.contract import Artifact
+from slipstream.contract import Artifact, Verdict
 from slipstream.engines import ENGINES
 from slipstream.engines.base import EngineManifest, read_manifest, server_environment
 from slipstream.engines.rebuilt import Finding, Request
@@ -111,7 +111,7 @@ class Rebuild:
     def _new_version(self, old: "_Old", candidate: Artifact) -> tuple[str, str]:
         """Version of the rebuilt engine, and why it may serve. Raises EngineError, GateFailed."""
         tags, work = self.registry.tags(old.version), self.home.work / f"rebuild-{self.registry.model}"
-        cell, model = tags.get(CELL, "rebuilt"), self.registry.model
+        cell = tags.get(CELL, "rebuilt")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         with self._mlflow_run(old, cell) as run:
@@ -124,21 +124,37 @@ class Rebuild:
                 run_id=run.info.run_id,
                 experiment_id=run.info.experiment_id,
             )
-            finding = _ask(self.home, _builds(old, request.candidate), "build", request.model_dump_json())
-            if finding.problem:
-                raise EngineError(f"{model} version {old.version} cannot be rebuilt: {finding.problem}")
-            verdict = finding.verdict
-            assert verdict is not None, "without a problem there is a verdict"
-            if finding.artifact is None:
-                raise GateFailed(
-                    f"{model} version {old.version}: {verdict.reason}; nothing was changed. Release the model with a "
-                    "new run of its spec, which judges it on the held-out samples"
-                )
-        version = self.registry.register(finding.artifact, cell, tags.get(PIPELINE_RUN, run.info.run_id), ())
+            verdict = self._build(old, request)
+            logged = _ask(self.home, _builds(old, request.candidate), "log", request.model_dump_json())
+            if logged.artifact is None:
+                raise Unavailable(f"{self.registry.model}: the rebuilt engine cannot be logged: {logged.problem}")
+        version = self.registry.register(logged.artifact, cell, tags.get(PIPELINE_RUN, run.info.run_id), ())
         audit = {REBUILT_FROM: old.version, "slipstream.rebuilt_by": self.by, **verdict_tags("rebuild", (verdict,))}
         self.registry.tag(version, audit)
         shutil.rmtree(work, ignore_errors=True)
         return version, verdict.reason
+
+    def _build(self, old: "_Old", request: Request) -> Verdict:
+        """Build the engine, and see that it answers as before and loads where it will be served."""
+        name, builds = f"{self.registry.model} version {old.version}", _builds(old, request.candidate)
+        finding = _ask(self.home, builds, "build", request.model_dump_json())
+        if finding.problem:
+            raise EngineError(f"{name} cannot be rebuilt: {finding.problem}")
+        verdict = finding.verdict
+        assert verdict is not None, "without a problem there is a verdict"
+        if not verdict.passed:
+            raise GateFailed(
+                f"{name}: {verdict.reason}; nothing was changed. Release the model with a new run of its spec, which "
+                "judges it on the held-out samples"
+            )
+        serves = server_environment(request.folder)
+        if problem := _ask(self.home, serves, "load", str(request.folder)).problem:
+            raise EngineError(
+                f"{name}: the engine was built again in the environment {builds}, and the servers' environment "
+                f"{serves} cannot load it either: {problem}; nothing was changed. Install the same libraries in both: "
+                "`make setup`"
+            )
+        return verdict
 
     @contextmanager
     def _mlflow_run(self, old: "_Old", cell: str) -> Iterator[Run]:
