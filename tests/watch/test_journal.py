@@ -90,6 +90,16 @@ def test_a_retry_and_a_failure_give_their_reason_from_mlflow_or_from_airflow() -
     ]
 
 
+def test_a_try_that_stayed_open_says_what_could_not_be_judged() -> None:
+    verdicts = (("errors", "pass", "0 of 900"), ("p99_cap", "inconclusive", "the processors were waited for"))
+    note = Note("FAILED", verdicts=verdicts, error="Not decided")
+    told = Journal().lines([task("rollout", "up_for_retry")], {("rollout", ""): note}, {})
+    assert said(told)[1:] == [
+        "retry|rollout  try 1 failed, will be tried again",
+        "inconclusive|p99_cap: the processors were waited for",
+    ]
+
+
 def test_what_a_failure_kept_from_running_is_named_once() -> None:
     tasks = [task("trial", "upstream_failed"), *(task("build", "upstream_failed", c) for c in ("a@s", "b@s"))]
     assert said(not_reached(tasks)) == ["skipped|not reached: build, trial"]

@@ -133,6 +133,7 @@ def _told(task: TaskInstance, note: Note | None, state: str, reason: str) -> Ite
             yield Line("skipped", f"{text}  skipped")
     elif state == "retry":
         yield Line("retry", f"{text}  try {task.tries} failed, will be tried again", took)
+        yield from _verdicts(note, with_passed=False)
         yield from _error(note, reason)
     elif state == "success":
         if task.step != "outcome":
