@@ -126,7 +126,7 @@ def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> n
             folder = fetch(teacher)
             require_own_architecture(folder, context.spec)
             _store(path, framework.logits(framework.load(folder), split.inputs))
-    context.group.bring(path)
+    context.group.broadcast_file(path)
     answers: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
     return answers
 

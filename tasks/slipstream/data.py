@@ -48,7 +48,7 @@ class Split:
     @cached_property
     def _sample_digests(self) -> list[bytes]:
         rows = np.ascontiguousarray(self.inputs).reshape(len(self), -1)
-        ends = tokens.lengths(rows) if tokens.holds(self.inputs) else [rows.shape[1]] * len(rows)
+        ends = tokens.lengths(rows) if tokens.is_token_ids(self.inputs) else [rows.shape[1]] * len(rows)
         return [hashlib.blake2b(row[:end].data, digest_size=16).digest() for row, end in zip(rows, ends, strict=True)]
 
     def sample_digests(self) -> list[bytes]:

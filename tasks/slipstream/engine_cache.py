@@ -29,7 +29,7 @@ def shared(tracking: Tracking, run: StepRun, path: Path | None) -> Iterator[None
     if path is None:
         yield
         return
-    bring(tracking, path)
+    restore(tracking, path)
     before = digests.file(path) if path.exists() else None
     yield
     if path.exists() and digests.file(path) != before:
@@ -37,7 +37,7 @@ def shared(tracking: Tracking, run: StepRun, path: Path | None) -> Iterator[None
         run.tags({TAG: path.name})  # last: whoever finds the tag finds the file
 
 
-def bring(tracking: Tracking, path: Path) -> None:
+def restore(tracking: Tracking, path: Path) -> None:
     """Fetch the file that the latest build of this model left under this name, unless one is here."""
     if path.exists():
         return

@@ -21,9 +21,6 @@ DAG = "optimize.py"
 PRIVATE = 0o700
 """Mode of the home: it holds addresses, published specs and logs, which are for its owner alone."""
 
-ENVIRONMENTS = ("airflow", "torch", "tensorflow", "tensorrt", "serve", "kubeflow")
-"""Environments beside the core; each has a folder under containers/ and a virtual environment under .envs/."""
-
 
 @dataclass(frozen=True)
 class Home:
@@ -154,7 +151,7 @@ def dags_folder() -> Path:
 
 
 @contextmanager
-def alone(path: Path, why: str | None = None, *, wait: bool = True) -> Iterator[None]:
+def file_lock(path: Path, why: str | None = None, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock `path`, one process of this machine at a time; it goes with the process. `why` tells who waits.
 
     Raises Unavailable where another one holds it and `wait` is false.

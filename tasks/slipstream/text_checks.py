@@ -38,7 +38,7 @@ def data(spec: Spec, loaded: Data) -> Iterator[SlipstreamError]:
                 f"{target.lengths[-1]}; add a greater one, or cut the texts"
             )
     pruned = [recipe for recipe, techniques in spec.recipes.items() if "prune" in techniques]
-    if pruned and tokens.holds(given):
+    if pruned and tokens.is_token_ids(given):
         yield SpecError(
             f"recipes.{pruned[0]}: channels of networks on token ids cannot be pruned; distil to fewer layers instead"
         )
@@ -46,7 +46,7 @@ def data(spec: Spec, loaded: Data) -> Iterator[SlipstreamError]:
 
 def network(framework: Framework, what: str, made: Any, loaded: Data) -> Iterator[ModelError]:
     """What a network that takes the data makes of the highest token id, and of padding."""
-    if not tokens.holds(loaded.train.inputs):
+    if not tokens.is_token_ids(loaded.train.inputs):
         return
     problems = list(token_ids(framework, what, made, loaded))
     yield from problems
@@ -62,7 +62,7 @@ def network(framework: Framework, what: str, made: Any, loaded: Data) -> Iterato
 
 def token_ids(framework: Framework, what: str, made: Any, loaded: Data) -> Iterator[ModelError]:
     """A token id of the data or of the tokenizer that the network has no embedding for."""
-    if not tokens.holds(loaded.train.inputs):
+    if not tokens.is_token_ids(loaded.train.inputs):
         return
     highest = {"the data": int(max(loaded.train.inputs.max(), loaded.test.inputs.max()))}
     if loaded.tokenizer is not None:

@@ -22,14 +22,14 @@ TOKENIZER = "tokenizer.json"
 """The tokenizer's file in an engine folder."""
 
 
-def holds(inputs: npt.NDArray[Any]) -> bool:
+def is_token_ids(inputs: npt.NDArray[Any]) -> bool:
     """Whether inputs are token ids: (N, T) int64. Ids of fixed meaning and number are better given as int32."""
     return inputs.ndim == 2 and inputs.dtype == np.int64
 
 
 def sample_shape(inputs: npt.NDArray[Any]) -> tuple[int, ...]:
     """Shape of one sample of inputs (N, …), as manifests have it: -1 where it varies from batch to batch."""
-    return (-1,) if holds(inputs) else inputs.shape[1:]
+    return (-1,) if is_token_ids(inputs) else inputs.shape[1:]
 
 
 def lengths(inputs: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
@@ -61,7 +61,7 @@ def length(batch: npt.NDArray[np.int64]) -> int:
 
 def trim(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The batch without the columns at its end that are all padding; a batch of anything but ids as it is."""
-    return batch[:, : length(batch)] if holds(batch) else batch
+    return batch[:, : length(batch)] if is_token_ids(batch) else batch
 
 
 class Tokenizer:
@@ -118,7 +118,7 @@ class Tokenizer:
 
 def require_consistent(document: str | None, *inputs: npt.NDArray[Any]) -> None:
     """Raise DataError unless a data set's token ids are some, and its tokenizer, where it has one, gives such ids."""
-    if not all(holds(ids) for ids in inputs):
+    if not all(is_token_ids(ids) for ids in inputs):
         if document is not None:
             given = ", ".join(f"{ids.shape[1:]} {ids.dtype}" for ids in inputs)
             raise DataError(f"data.tokenizer: inputs must be token ids, (N, T) int64, not (N, …) of {given}")

@@ -14,7 +14,7 @@ from tests.engines.images import samples
 
 from slipstream.engines.base import build_engine, load_engine
 from slipstream.engines.onnxruntime import OPTIMISED
-from slipstream.engines.onnxruntime_graph import rows_first, unsigned
+from slipstream.engines.onnxruntime_graph import activations_to_uint8, gather_before_dequantize
 from slipstream.frameworks.base import ONNX
 from slipstream.hardware import X86
 from slipstream.spec import Target
@@ -57,7 +57,7 @@ def test_the_zero_point_moves_with_the_type_and_the_answers_stay(place: str) -> 
         zero.name = ""
         model.graph.node.insert(0, helper.make_node("Constant", [], ["z"], value=zero))
     before = answer(model, x)
-    assert unsigned(model) == 1
+    assert activations_to_uint8(model) == 1
     onnx.checker.check_model(model, full_check=True)
     zeros = {n.input[2] for n in model.graph.node if len(n.input) > 2 and n.op_type != "Sum"}
     [moved] = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name in zeros]
@@ -75,7 +75,7 @@ LEFT = {
 @pytest.mark.parametrize("case", LEFT)
 def test_what_is_left_alone(case: str) -> None:
     model = onnx.ModelProto.FromString(LEFT[case].SerializeToString())
-    assert unsigned(model) == 0
+    assert activations_to_uint8(model) == 0
     assert model == LEFT[case]
 
 
@@ -106,19 +106,19 @@ def test_rows_are_taken_before_they_are_dequantized() -> None:
     ids = np.array([[0, 5, 5], [3, 2, -1]])
     model = table()
     before = answer(model, ids)
-    assert rows_first(model) == 1
+    assert gather_before_dequantize(model) == 1
     onnx.checker.check_model(model, full_check=True)
     assert not [n for n in model.graph.node if n.op_type == "DequantizeLinear"], "else it is computed for nobody"
     [taken] = [n for n in model.graph.node if n.op_type == "Gather" and n.input[0] == "w"]
     assert taken.input[1] == "x"
     np.testing.assert_array_equal(answer(model, ids), before)
-    assert rows_first(model) == 0, "nothing is left to do"
+    assert gather_before_dequantize(model) == 0, "nothing is left to do"
 
 
 @pytest.mark.parametrize("case", [{"axis": 1}, {"zero": 3}, {"per_row": False}])
 def test_other_tables_are_left_alone(case: dict[str, int]) -> None:
     model = table(**case)
-    assert rows_first(model) == 0
+    assert gather_before_dequantize(model) == 0
     assert model == table(**case)
 
 

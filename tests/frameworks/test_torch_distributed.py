@@ -116,7 +116,7 @@ class TestBlaming:
 
     def test_somebody_elses_bug_says_where_it_happened(self, group: TorchGroup) -> None:
         said = "^process 0 of 1 failed: ZeroDivisionError: somebody's bug$"
-        with pytest.raises(SlipstreamError, match=said) as caught, group.blaming():
+        with pytest.raises(SlipstreamError, match=said) as caught, group.first_error_wins():
             raise ZeroDivisionError("somebody's bug")
         assert type(caught.value) is SlipstreamError and caught.value.exit_code == 1
 
@@ -124,7 +124,7 @@ class TestBlaming:
         self, group: TorchGroup, store: distributed.FileStore
     ) -> None:
         store.set("slipstream/error", json.dumps({"kind": "DataError", "said": "no such split"}))
-        with pytest.raises(DataError, match="no such split"), group.blaming():
+        with pytest.raises(DataError, match="no such split"), group.first_error_wins():
             raise RuntimeError("[gloo/pair.cc] connection closed by peer")
 
 

@@ -168,7 +168,7 @@ def test_a_cache_is_brought_from_the_run_that_left_it(spec: Spec, home: Path, tm
     with engine_cache.shared(tracking, second, mine):
         mine.write_bytes(b"timed on both")
     mine.unlink()
-    engine_cache.bring(tracking, mine)
+    engine_cache.restore(tracking, mine)
     assert mine.read_bytes() == b"timed on both"
 
 

@@ -13,7 +13,7 @@ from slipstream.steps.rollback import by_hand, rollback
 from slipstream.tracking import fetch
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
-from slipstream.traffic.releases import moving_alone
+from slipstream.traffic.releases import traffic_lock
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_it_waits_for_a_test_or_rollout_under_way(
     context = world.context("rollback", ())
     monkeypatch.setattr(traffic, "controller", lambda home: fake)
     other = threading.Thread(target=step.run, args=(context,))
-    with moving_alone(context.home, world.model):
+    with traffic_lock(context.home, world.model):
         other.start()
         other.join(1.0)
         assert other.is_alive()
@@ -167,7 +167,7 @@ def test_by_hand_it_does_not_wait_but_says_what_to_do(
     monkeypatch.setattr(traffic, "controller", lambda home: fake)
     monkeypatch.setattr(step, "connect", lambda home: world.tracking.client)
     home = world.context("rollback", ()).home
-    with moving_alone(home, world.model):
+    with traffic_lock(home, world.model):
         assert "mark that task as failed in Airflow" in failing(lambda: by_hand(world.model, home), Unavailable)
     assert by_hand(world.model, home) == {"champion": two[0], "previous": None, "left": two[1]}
     back(world, fake, *two)

@@ -285,8 +285,8 @@ def test_without_select_there_is_nothing_to_test(world: World, fake: FakeControl
 
 TERMINATED = """
 import sys, time
-from slipstream.traffic.termination import terminable
-with terminable():
+from slipstream.traffic.termination import sigterm_as_exit
+with sigterm_as_exit():
     try:
         print("moved", flush=True)
         time.sleep(30)

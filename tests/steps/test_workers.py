@@ -160,13 +160,13 @@ def test_a_launcher_of_another_number_is_refused(tmp_path: Path) -> None:
     from slipstream.errors import SpecError
     from slipstream.frameworks.base import Group
     from slipstream.home import Home
-    from slipstream.steps.base import Context, Silent
+    from slipstream.steps.base import Context, NullStepRun
     from slipstream.tracking import Tracking
 
     spec: Spec = spec_of(written("counted", 3))
     tracking = Tracking(spec)
-    run = Silent(tracking.client, "", "")
+    run = NullStepRun(tracking.client, "", "")
     given = StepInput(run_key=RUN_KEY)
     context = Context(spec, given, "retrain", "0" * 64, tracking, run, Home.from_environment(), Group(0, 2))
     with pytest.raises(SpecError, match="workers is 3, but the launcher started 2"):
-        context.together(retrain.train)
+        context.run_on_all(retrain.train)

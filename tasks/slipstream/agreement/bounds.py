@@ -99,7 +99,7 @@ def measure(expected: Array, got: Array) -> Agreement:
     )
 
 
-def objection(expected: Array, got: Array, bound: Bound) -> str | None:
+def explain_mismatch(expected: Array, got: Array, bound: Bound) -> str | None:
     """Why two forms of a model do not agree, in words that follow its name; None when they do."""
     if got.shape != expected.shape:
         return f"answers {got.shape} instead of {expected.shape}"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.agreement.bounds import Bound, objection
+from slipstream.agreement.bounds import Bound, explain_mismatch
 from slipstream.agreement.reference import tensors
 from slipstream.engines.base import engine_for
 from slipstream.errors import EngineError, ModelError
@@ -68,14 +68,14 @@ class _Search:
         return cls(model, candidate, target, samples, bound, values)
 
     def run(self) -> str:
-        if OUTPUT not in self.values or self._objection(OUTPUT) is None:
+        if OUTPUT not in self.values or self._mismatch(OUTPUT) is None:
             return f"where it departs cannot be told from the first {len(self.samples)} samples"
         makers = {name: node for node in self.model.graph.node for name in node.output}
         departing = OUTPUT
         while True:
             departing = self._first_of(self._before(departing, makers), departing)
             node = makers[departing]
-            earlier = [n for n in node.input if n in self.values and self._objection(n) is not None]
+            earlier = [n for n in node.input if n in self.values and self._mismatch(n) is not None]
             if not earlier:
                 label = f" {node.name!r}" if node.name else ""
                 return f"the first to depart is the {node.op_type}{label} (tensor {departing!r}): it " + str(
@@ -88,7 +88,7 @@ class _Search:
         agreeing, bad = -1, len(before)
         while bad - agreeing > 1:
             middle = (agreeing + bad) // 2
-            if self._objection(before[middle]) is None:
+            if self._mismatch(before[middle]) is None:
                 agreeing = middle
             else:
                 bad = middle
@@ -105,10 +105,10 @@ class _Search:
                     todo.append(name)
         return [name for name in self.values if name in wanted]
 
-    def _objection(self, tensor: str) -> str | None:
+    def _mismatch(self, tensor: str) -> str | None:
         if tensor not in self.found:
             bound = self.bound if tensor == OUTPUT else replace(self.bound, labels=0.0)  # what else has no labels
-            self.found[tensor] = objection(self.values[tensor], self._answer(tensor), bound)
+            self.found[tensor] = explain_mismatch(self.values[tensor], self._answer(tensor), bound)
         return self.found[tensor]
 
     def _answer(self, tensor: str) -> npt.NDArray[Any]:

@@ -24,7 +24,7 @@ class Bucketed:
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """(N, T) int64 ids to (N, …) float32 outputs. Raises DataError for a text longer than the greatest length."""
-        if not tokens.holds(batch) or not batch.size:
+        if not tokens.is_token_ids(batch) or not batch.size:
             raise DataError(f"the engine takes N×T int64 with N and T at least 1, not {batch.shape} {batch.dtype}")
         needed = tokens.length(batch)
         length = next((bucket for bucket in self._lengths if bucket >= needed), None)

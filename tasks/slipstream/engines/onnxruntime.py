@@ -121,9 +121,9 @@ def _prepared(path: Path, aside: Path) -> Path:
         model = onnx.load(path)
     except Exception as error:  # protobuf and the file system share no root but Exception
         raise EngineError(f"onnxruntime: cannot load {path}: {error}") from error
-    changed = onnxruntime_graph.rows_first(model)
+    changed = onnxruntime_graph.gather_before_dequantize(model)
     if platform.machine() in hardware.X86:  # whose fast integer kernels take uint8 activations
-        changed += onnxruntime_graph.unsigned(model)
+        changed += onnxruntime_graph.activations_to_uint8(model)
     if not changed:
         return path
     onnx.save(model, aside / OPTIMISED)

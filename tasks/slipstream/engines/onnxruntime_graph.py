@@ -24,7 +24,7 @@ OFFSET = 128
 """What q is in int8, q + 128 is in uint8; the zero point moves as far, so that both stand for the same number."""
 
 
-def unsigned(model: onnx.ModelProto) -> int:
+def activations_to_uint8(model: onnx.ModelProto) -> int:
     """Make uint8 of int8 activations, in place; how many there were. Weights stay as they are.
 
     An activation that is read by another node than DequantizeLinear, or is an output of the model, stays as well.
@@ -58,7 +58,7 @@ def _moved(zero: TensorProto, name: str) -> TensorProto:
     return numpy_helper.from_array(value.astype(np.uint8), name)
 
 
-def rows_first(model: onnx.ModelProto) -> int:
+def gather_before_dequantize(model: onnx.ModelProto) -> int:
     """Take rows of a quantized table before they are dequantized, not after, in place; how often that was done.
 
     Tables are constant, with one symmetric scale for each row.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from slipstream import log_lines, tokens
-from slipstream.agreement.bounds import measure, objection, repeated
+from slipstream.agreement.bounds import explain_mismatch, measure, repeated
 from slipstream.contract import Artifact, Document, Verdict
 from slipstream.engines import recorded
 from slipstream.engines.base import build_engine, load_engine, read_manifest, record_answers
@@ -68,7 +68,7 @@ def _build(request: Request) -> Verdict:
     build_engine(request.candidate, old.target, request.folder, tokenizer.read_text() if tokenizer.exists() else None)
     runner = load_engine(request.folder)
     answers = recorded.answer(runner, samples)
-    problem = objection(expected, answers, repeated(old.target.precision, quantized=old.quantized))
+    problem = explain_mismatch(expected, answers, repeated(old.target.precision, quantized=old.quantized))
     if problem is not None:
         return Verdict(gate=GATE, answer="fail", reason=f"the rebuilt engine {problem}", n=len(samples))
     record_answers(request.folder, runner, samples)

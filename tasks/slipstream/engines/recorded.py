@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.agreement.bounds import Agreement, Bound, measure, objection
+from slipstream.agreement.bounds import Agreement, Bound, explain_mismatch, measure
 from slipstream.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def require_repeated(folder: Path, runner: Runs, bound: Bound, changes: Sequence
     """
     samples, expected = read(folder)
     answers = answer(runner, samples)
-    problem = objection(expected, answers, bound)
+    problem = explain_mismatch(expected, answers, bound)
     if problem is not None:
         raise EngineError(
             f"{folder.name}: compared with its own answers to {len(samples)} samples, recorded where it was built, it "

@@ -106,14 +106,14 @@ class Group:
     def average_buffers(self, network: Any) -> None:
         """Make floating-point buffers, such as batch norm's running statistics, the mean over all processes."""
 
-    def bring(self, path: Path) -> None:
+    def broadcast_file(self, path: Path) -> None:
         """Bring a file or folder that process 0 has to the same path of every process that lacks it.
 
         Its name must tell its content: what lies there is taken to be the same.
         """
 
     @contextmanager
-    def blaming(self) -> Iterator[None]:
+    def first_error_wins(self) -> Iterator[None]:
         """Around the work: where several processes fail, each raises the error of the one that failed first."""
         yield
 

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.agreement.bounds import EXACT, objection
+from slipstream.agreement.bounds import EXACT, explain_mismatch
 from slipstream.errors import ModelError
 from slipstream.frameworks.keras_runtime import keras
 from slipstream.frameworks.keras_training import outputs
@@ -61,7 +61,7 @@ def require_equal(path: Path, theirs: Any, network: Any, what: str) -> None:
     shape = [2, *(size or 8 for size in network.input_shape[1:])]
     dtype = network.inputs[0].dtype.as_numpy_dtype
     sample = _sample(theirs, shape, np.dtype(dtype))
-    problem = objection(np.asarray(theirs(sample, training=False)), outputs(network, sample), EXACT)
+    problem = explain_mismatch(np.asarray(theirs(sample, training=False)), outputs(network, sample), EXACT)
     if problem is not None:
         raise ModelError(f"{path.name}: {what}, with the same weights, it {problem}; {INSTEAD}")
 

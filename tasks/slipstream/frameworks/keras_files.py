@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tf_keras.src.saving.serialization_lib import SafeModeScope
 
-from slipstream.agreement.bounds import EXACT, objection
+from slipstream.agreement.bounds import EXACT, explain_mismatch
 from slipstream.agreement.reference import reference
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import INPUT, ONNX, OUTPUT
@@ -153,7 +153,7 @@ def write(network: Any, samples: npt.NDArray[Any], folder: Path) -> None:
     serve = write_saved_model(network, samples, folder / SAVED_MODEL)
     write_onnx(serve, folder / ONNX)
     for size in {len(samples), 1}:  # what was frozen for one batch size shows only with another
-        problem = objection(outputs(network, samples[:size]), reference(folder / ONNX, samples[:size]), EXACT)
+        problem = explain_mismatch(outputs(network, samples[:size]), reference(folder / ONNX, samples[:size]), EXACT)
         if problem is not None:
             raise ModelError(f"{ONNX}: ONNX Runtime and Keras differ on {size} real samples: it {problem}")
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from slipstream.agreement.bounds import EXACT, objection
+from slipstream.agreement.bounds import EXACT, explain_mismatch
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import INPUT, OUTPUT
 
@@ -54,7 +54,7 @@ class Session:
 
 def require_same(before: npt.NDArray[Any], after: npt.NDArray[Any], what: str) -> None:
     """Raise ModelError unless two answers are the same but for the order of sums."""
-    if (problem := objection(before, after, EXACT)) is not None:
+    if (problem := explain_mismatch(before, after, EXACT)) is not None:
         raise ModelError(f"{what}: {problem}")
 
 

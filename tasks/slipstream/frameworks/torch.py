@@ -242,7 +242,7 @@ def _export(network: Any, inputs: npt.NDArray[Any], path: Path) -> None:
     By the TorchScript exporter: 0.6 s where dynamo=True takes 10 (and the same bytes for the same weights, without
     the source paths of this machine); it is deprecated but part of the torch versions that pyproject.toml allows.
     """
-    axes = {0: "batch", 1: "length"} if tokens.holds(inputs) else {0: "batch"}
+    axes = {0: "batch", 1: "length"} if tokens.is_token_ids(inputs) else {0: "batch"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from slipstream import tokens
-from slipstream.agreement.bounds import EXACT, objection
+from slipstream.agreement.bounds import EXACT, explain_mismatch
 from slipstream.agreement.reference import reference, tensors
 from slipstream.errors import ModelError
 from slipstream.frameworks import torch_training
@@ -26,7 +26,7 @@ def require(network: Any, path: Path, inputs: npt.NDArray[Any]) -> None:
     # What was frozen at export for one batch size, or one length, shows only with another.
     for samples in (inputs, inputs[:1], tokens.trim(inputs[:1])):
         eager = torch_training.logits(network, samples)
-        problem = objection(eager, reference(path, samples), EXACT)
+        problem = explain_mismatch(eager, reference(path, samples), EXACT)
         if problem is not None:
             raise ModelError(
                 f"{path.name}: ONNX Runtime and PyTorch differ on {len(samples)} real samples: it {problem}; the "
@@ -49,8 +49,8 @@ def first_departure(network: Any, path: Path, samples: npt.NDArray[Any]) -> str:
         compared += 1
         after = outputs[index + 1] if index + 1 < len(outputs) else None
         folded = after is not None and isinstance(after[1], torch.nn.modules.batchnorm._BatchNorm)
-        problem = objection(output, value, EXACT)
-        if problem is not None and not (folded and after and objection(after[2], value, EXACT) is None):
+        problem = explain_mismatch(output, value, EXACT)
+        if problem is not None and not (folded and after and explain_mismatch(after[2], value, EXACT) is None):
             kind = type(module).__name__
             return f"the first to depart is {f'module {name!r} ({kind})' if name else f'{kind}.forward itself'}"
     return f"none of the {compared} modules that have a tensor of their own in the ONNX departs"

@@ -96,7 +96,7 @@ class TorchGroup(Group):
                 distributed.all_reduce(buffer)
                 buffer.div_(self.size)
 
-    def bring(self, path: Path) -> None:
+    def broadcast_file(self, path: Path) -> None:
         """See Group."""
         has: list[bool] = [False] * self.size
         distributed.all_gather_object(has, path.exists())
@@ -129,7 +129,7 @@ class TorchGroup(Group):
         distributed.destroy_process_group()
 
     @contextmanager
-    def blaming(self) -> Iterator[None]:
+    def first_error_wins(self) -> Iterator[None]:
         """See Group. The first error wins: those of processes that lost contact follow from it."""
         try:
             yield
@@ -218,7 +218,7 @@ def _member(store: str, parent: int, function: Callable[..., T], arguments: tupl
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     group = TorchGroup(distributed.FileStore(store, size), rank, size)
     try:
-        with group.blaming():
+        with group.first_error_wins():
             made = function(group, *arguments)
     except SlipstreamError as error:
         raise SystemExit(error.exit_code) from error

@@ -136,7 +136,7 @@ class _Loop:
         self.indices, self.held_out = torch.from_numpy(own), torch.from_numpy(held_out)
         self.batch_size = min(schedule.batch_size, len(own))
         self.batches = len(own) // self.batch_size  # batch norm cannot take a last batch of one: drop it
-        self.lengths = tokens.lengths(split.inputs[own]) if tokens.holds(split.inputs) else None
+        self.lengths = tokens.lengths(split.inputs[own]) if tokens.is_token_ids(split.inputs) else None
         _require_shares(self.batch_size, self.group)
         if self.tensors[0].ndim == 4:
             # Twice as fast as NCHW in PyTorch's CPU convolutions; BF16 autocast is 5 to 20 times slower in training.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from slipstream.errors import InputError, Unavailable
-from slipstream.home import Home, alone
+from slipstream.home import Home, file_lock
 from slipstream.platform import (
     addresses,
     airflow,
@@ -91,7 +91,7 @@ def revive(home: Home) -> bool:
     """
     if supervisor.running_pid(home) is not None:
         return False
-    with alone(home.root / "platform.lock", f"{home.root} is being started or stopped", wait=False):
+    with file_lock(home.root / "platform.lock", f"{home.root} is being started or stopped", wait=False):
         if supervisor.running_pid(home) is not None:
             return False
         supervisor.ensure_running(home)
@@ -246,5 +246,5 @@ def _why(home: Home, service: ServiceStatus) -> str:
 def _locked(home: Home) -> Iterator[None]:
     """One `up` or `down` at a time; a second one waits."""
     home.prepare()
-    with alone(home.root / "platform.lock"):
+    with file_lock(home.root / "platform.lock"):
         yield

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from slipstream.errors import Unavailable
-from slipstream.home import Home, alone, write_atomically
+from slipstream.home import Home, file_lock, write_atomically
 from slipstream.platform import launch, programs
 from slipstream.platform.launch import MARK
 from slipstream.platform.programs import Program
@@ -241,7 +241,7 @@ def _recorded_pid(home: Home, name: str) -> int | None:
 
 def _locked(home: Home) -> AbstractContextManager[None]:
     """One change at a time: supervisord holds one list of read but not yet applied groups for everybody."""
-    return alone(programs.supervisor_folder(home) / "lock")
+    return file_lock(programs.supervisor_folder(home) / "lock")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from slipstream.errors import (
     Undecided,
 )
 from slipstream.frameworks.base import ALONE, Group, Job, group_of, require_own_architecture, trainer_for
-from slipstream.home import Home, alone
+from slipstream.home import Home, file_lock
 from slipstream.spec import TECHNIQUES, Spec
 from slipstream.steps import STEPS
 from slipstream.tracking import StepRun, Tracking, fetch
@@ -113,12 +113,12 @@ class Context:
         if self.group.size > 1:
             if self.group.leads:
                 fetch(artifact)
-            self.group.bring(self.home.cache / artifact.sha256 / Path(artifact.path).name)
+            self.group.broadcast_file(self.home.cache / artifact.sha256 / Path(artifact.path).name)
         folder = fetch(artifact)
         require_own_architecture(folder, self.spec)
         return folder
 
-    def together(self, function: Callable[["Context"], T]) -> T:
+    def run_on_all(self, function: Callable[["Context"], T]) -> T:
         """Call a function of the step's module in every process of the group; what it returned in this one."""
         if self.group.size > 1:
             if self.group.size != self.spec.training.workers:
@@ -157,7 +157,7 @@ class StepModule(Protocol):
     def run(self, context: Context) -> StepOutput: ...
 
 
-class Silent(StepRun):
+class NullStepRun(StepRun):
     """The MLflow run as all processes but the first see it: what they would record, that one does."""
 
     def params(self, values: Mapping[str, Any]) -> None: ...
@@ -202,7 +202,7 @@ def run_step(step: str, spec: Spec, inputs: StepInput) -> StepOutput | None:
     module = cast(StepModule, importlib.import_module(f"slipstream.steps.{step}"))
     group = group_of(spec.model.framework) if hasattr(module, "train") else ALONE
     if not group.leads:
-        with group.blaming():
+        with group.first_error_wins():
             _follow(group, module, step, spec, inputs)
         group.leave()
         return None
@@ -224,7 +224,7 @@ def _led(group: Group, module: StepModule, step: str, spec: Spec, inputs: StepIn
     if not STEPS[step].cached:
         return made()
     lock = home.work / f"{step}-{key[:16]}.lock"
-    with alone(lock, "another recipe begins alike"):
+    with file_lock(lock, "another recipe begins alike"):
         if earlier := tracking.find(key):
             log.info("%s: unchanged, reusing MLflow run %s", step, earlier.run_id)
             output = tracking.reuse(inputs.run_key, earlier, inputs.cell)
@@ -260,7 +260,7 @@ def _work(module: StepModule, context: Context, processes: int) -> StepOutput:
         made = trainer_for(context.spec.model.framework).launch(processes, _member, task)
         assert made is not None, "process 0 has the output"
         return made
-    with context.group.blaming():
+    with context.group.first_error_wins():
         return _never_exits(context.step, lambda: module.run(context))
 
 
@@ -299,10 +299,10 @@ def _member(group: Group, task: _Task) -> StepOutput | None:
 
 
 def _follow(group: Group, module: StepModule, step: str, spec: Spec, inputs: StepInput) -> None:
-    """Call what process 0 calls `together`, until it shares None: the step is done."""
+    """Call what process 0 calls `run_on_all`, until it shares None: the step is done."""
     tracking = Tracking(spec)
     while (word := group.share(cast("dict[str, str] | None", None))) is not None:
-        run = Silent(tracking.client, "", "")
+        run = NullStepRun(tracking.client, "", "")
         context = Context(spec, inputs, step, word["identity"], tracking, run, Home.from_environment(), group)
         getattr(module, word["function"])(context)
 

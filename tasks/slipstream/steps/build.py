@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipstream import digests, engine_cache
-from slipstream.agreement.bounds import bound_for, measure, objection
+from slipstream.agreement.bounds import bound_for, explain_mismatch, measure
 from slipstream.agreement.layers import first_departure
 from slipstream.agreement.reference import reference
 from slipstream.contract import StepInput, StepOutput
@@ -118,7 +118,7 @@ def check(candidate: Path, folder: Path, samples: npt.NDArray[Any]) -> dict[str,
     got = runner.run(np.ascontiguousarray(samples))
     manifest = read_manifest(folder)
     bound = bound_for(manifest.target.precision, quantized=manifest.quantized)
-    problem = objection(expected, got, bound)
+    problem = explain_mismatch(expected, got, bound)
     if problem is not None:
         where = first_departure(candidate, manifest.target, samples, bound)
         raise EngineError(

@@ -38,7 +38,7 @@ def run(context: Context) -> StepOutput:
     teacher = context.upstream("retrain")
     assert teacher.artifact is not None
     context.run.params(section.model_dump(mode="json"))
-    student = context.together(train)
+    student = context.run_on_all(train)
     folder = candidates.fresh_folder(context)
     manifest = framework.save(student, section.student, data.test, folder)
     artifact = candidates.log(context, folder, "distilled", parents=[teacher.artifact.model_id])

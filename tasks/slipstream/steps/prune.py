@@ -52,7 +52,7 @@ def run(context: Context) -> StepOutput:
     context.run.params(spec.prune.model_dump(mode="json"))
     if spec.prune.method != "channels":
         return _single_weights(context, source)
-    made = context.together(train)
+    made = context.run_on_all(train)
     pruner, before, rounds = made.pruner, made.before, made.rounds
     _require_smaller(before, rounds[-1], spec.prune)
     folder = candidates.fresh_folder(context)

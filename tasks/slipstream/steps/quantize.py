@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 
 from slipstream import candidates, digests
-from slipstream.agreement.bounds import QUANTIZED, measure, objection
+from slipstream.agreement.bounds import QUANTIZED, explain_mismatch, measure
 from slipstream.contract import StepInput, StepOutput, digest
 from slipstream.data import Data
 from slipstream.errors import DataError, ModelError
@@ -124,7 +124,7 @@ def require_unseen(samples: list[str], data: Data) -> None:
 def compare(before: onnx.ModelProto, after: onnx.ModelProto, samples: npt.NDArray[Any]) -> dict[str, float]:
     """How far two models' answers to the samples are apart. Raises ModelError when the second is broken."""
     expected, got = Session(before).answers(samples), Session(after).answers(samples)
-    if (problem := objection(expected, got, QUANTIZED)) is not None:
+    if (problem := explain_mismatch(expected, got, QUANTIZED)) is not None:
         raise ModelError(
             f"the quantized model, on its own calibration samples, {problem}; if it has attention, or normalisation "
             "written out as sums and products, set quantize.model_type to transformer, which leaves those in FP32, or "

@@ -9,7 +9,7 @@ from slipstream.engines.base import engine_for, load_engine
 from slipstream.errors import EngineError
 from slipstream.evidence import Race
 from slipstream.frameworks.base import load_eager, toolchain
-from slipstream.home import alone
+from slipstream.home import file_lock
 from slipstream.measure import race as races
 from slipstream.measure.latency import Plan
 from slipstream.steps.base import Context
@@ -34,7 +34,7 @@ def race(context: Context, built: Mapping[str, Artifact]) -> tuple[Race | None, 
         log.info("the same engines were raced in MLflow run %s", earlier.run_id)
         return Race.model_validate(earlier.details["race"]), dict(earlier.details["absent"])
     run = context.tracking.start(context.inputs.run_key, RACE, None, key)
-    with alone(context.home.root / "measure.lock", "another engine is being measured"):
+    with file_lock(context.home.root / "measure.lock", "another engine is being measured"):
         result, absent = _timed(context, built, plan)
     details = {"race": None if result is None else result.model_dump(mode="json"), "absent": absent}
     output = StepOutput(step=RACE, identity=key, run_id=run.run_id, details=details)

@@ -155,7 +155,7 @@ def _train(context: Context) -> Any:
     assert function is not None
     context.run.params({"train": function.function, **function.params, "seed": context.spec.seed})
     log.info("training with %s", function.function)
-    return context.together(train)
+    return context.run_on_all(train)
 
 
 def _load(context: Context, framework: Framework, version: str) -> Any:

@@ -24,8 +24,8 @@ from slipstream.report.find import connect
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
 from slipstream.traffic.base import TrafficController
-from slipstream.traffic.releases import moving_alone
-from slipstream.traffic.termination import terminable
+from slipstream.traffic.releases import traffic_lock
+from slipstream.traffic.termination import sigterm_as_exit
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 def run(context: Context) -> StepOutput:
     """Put the last good release back. Raises RegistryError when there is none."""
     model, inputs = context.spec.model.name, context.inputs
-    with moving_alone(context.home, model):
+    with traffic_lock(context.home, model):
         controller = traffic.controller(context.home)
         details = rollback(model, controller, context.tracking.client, inputs.run_key, leave=inputs.params.get("from"))
     return context.output(details=details)
@@ -56,7 +56,7 @@ def by_hand(model: str, home: Home, *, leave: str | None = None, reason: str = "
     client = connect(home)
     running = moves.newest(Registry(model, client))
     wait = running is not None and running.open and running.kind == "rollback"
-    with moving_alone(home, model, wait=wait):
+    with traffic_lock(home, model, wait=wait):
         return rollback(model, traffic.controller(home), client, getpass.getuser(), leave=leave, reason=reason)
 
 
@@ -76,7 +76,7 @@ def rollback(
     Unavailable.
     """
     registry = Registry(model, client)
-    with terminable():
+    with sigterm_as_exit():
         for _ in range(ATTEMPTS):
             try:
                 settle.settle(registry, lambda: controller, preempt=("trial", "rollout", "rebuild", "serve"))

@@ -36,8 +36,8 @@ from slipstream.tracking import fetch
 from slipstream.traffic import stepwise
 from slipstream.traffic.base import Release, TrafficController
 from slipstream.traffic.guarded import Stage, put_back_if_possible
-from slipstream.traffic.releases import Incumbent, incumbent, keep_serving, moving_alone, selected, serve
-from slipstream.traffic.termination import terminable
+from slipstream.traffic.releases import Incumbent, incumbent, keep_serving, selected, serve, traffic_lock
+from slipstream.traffic.termination import sigterm_as_exit
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 def run(context: Context) -> StepOutput:
     """Roll the challenger out. Raises GateFailed after everything was put back, RegistryError on stale evidence."""
-    with moving_alone(context.home, context.spec.model.name):
+    with traffic_lock(context.home, context.spec.model.name):
         return full_rollout(context, traffic.controller(context.home))
 
 
@@ -75,7 +75,10 @@ def full_rollout(context: Context, controller: TrafficController) -> StepOutput:
     registry.expect_champion(chosen["champion"])
     old = incumbent(registry, inputs, chosen["winner"])
     facts = {"to": version, "then_previous": old.version, "run_id": context.run.run_id}
-    with terminable(), moves.begin(registry, controller, "rollout", inputs.run_key, old.release.name, **facts) as move:
+    with (
+        sigterm_as_exit(),
+        moves.begin(registry, controller, "rollout", inputs.run_key, old.release.name, **facts) as move,
+    ):
         _Rollout(context, move, old, trial.verdicts).run()
     return _released(context, registry, version)
 

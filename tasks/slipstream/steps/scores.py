@@ -19,7 +19,7 @@ from slipstream.data import Split
 from slipstream.engines.base import engine_for, load_engine, read_manifest
 from slipstream.errors import DataError, EngineError, InputError, ModelError
 from slipstream.frameworks.base import load_eager, toolchain
-from slipstream.home import alone
+from slipstream.home import file_lock
 from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Metric, Records, Runs
 from slipstream.steps.base import Context
@@ -84,7 +84,7 @@ def scores(context: Context, subject: Subject, metric: Metric, progress: Callabl
     """A subject's scores: those of the first time, or measured and recorded now."""
     test, tracking = context.data.test, context.tracking
     key = identity(subject, test, context.spec.objective.metric, metric)
-    with alone(context.home.root / "scores.lock", "another step scores a model"):
+    with file_lock(context.home.root / "scores.lock", "another step scores a model"):
         if earlier := tracking.find(key, oldest=True):
             log.info("%s: scored already, in MLflow run %s", subject.what, earlier.run_id)
             return _read(earlier, test, measured=False)

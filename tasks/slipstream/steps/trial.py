@@ -22,8 +22,8 @@ from slipstream.tracking import fetch
 from slipstream.traffic import small_scale
 from slipstream.traffic.base import TrafficController
 from slipstream.traffic.guarded import Stage, put_back_if_possible
-from slipstream.traffic.releases import Incumbent, incumbent, keep_serving, moving_alone, selected, serve, sweep
-from slipstream.traffic.termination import terminable
+from slipstream.traffic.releases import Incumbent, incumbent, keep_serving, selected, serve, sweep, traffic_lock
+from slipstream.traffic.termination import sigterm_as_exit
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 def run(context: Context) -> StepOutput:
     """Run the small-scale test. Raises GateFailed when it fails or stays inconclusive, Undecided under overload."""
-    with moving_alone(context.home, context.spec.model.name):
+    with traffic_lock(context.home, context.spec.model.name):
         return small_scale_test(context, traffic.controller(context.home))
 
 
@@ -56,7 +56,7 @@ def small_scale_test(context: Context, controller: TrafficController) -> StepOut
     rejections.require_allowed(registry, version)
     facts = {"to": version, "run_id": context.run.run_id}
     with (
-        terminable(),
+        sigterm_as_exit(),
         moves.begin(registry, controller, "trial", inputs.run_key, champion.release.name, **facts) as move,
     ):
         return _guarded_test(context, move, champion)

@@ -22,7 +22,7 @@ from slipstream.errors import DataError
 from slipstream.evidence import EngineEvidence, Interval, Latency
 from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import load_eager
-from slipstream.home import alone
+from slipstream.home import file_lock
 from slipstream.measure import gates, latency, profiles
 from slipstream.measure.latency import Comparison, Plan
 from slipstream.measure.loadgen import Issue
@@ -65,7 +65,7 @@ def run(context: Context) -> StepOutput:
     if (reason := why_not_loadable(target)) is not None:
         return _unmeasured(context, reason)
     folder = context.fetch(_built(context, context.cell))
-    with alone(context.home.root / "measure.lock", "another engine is being measured"):
+    with file_lock(context.home.root / "measure.lock", "another engine is being measured"):
         memory_mib = peak_memory_mib(folder, data.test.inputs)
         with gpu.watch(gpu_of(target)) as usage:
             _profile(context, data.test)
@@ -183,8 +183,8 @@ def _timing(context: Context, engine: Runner, progress: _Progress) -> tuple[Comp
     models[EAGER] = load_eager(context.fetch(_baseline(context)), threads=threads)
     issues = {name: single(model, test) for name, model in models.items()}
     timing = latency.compare(issues, len(test), plan, seed, tails=(ENGINE,), progress=progress.round)
-    alone = latency.summary("SingleStream", timing.pooled_ms(ENGINE))
-    return timing, latency.under_load(issues[ENGINE], len(test), plan, seed, alone.rate_per_s)
+    single_stream = latency.summary("SingleStream", timing.pooled_ms(ENGINE))
+    return timing, latency.under_load(issues[ENGINE], len(test), plan, seed, single_stream.rate_per_s)
 
 
 def _plan(context: Context) -> Plan:

@@ -20,7 +20,7 @@ from slipstream import digests
 from slipstream.contract import Document
 from slipstream.engines.base import server_environment
 from slipstream.errors import RegistryError, SlipstreamError, Unavailable
-from slipstream.home import Home, alone, write_atomically
+from slipstream.home import Home, file_lock, write_atomically
 from slipstream.platform import addresses, programs, supervisor
 from slipstream.platform.addresses import is_free
 from slipstream.traffic import envoy_config
@@ -257,7 +257,7 @@ class EnvoyController:
 
     def _locked(self) -> AbstractContextManager[None]:
         """One writer at a time over all models: the files are read, changed and written as a whole."""
-        return alone(self._home.envoy / "lock")
+        return file_lock(self._home.envoy / "lock")
 
     def _counted(self, release: Release) -> tuple[int, int, int]:
         """Requests, errors, and those of the errors that its server answered with 500.

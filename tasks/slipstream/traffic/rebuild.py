@@ -37,7 +37,7 @@ from slipstream.release.settle import settle
 from slipstream.report.find import connect
 from slipstream.tracking import CELL, STEP, experiment_name, fetch
 from slipstream.traffic.base import Routes, TrafficController
-from slipstream.traffic.releases import moving_alone, sweep
+from slipstream.traffic.releases import sweep, traffic_lock
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def by_hand(model: str, home: Home, alias: str = CHAMPION, *, dry_run: bool = Fa
     also while a test, rollout or rollback is under way.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with moving_alone(home, model, wait=False):
+    with traffic_lock(home, model, wait=False):
         client = connect(home)
         rebuild = Rebuild(Registry(model, client), client, home, alias, f"{getpass.getuser()} at {now}")
         return rebuild.run(lambda: traffic.controller(home), dry_run=dry_run)

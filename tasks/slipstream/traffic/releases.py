@@ -9,7 +9,7 @@ from typing import Any
 from slipstream import flow
 from slipstream.contract import Artifact, Cell, StepInput
 from slipstream.errors import DataError
-from slipstream.home import Home, alone
+from slipstream.home import Home, file_lock
 from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
 from slipstream.release import moves
 from slipstream.spec import BASELINE
@@ -30,7 +30,7 @@ class Incumbent:
 
 
 @contextmanager
-def moving_alone(home: Home, model: str, *, wait: bool = True) -> Iterator[None]:
+def traffic_lock(home: Home, model: str, *, wait: bool = True) -> Iterator[None]:
     """One test, rollout or rollback of a model at a time: here by a lock that ends with the process.
 
     On a cluster Airflow's pool `release` does the same. Both only avoid waste: where two run nevertheless, the token
@@ -41,7 +41,7 @@ def moving_alone(home: Home, model: str, *, wait: bool = True) -> Iterator[None]
         busy += (
             "; wait for its end, or mark that task as failed in Airflow, which puts the traffic back; then ask again"
         )
-    with alone(home.work / f"release-{model}.lock", busy, wait=wait):
+    with file_lock(home.work / f"release-{model}.lock", busy, wait=wait):
         yield
 
 

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
+def sigterm_as_exit() -> Iterator[None]:
     """Within, SIGTERM raises SystemExit once, so that `finally` puts the traffic back; a second one is ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
