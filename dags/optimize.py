@@ -16,13 +16,14 @@ from operators import RETRIES, StepOperator, ask_only_if_wanted, settle
 from slipstream import catalog, flow
 from slipstream.errors import SpecError
 from slipstream.home import Home
-from slipstream.spec import BASELINE, TECHNIQUES, Spec
-from slipstream.steps import STEPS
+from slipstream.spec import BASELINE, Spec
+from slipstream.steps import STEPS, TECHNIQUES
 
 HOME = Home.from_environment()
 
 WHOLE_MACHINE: dict[str, Any] = {"pool": "machine", "pool_slots": 2}
 HALF_THE_MACHINE: dict[str, Any] = {"pool": "machine", "pool_slots": 1}
+ONE_RELEASE: dict[str, Any] = {"pool": "release"}
 
 
 def pipeline(spec: Spec) -> DAG:
@@ -52,14 +53,14 @@ def pipeline(spec: Spec) -> DAG:
 
         with TaskGroup("accuracy_validation", prefix_group_id=False):
             place(spec, ("validate",), placed)
-            select = StepOperator(task_id="select", trigger_rule="all_done", **WHOLE_MACHINE)
+            select = StepOperator(task_id="select", trigger_rule="all_done", **share_of("select"))
             [operator for planned, operator in placed.items() if planned.step == "validate"] >> select
 
         with TaskGroup("small_scale_test", prefix_group_id=False) as small_scale_test:
-            StepOperator(task_id="trial", pool="release")
+            StepOperator(task_id="trial", **share_of("trial"))
 
         with TaskGroup("full_rollout", prefix_group_id=False) as full_rollout:
-            rollout = StepOperator(task_id="rollout", pool="release")
+            rollout = StepOperator(task_id="rollout", **share_of("rollout"))
             if spec.rollout.approval:
                 approval(spec) >> rollout
 
@@ -84,10 +85,13 @@ def place(spec: Spec, steps: Sequence[str], placed: dict[flow.Task, StepOperator
 
 
 def share_of(step: str) -> dict[str, Any]:
-    """The machine for a step alone where it trains or measures; half of it for other heavy steps."""
-    if step == "check":
-        return {}
-    return WHOLE_MACHINE if STEPS[step].trains or step == "validate" else HALF_THE_MACHINE
+    """The machine for a step alone where it trains or measures; half of it for what else is made of a candidate."""
+    info = STEPS[step]
+    if info.moves_traffic:
+        return ONE_RELEASE
+    if info.trains or info.measures:
+        return WHOLE_MACHINE
+    return {} if info.per == "run" else HALF_THE_MACHINE
 
 
 def approval(spec: Spec) -> ApprovalOperator:

@@ -8,6 +8,7 @@ from kubernetes.client import models as k8s
 
 from runtimes import trainjob
 from runtimes.base import Job, raise_for
+from slipstream.steps import STEPS
 
 CONFIGURATION = os.environ.get("KUBECONFIG")
 """Without one: the cluster that Airflow itself runs in."""
@@ -16,8 +17,6 @@ HOME, CODE = "/var/lib/slipstream", "/opt/slipstream/code"
 SETTINGS = "/etc/slipstream/settings"
 """Where the settings are mounted."""
 LABELS = {"app.kubernetes.io/name": "slipstream", "app.kubernetes.io/component": "step"}
-RELEASE_STEPS = ("trial", "rollout", "rollback")
-"""Steps that move traffic, and so may talk to the cluster."""
 ANY_USER = 10001
 """User and group of the images."""
 
@@ -39,7 +38,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "labels": LABELS | {"slipstream/step": job.step},
         "annotations": {"slipstream/run": job.inputs.run_key, "slipstream/cell": job.name},
         "service_account_name": account(job),
-        "automount_service_account_token": job.step in RELEASE_STEPS,
+        "automount_service_account_token": STEPS[job.step].moves_traffic,
         "container_resources": k8s.V1ResourceRequirements(**trainjob.requirements(resources)),
         "node_selector": resources.node_selector or {},
         "tolerations": [k8s.V1Toleration(**t.model_dump()) for t in resources.tolerations or ()],
@@ -76,7 +75,7 @@ def arguments(job: Job) -> dict[str, Any]:
 def account(job: Job) -> str:
     """The step's service account."""
     settings = job.settings.kubernetes
-    return settings.release_service_account if job.step in RELEASE_STEPS else settings.service_account
+    return settings.release_service_account if STEPS[job.step].moves_traffic else settings.service_account
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -113,7 +112,7 @@ def volumes(job: Job) -> tuple[list[k8s.V1Volume], list[k8s.V1VolumeMount]]:
         source = k8s.V1ConfigMapVolumeSource(name=settings.code_config_map)
         found.append(k8s.V1Volume(name="code", config_map=source))
         mounts.append(k8s.V1VolumeMount(name="code", mount_path=CODE, read_only=True))
-    if settings.settings_config_map and job.step in RELEASE_STEPS:
+    if settings.settings_config_map and STEPS[job.step].moves_traffic:
         source = k8s.V1ConfigMapVolumeSource(name=settings.settings_config_map)
         found.append(k8s.V1Volume(name="settings", config_map=source))
         mounts.append(k8s.V1VolumeMount(name="settings", mount_path=SETTINGS, read_only=True))

@@ -6,7 +6,7 @@ leaves a visible gap.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import yaml
 
@@ -14,24 +14,18 @@ from slipstream import storage
 from slipstream.contract import Cell, StepOutput
 from slipstream.errors import InputError
 from slipstream.home import Home
-from slipstream.spec import BASELINE, TECHNIQUES, Spec, parse
-from slipstream.steps import STEPS
+from slipstream.spec import BASELINE, Spec, parse
+from slipstream.steps import BASELINE_ENGINE, CANDIDATE, STEPS, TECHNIQUES, Stage
 
 STAGES: dict[str, tuple[str, ...]] = {
-    "optimize": ("check", "retrain", *TECHNIQUES, "build"),
-    "accuracy_validation": ("validate", "select"),
-    "small_scale_test": ("trial",),
-    "full_rollout": ("approval", "rollout"),
-    "report": ("report", "outcome"),
+    stage: tuple(step for step, info in STEPS.items() if info.stage == stage) for stage in get_args(Stage)
 }
-"""Stages in order, and their steps. Every one but `approval` and `outcome` is a step."""
+"""Stages in order, and their steps."""
+OF_AIRFLOW = {"approval": "full_rollout", "outcome": "report"}
+"""Tasks of the DAG that are no steps: a person's word before the rollout, and the run's state after the report."""
 
 STOP_AFTER = ("none", "accuracy_validation", "small_scale_test")
 """Stages after which a run may end early."""
-
-
-PER_CELL = ("build", "validate")
-"""Steps that run once for each recipe on each target."""
 
 
 class Task(NamedTuple):
@@ -61,26 +55,47 @@ def task_of(task_id: str) -> Task:
 def tasks(spec: Spec, stage: str) -> Iterator[Task]:
     """All steps of a stage, in an order in which each comes after what it builds on."""
     for step in STAGES[stage]:
-        if step in TECHNIQUES:
-            yield from (Task(step, Cell(recipe=r)) for r in spec.recipes if step in spec.techniques(r))
-        elif step in PER_CELL:
-            yield from (Task(step, cell_of(key)) for key in cells(spec))
-        elif step in STEPS:
-            yield Task(step)
+        match STEPS[step].per:
+            case "recipe":
+                yield from (Task(step, Cell(recipe=r)) for r in spec.recipes if step in spec.techniques(r))
+            case "cell":
+                yield from (Task(step, cell_of(key)) for key in cells(spec))
+            case "run":
+                yield Task(step)
 
 
-def stage_of(step: str) -> str:
-    """The stage that a step belongs to."""
-    return next(stage for stage, steps in STAGES.items() if step in steps)
+def stage_of(name: str) -> str:
+    """The stage of a step, or of another task of the DAG."""
+    return OF_AIRFLOW.get(name) or str(STEPS[name].stage)
+
+
+def place(name: str) -> tuple[int, int]:
+    """Where a step, or another task of the DAG, stands in the flow: by this, lists of tasks are sorted."""
+    steps = list(STEPS)
+    within = steps.index(name) if name in STEPS else -1 if name == "approval" else len(steps)
+    return list(STAGES).index(stage_of(name)), within
 
 
 def sources(task: Task, spec: Spec) -> list[Task]:
-    """Tasks whose outputs a task is given: those that it needs, or all earlier ones where it judges the whole run."""
-    if task.cell is not None or task.step in ("check", "retrain"):
-        return [Task(step, cell_of(key) if key else None) for step, key in needs(task.step, spec, task.cell)]
-    steps = [s for steps in STAGES.values() for s in steps]
-    before = steps[: steps.index(task.step)]
-    return [t for stage in STAGES for t in tasks(spec, stage) if t.step in before]
+    """Tasks whose outputs a task is given, in the order of the flow's table."""
+    uses, steps = STEPS[task.step].uses, list(STEPS)
+    if uses is None:
+        before = steps[: steps.index(task.step)]
+        return [t for stage in STAGES for t in tasks(spec, stage) if t.step in before]
+    return list(dict.fromkeys(_used(name, task, spec) for name in uses))
+
+
+def _used(name: str, task: Task, spec: Spec) -> Task:
+    """The task behind an entry of `StepInfo.uses`."""
+    if task.cell is None or (name in STEPS and STEPS[name].per == "run"):
+        return Task(name)
+    if name == BASELINE_ENGINE:
+        return Task("build", Cell(recipe=BASELINE, target=task.cell.target))
+    if name != CANDIDATE:
+        return Task(name, task.cell)
+    before = TECHNIQUES[: TECHNIQUES.index(task.step)] if task.step in TECHNIQUES else TECHNIQUES
+    done = [t for t in spec.techniques(task.cell.recipe) if t in before]
+    return Task(done[-1], Cell(recipe=task.cell.recipe)) if done else Task("retrain")
 
 
 def parents(task: Task, spec: Spec) -> list[Task]:
@@ -138,42 +153,17 @@ def cell_of(key: str) -> Cell:
 def upstream(step: str, spec: Spec, cell: Cell | None, outputs: Iterable[StepOutput]) -> tuple[StepOutput, ...]:
     """Exactly those outputs that `step` builds on for `cell`.
 
-    Raises InputError when one is missing: the step that should have made it failed, so there is nothing to work on.
+    Raises InputError when one is missing: the step that should have made it failed, so there is nothing to work on. A
+    step that judges the whole run takes what there is.
     """
-    found = {(o.step, o.cell.key if o.cell else None): o for o in outputs}
-    if cell is None and step not in ("check", "retrain"):
+    found = {Task(o.step, o.cell): o for o in outputs}
+    task = Task(step, cell)
+    if STEPS[step].uses is None:
         return tuple(found.values())
-    return tuple(_get(found, *key, needed_by=f"{step} {cell.key}" if cell else step) for key in needs(step, spec, cell))
+    return tuple(_get(found, source, task) for source in sources(task, spec))
 
 
-def needs(step: str, spec: Spec, cell: Cell | None) -> list[tuple[str, str | None]]:
-    """Keys (step, cell) of the outputs that a step with a cell, or the start of the flow, builds on."""
-    if step == "check":
-        return []
-    if cell is None:
-        return [("check", None)]
-    if step == "distill":
-        return [("check", None), ("retrain", None)]
-    if step in TECHNIQUES:
-        return [("check", None), _candidate(spec, cell.recipe, before=step)]
-    if step == "build":
-        return [("check", None), _candidate(spec, cell.recipe)]
-    baseline = Cell(recipe=BASELINE, target=cell.target)
-    engines = dict.fromkeys((cell.key, baseline.key))
-    return [("check", None), ("retrain", None), *(("build", key) for key in engines)]
-
-
-def _candidate(spec: Spec, recipe: str, before: str | None = None) -> tuple[str, str | None]:
-    """Key of the recipe's latest model before a technique, or its last one."""
-    order: tuple[str, ...] = TECHNIQUES
-    earlier = order if before is None else order[: order.index(before)]
-    done = [t for t in spec.techniques(recipe) if t in earlier]
-    return (done[-1], recipe) if done else ("retrain", None)
-
-
-def _get(found: Mapping[tuple[str, str | None], StepOutput], step: str, cell: str | None, needed_by: str) -> StepOutput:
-    try:
-        return found[step, cell]
-    except KeyError:
-        made_by = f"{step} {cell}" if cell else step
-        raise InputError(f"{needed_by}: nothing to work on, since {made_by} left no output; see its log") from None
+def _get(found: Mapping[Task, StepOutput], source: Task, task: Task) -> StepOutput:
+    if source not in found:
+        raise InputError(f"{task.title}: nothing to work on, since {source.title} left no output; see its log")
+    return found[source]

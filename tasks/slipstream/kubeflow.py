@@ -27,11 +27,9 @@ from slipstream.flow import Task
 from slipstream.home import Home
 from slipstream.settings import Settings
 from slipstream.spec import Spec
+from slipstream.steps import STEPS
 
 RETRIES = 2
-JUDGES = ("check", "select", "trial", "rollout")
-"""Steps that are not tried again: Kubeflow cannot tell a failed gate from a lost node, and nobody may ask a gate
-until it says yes."""
 FROM_CONFIG_MAP = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "SLIPSTREAM_RELEASES", "SLIPSTREAM_INGRESS")
 FROM_SECRET = (
     "AWS_ACCESS_KEY_ID",
@@ -49,11 +47,9 @@ def key_of(task: Task) -> str:
 
 
 def builds_on(task: Task, chosen: Spec, earlier: Mapping[str, Task]) -> list[str]:
-    """Keys of the tasks whose outputs a task is given, as `flow.upstream` chooses them."""
-    if task.cell is None and task.step not in ("check", "retrain"):
-        return list(earlier)
-    wanted = [(step, cell) for step, cell in flow.needs(task.step, chosen, task.cell)]
-    return [k for k, t in earlier.items() if (t.step, t.cell.key if t.cell else None) in wanted]
+    """Keys of the tasks whose outputs a task is given."""
+    sources = flow.sources(task, chosen)
+    return [key for key, done in earlier.items() if done in sources]
 
 
 @dataclass
@@ -110,7 +106,7 @@ class Compiler:
         """One step; its OUT document."""
         ran = self._component(task, list(documents))(**common, **documents)
         ran.set_display_name(task.title).set_caching_options(False)  # steps know better what has changed
-        if task.step not in JUDGES:
+        if STEPS[task.step].retried:  # Kubeflow cannot tell a failed gate from a lost node
             ran.set_retry(num_retries=RETRIES, backoff_duration="30s", backoff_factor=2.0)
         self._place(task.step, ran)
         return ran.outputs["output"]

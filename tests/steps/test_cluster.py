@@ -74,7 +74,7 @@ def walked(mlflow_server: str, small_home: Path) -> dict[str, StepOutput]:
 
 def _upstream(spec: Spec, name: str, cell: Cell, outputs: dict[str, StepOutput]) -> list[StepOutput]:
     """What the flow hands to a step, but for `check`."""
-    return [outputs[needed] for needed, _ in flow.needs(name, spec, cell) if needed != "check"]
+    return [outputs[t.step] for t in flow.sources(flow.Task(name, cell), spec) if t.step != "check"]
 
 
 def test_each_technique_keeps_what_came_before(walked: dict[str, StepOutput]) -> None:

@@ -17,11 +17,10 @@ from slipstream.report import layers
 from slipstream.report import outcome as outcomes
 from slipstream.report.document import Failure, GateLine, Made, Report, Sample, TimelinePoint
 from slipstream.spec import Spec
+from slipstream.steps import STEPS
 from slipstream.tracking import Tracking
 
 log = logging.getLogger(__name__)
-
-GATING = ("validate", "select", "trial", "rollout")
 
 
 def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str, sample: Sample | None) -> Report:
@@ -139,7 +138,7 @@ def _recorded_by_failed(
     known = {(o.step, _key(o)) for o in upstream}
     found = []
     for (step, cell), run in latest.items():
-        if step in GATING and run.info.status == "FAILED" and (step, cell) not in known:
+        if step in STEPS and STEPS[step].gates and run.info.status == "FAILED" and (step, cell) not in known:
             try:
                 if any(f.path == tracking.OUTPUT for f in track.client.list_artifacts(run.info.run_id)):
                     found.append(track.output(run.info.run_id))

@@ -6,7 +6,7 @@ Airflow trigger form are generated from it. Validation is pure: it asks no netwo
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -32,16 +32,18 @@ from slipstream.spec.sections import (
     Target,
     Waiver,
 )
-from slipstream.steps import STEPS, environment_of
+from slipstream.steps import STEPS, TECHNIQUES, environment_of
 
 __all__ = [
-    "BASELINE", "PATTERNS", "TECHNIQUES", "Call", "Cluster", "Distill", "Guardrails", "Model", "Objective", "Optimizer",
+    "BASELINE", "PATTERNS", "Call", "Cluster", "Distill", "Guardrails", "Model", "Objective", "Optimizer",
     "Prune", "Quantize", "Resources", "Rollout", "SmallScaleTest", "Spec", "Target", "Toleration", "Training", "Waiver",
     "dump", "json_schema", "load", "load_text", "parse",
 ]  # fmt: skip
 
-Technique = Literal["distill", "prune", "cluster", "simplify", "quantize"]
-TECHNIQUES: tuple[Technique, ...] = ("distill", "prune", "cluster", "simplify", "quantize")
+if TYPE_CHECKING:
+    Technique = str
+else:
+    Technique = Literal[TECHNIQUES]
 BASELINE = "baseline"
 """Name of the implicit recipe with no techniques: the reference for every gate."""
 

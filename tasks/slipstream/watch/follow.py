@@ -13,6 +13,7 @@ from slipstream.home import Home
 from slipstream.platform import addresses
 from slipstream.report import urls
 from slipstream.report.find import connect
+from slipstream.steps import STEPS
 from slipstream.watch.journal import (
     OVER,
     Journal,
@@ -29,9 +30,8 @@ from slipstream.watch.start import Started
 from slipstream.watch.view import view
 
 POLL_S = 1.0
-MEASURING = ("validate", "trial")
-"""Steps that measure time here: what the display asks of Airflow and MLflow takes processor time from them."""
 MEASURING_POLL_S = 10.0
+"""While a step measures time: what the display asks of Airflow and MLflow takes processor time from it."""
 PATIENCE_S = 300
 """How long a silent Airflow is waited for; a restart takes about a minute."""
 
@@ -104,7 +104,7 @@ class _Watch:
 
     def due(self, now_s: float) -> bool:
         """Whether to look again: seldom while a step measures. `now_s` is of the monotonic clock."""
-        measuring = any(task.state == "running" and task.step in MEASURING for task in self.tasks)
+        measuring = any(t.state == "running" and t.step in STEPS and STEPS[t.step].measures for t in self.tasks)
         interval_s = MEASURING_POLL_S if measuring else POLL_S
         if self._looked is not None and now_s - self._looked < interval_s:
             return False

@@ -120,9 +120,8 @@ def seconds_between(began: str | None, ended: str | None = None) -> float | None
     return (end - datetime.datetime.fromisoformat(began)).total_seconds()
 
 
-def _place(task: TaskInstance) -> tuple[int, str]:
-    order = [step for steps in flow.STAGES.values() for step in steps]
-    return order.index(task.step) if task.step in order else len(order), task.cell
+def _place(task: TaskInstance) -> tuple[tuple[int, int], str]:
+    return flow.place(task.step), task.cell
 
 
 def _told(task: TaskInstance, note: Note | None, state: str, reason: str) -> Iterable[Line]:
