@@ -31,16 +31,13 @@ from slipstream.frameworks.base import Framework, framework_for, trainer_for
 from slipstream.measure.metrics import METRICS
 from slipstream.measure.metrics.base import BATCH, metric_for
 from slipstream.spec import Call, Spec, Target
-from slipstream.steps import sample_size
+from slipstream.steps import STEPS, TECHNIQUES, sample_size
 from slipstream.steps.base import Context
 from slipstream.steps.rehearsal import rehearse
 from slipstream.steps.retrain import from_file, require_version, version_to_load
 from slipstream.user_code import told, user_function
 
 log = logging.getLogger(__name__)
-
-TUNING = {"distill", "prune", "cluster"}
-"""Techniques that train on the labels."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
@@ -248,7 +245,7 @@ def _answers(spec: Spec, what: str, outputs: npt.NDArray[Any], loaded: Data) -> 
     if loaded.classes and classes is not None and len(loaded.classes) != classes:
         yield ModelError(f"{what} answers with {classes} classes, but the data names {len(loaded.classes)}")
     labels = loaded.train.labels[: len(outputs)]
-    training = TUNING | ({"quantize"} if spec.quantize.epochs else set())
+    training = {t for t in TECHNIQUES if STEPS[t].trains} | ({"quantize"} if spec.quantize.epochs else set())
     tuned = [recipe for recipe, techniques in spec.recipes.items() if training & set(techniques)]
     if tuned and spec.model.loss is None and not _are_classes(outputs, labels):
         yield SpecError(
