@@ -13,6 +13,7 @@ import runtimes
 from links import MlflowRunLink, ReportLink
 from slipstream import catalog, flow, spec, storage
 from slipstream.contract import StepInput, StepOutput
+from slipstream.contract.handover import Selection
 from slipstream.errors import InputError
 from slipstream.flow import Task
 from slipstream.home import Home
@@ -132,7 +133,7 @@ def skip_unless_wanted(run: PipelineRun, step: str, outputs: Sequence[StepOutput
     if stage in run.skipped:
         raise AirflowSkipException(f"{stage.replace('_', ' ')} is skipped: stop_after was chosen in the trigger form")
     select = next((o for o in outputs if o.step == "select"), None)
-    if stage == "full_rollout" and select and select.details.get("already_champion"):
+    if stage == "full_rollout" and select and Selection.of(select).already_champion:
         raise AirflowSkipException("the best engine is the champion already; there is nothing to roll out")
 
 

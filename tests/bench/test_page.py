@@ -1,7 +1,7 @@
 """The benchmark's page, from figures made up here."""
 
 from slipstream.bench import Bench, Subject, page
-from slipstream.evidence import Interval, Latency, Noise
+from slipstream.contract.evidence import Interval, Latency, Noise
 
 
 def subject(name: str, p50_ms: float, status: str, **figures: object) -> Subject:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.steps.stages import PASS, evidence
 
-from slipstream.evidence import Noise, Race, Row
+from slipstream.contract.evidence import Noise, Race, Row
 from slipstream.measure import race as races
 from slipstream.measure.latency import Comparison, Plan, Round
 from slipstream.steps.choice import Choice

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from slipstream.contract import Artifact, Cell, StepOutput, Verdict
-from slipstream.evidence import EngineEvidence, Interval, Latency, Noise, Standing, row_of
+from slipstream.contract.evidence import EngineEvidence, Interval, Latency, Noise, Standing, row_of
 
 BASELINE_QUALITY = 92.99
 MADE_UP = {

@@ -8,7 +8,7 @@ from tests.report import sample
 
 from slipstream import spec as specs
 from slipstream.contract import StepOutput
-from slipstream.evidence import Row, row_of
+from slipstream.contract.evidence import Row, row_of
 from slipstream.report import outcome
 from slipstream.report.document import Failure
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from tests.report import made_up, sample
 
-from slipstream.evidence import Noise
+from slipstream.contract.evidence import Noise
 from slipstream.report import tables
 from slipstream.report.document import Report
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slipstream.evidence import Interval
+from slipstream.contract.evidence import Interval
 from slipstream.report import wording
 
 

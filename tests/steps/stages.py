@@ -16,8 +16,8 @@ from mlflow.models import infer_signature
 
 from slipstream import spec as specs
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict
+from slipstream.contract.evidence import EngineEvidence, Interval, Latency, Noise
 from slipstream.errors import SlipstreamError
-from slipstream.evidence import EngineEvidence, Interval, Latency, Noise
 from slipstream.home import Home
 from slipstream.registry import Registry
 from slipstream.spec import Spec

@@ -16,9 +16,9 @@ from tests.steps.pipeline import RUN_KEY, inputs, logged, small_spec
 
 from slipstream import engine_cache
 from slipstream.contract import Cell, StepInput, StepOutput
+from slipstream.contract.evidence import row_of
 from slipstream.engines.inquiry import ask, inquire
 from slipstream.errors import EngineError, GateFailed
-from slipstream.evidence import row_of
 from slipstream.home import Home
 from slipstream.report import layers
 from slipstream.spec import Spec, Target

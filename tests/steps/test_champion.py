@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.steps.stages import ENGINES, World, WorldMaker, failing, validated
 
 from slipstream.contract import Artifact, Cell, StepOutput
+from slipstream.contract.evidence import EngineEvidence
 from slipstream.engines.base import build_engine
 from slipstream.errors import EngineError, GateFailed
-from slipstream.evidence import EngineEvidence
 from slipstream.frameworks.base import INPUT, MANIFEST, ONNX, OUTPUT, CandidateManifest
 from slipstream.measure.latency import Plan
 from slipstream.measure.metrics.base import metric_for

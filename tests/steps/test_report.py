@@ -16,8 +16,8 @@ from tests.user_code import use
 
 from slipstream import spec as specs
 from slipstream.contract import Cell, StepInput, StepOutput
+from slipstream.contract.evidence import row_of
 from slipstream.errors import InputError, Unavailable
-from slipstream.evidence import row_of
 from slipstream.home import Home
 from slipstream.platform import addresses
 from slipstream.report import find, show

@@ -6,8 +6,8 @@ import pytest
 from tests.steps.stages import FAIL, World, WorldMaker, failing, validated
 
 from slipstream.contract import Verdict
+from slipstream.contract.evidence import Row
 from slipstream.errors import DataError, GateFailed
-from slipstream.evidence import Row
 from slipstream.steps import select
 from slipstream.steps.choice import Choice
 

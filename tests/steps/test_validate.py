@@ -18,10 +18,10 @@ pytest.importorskip("mlperf_loadgen", reason="needs the environment torch")
 from mlflow import MlflowClient
 from tests.user_code import use
 
-from slipstream import digests, evidence
+from slipstream import digests
 from slipstream import spec as specs
 from slipstream.bench import measure
-from slipstream.contract import Artifact, Cell, StepInput, StepOutput
+from slipstream.contract import Artifact, Cell, StepInput, StepOutput, evidence
 from slipstream.engines.base import build_engine, load_engine
 from slipstream.errors import DataError, InputError
 from slipstream.frameworks.base import framework_for

@@ -1,7 +1,7 @@
 """What `slipstream bench` measured of one spec: `measure` writes it in the spec's environment, `page` draws it."""
 
 from slipstream.contract import Document
-from slipstream.evidence import Interval, Latency, Noise
+from slipstream.contract.evidence import Interval, Latency, Noise
 
 
 class Subject(Document):

@@ -17,10 +17,10 @@ from slipstream import data, digests, hardware
 from slipstream import spec as specs
 from slipstream.bench import Bench, Subject
 from slipstream.contract import StepOutput
+from slipstream.contract.evidence import Interval, row_of
 from slipstream.engines.base import engine_for, load_engine
 from slipstream.engines.peak import peak_memory_mib
 from slipstream.errors import InputError, SlipstreamError
-from slipstream.evidence import Interval, row_of
 from slipstream.flow import cell_of, cells
 from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import load_eager, require_own_architecture

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.evidence import Latency, Noise
+from slipstream.contract.evidence import Latency, Noise
 from slipstream.measure import loadgen, noise, stats
 from slipstream.measure.loadgen import Issue
 from slipstream.measure.stats import Bounds

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from slipstream.evidence import Interval, Race, Standing
+from slipstream.contract.evidence import Interval, Race, Standing
 from slipstream.measure import latency, stats
 from slipstream.measure.latency import Comparison, Plan
 from slipstream.measure.loadgen import Issue

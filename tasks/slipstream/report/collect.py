@@ -3,15 +3,15 @@
 import datetime
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from slipstream import flow, tracking
 from slipstream.contract import StepInput, StepOutput
+from slipstream.contract.evidence import Row, row_of
+from slipstream.contract.handover import Observed, Rollout, Selection
 from slipstream.errors import DataError
-from slipstream.evidence import Row, row_of
 from slipstream.hardware import describe
 from slipstream.report import layers
 from slipstream.report import outcome as outcomes
@@ -29,12 +29,12 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
     upstream = list(inputs.upstream) + _recorded_by_failed(track, latest, inputs.upstream)
     single = {o.step: o for o in upstream if o.cell is None and not o.details.get("skipped")}
     select = single.get("select")
-    chosen: dict[str, Any] = select.details if select else {}
+    chosen = Selection.of(select) if select else Selection(winner=None, champion=None)
     rows = _rows(spec, upstream, chosen)
     failures = tuple(_failures(latest, {(o.step, _key(o)) for o in inputs.upstream}))
     missing = tuple(r.cell for r in rows if r.status == "missing")
     result = outcomes.decide(single, failures, rows)
-    winner, version = chosen.get("winner"), chosen.get("version")
+    winner, version = chosen.winner, chosen.version
     winning = next((r for r in rows if r.cell == winner), None)
     rollout = single.get("rollout")
     skipped = inputs.params.get("skip_stages") or ()
@@ -51,8 +51,8 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
         explanation=outcomes.explanation(result, single, failures, rows),
         ok=outcomes.is_ok(result, skipped, missing),
         winner=winner,
-        version=None if version is None else str(version),
-        best_per_target={t: c for t, c in (chosen.get("best_per_target") or {}).items() if c},
+        version=version,
+        best_per_target={t: c for t, c in chosen.best_per_target.items() if c},
         objective=spec.objective,
         rows=rows,
         missing=missing,
@@ -65,8 +65,8 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
         hardware=describe(),
         sample=sample,
         facts={
-            "champion": chosen.get("champion"),
-            "previous": rollout.details.get("previous") if rollout else None,
+            "champion": chosen.champion,
+            "previous": Rollout.of(rollout).previous if rollout else None,
         },
     )
 
@@ -75,7 +75,7 @@ def timeline(outputs: Iterable[StepOutput]) -> tuple[TimelinePoint, ...]:
     """The windows of trial and rollout, in seconds since the first. A window that cannot be read is left out."""
     points = []
     for output in outputs:
-        for entry in output.details.get("timeline") or ():
+        for entry in Observed.of(output).timeline:
             try:
                 fields = {k: v for k, v in entry.items() if k in TimelinePoint.model_fields}
                 points.append(TimelinePoint.model_validate(fields | {"at_s": _seconds(entry["at"])}))
@@ -95,16 +95,15 @@ def _seconds(at: object) -> float:
     return float(at)  # type: ignore[arg-type]  # anything else raises TypeError, which the caller expects
 
 
-def _rows(spec: Spec, upstream: Sequence[StepOutput], chosen: dict[str, Any]) -> tuple[Row, ...]:
+def _rows(spec: Spec, upstream: Sequence[StepOutput], chosen: Selection) -> tuple[Row, ...]:
     """select's rows; when select said no, the same rows built from the evidence that it saw."""
-    if chosen.get("rows"):
-        rows = [Row.model_validate(r) for r in chosen["rows"]]
-    else:
+    rows = list(chosen.rows)
+    if not rows:
         found = {_key(o): o for o in upstream if o.step == "validate"}
         rows = [row_of(cell, found.get(cell)) for cell in flow.cells(spec)]
-    winner = chosen.get("winner")
     return tuple(
-        r.model_copy(update={"release": r.cell == winner, "comparison": _never_released(spec, r.cell)}) for r in rows
+        r.model_copy(update={"release": r.cell == chosen.winner, "comparison": _never_released(spec, r.cell)})
+        for r in rows
     )
 
 

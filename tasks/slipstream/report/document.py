@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from slipstream.contract import Document, Verdict
-from slipstream.evidence import Row
+from slipstream.contract.evidence import Row
 from slipstream.spec import Objective
 
 Outcome = Literal["released", "unchanged", "held", "rejected", "stopped", "rolled_back", "failed"]

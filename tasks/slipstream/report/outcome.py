@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from slipstream.contract import StepOutput, Verdict
-from slipstream.evidence import Row
+from slipstream.contract.evidence import Row
+from slipstream.contract.handover import Rollout, Selection
 from slipstream.report import wording
 from slipstream.report.document import Failure, Outcome
 from slipstream.spec import Spec
@@ -17,16 +17,16 @@ def decide(outputs: dict[str, StepOutput], failures: Sequence[Failure], rows: Se
     """The outcome, read from the last stage that left a trace. `outputs` maps the cell-less steps to their outputs."""
     failed = {f.step for f in failures}
     rollout, trial, select = (outputs.get(s) for s in ("rollout", "trial", "select"))
-    if rollout and rollout.details.get("released") and all(v.passed for v in rollout.verdicts):
+    if rollout and Rollout.of(rollout).released and all(v.passed for v in rollout.verdicts):
         return "released"
     if rollout or "rollout" in failed:
         return "rolled_back"
     if "trial" in failed or (trial and not all(v.passed for v in trial.verdicts)):
         return "stopped"
-    chosen: dict[str, Any] = select.details if select else {}
-    if chosen.get("already_champion"):
+    chosen = Selection.of(select) if select else None
+    if chosen and chosen.already_champion:
         return "unchanged"
-    if chosen.get("winner"):
+    if chosen and chosen.winner:
         return "held"
     judged = [r for r in rows if r.status not in ("reference", "missing")]
     return "rejected" if judged and all(r.status in ("rejected", "inconclusive") for r in judged) else "failed"

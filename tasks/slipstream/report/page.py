@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from slipstream.contract import Verdict
-from slipstream.evidence import EngineEvidence, Row
+from slipstream.contract.evidence import EngineEvidence, Row
 from slipstream.report import layers, wording
 from slipstream.report.document import Figure, GateLine, Made, Report
 from slipstream.report.theme import CSS, themed

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from slipstream.evidence import Latency, Row
+from slipstream.contract.evidence import Latency, Row
 from slipstream.report import wording
 from slipstream.report.document import Report, TimelinePoint
 from slipstream.report.theme import LIGHT, SERIES

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from slipstream.evidence import EngineEvidence, Interval, Row
+from slipstream.contract.evidence import EngineEvidence, Interval, Row
 from slipstream.report import wording
 from slipstream.report.document import Report
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from slipstream.evidence import Interval, Row
+from slipstream.contract.evidence import Interval, Row
 from slipstream.measure.metrics import short_name
 
 DASH = "–"

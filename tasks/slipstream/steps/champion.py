@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from slipstream.contract import Artifact, Verdict
+from slipstream.contract.evidence import Row, judged
 from slipstream.engines.base import load_engine
 from slipstream.errors import InputError
-from slipstream.evidence import Row, judged
 from slipstream.flow import cell_of
 from slipstream.measure import gates
 from slipstream.measure.metrics import base as metrics

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slipstream import flow
-from slipstream.evidence import Race, Row, Standing
+from slipstream.contract.evidence import Race, Row, Standing
 from slipstream.measure import race as races
 
 

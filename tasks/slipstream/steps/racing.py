@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from slipstream import digests, hardware
 from slipstream.contract import Artifact, StepOutput, digest
+from slipstream.contract.evidence import Race
 from slipstream.engines.base import engine_for, load_engine
 from slipstream.errors import EngineError
-from slipstream.evidence import Race
 from slipstream.frameworks.base import load_eager, toolchain
 from slipstream.home import file_lock
 from slipstream.measure import race as races

@@ -17,7 +17,7 @@ either. Before and after each write the token is compared (release/moves.py): a 
 
 A breach puts the traffic back, rejects the engine by its digest, and then cleans up.
 
-Details: `timeline`, `notes`, `released` (version), `previous` (version or None); or `skipped` with the reason.
+Details: `handover.Rollout`.
 """
 
 import logging
@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput, Verdict, combine
+from slipstream.contract.handover import Rollout
 from slipstream.errors import GateFailed, SlipstreamError, Superseded
 from slipstream.registry import CHAMPION, PREVIOUS, RELEASED_BY, REPLACED, ROLLOUT_RUN, Registry, verdict_tags
 from slipstream.release import moves, rejections, settle
@@ -48,7 +49,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
         "rollout": spec.rollout.model_dump(mode="json"),
         "guardrails": spec.guardrails.model_dump(mode="json"),
         "run": inputs.run_key,
-        "version": selected(inputs)["version"],
+        "version": selected(inputs).version,
     }
 
 
@@ -61,19 +62,21 @@ def run(context: Context) -> StepOutput:
 def full_rollout(context: Context, controller: TrafficController) -> StepOutput:
     """The same, with the controller given."""
     chosen, inputs = selected(context.inputs), context.inputs
-    version, registry = str(chosen["version"]), Registry(context.spec.model.name, context.tracking.client)
+    version, registry = str(chosen.version), Registry(context.spec.model.name, context.tracking.client)
     settle.settle(registry, lambda: controller)
-    if chosen["already_champion"]:
-        registry.expect_champion(chosen["champion"])
-        keep_serving(registry, controller, incumbent(registry, inputs, chosen["winner"]), inputs.run_key)
-        return context.output(details={"skipped": f"version {version} is this engine and serves already"})
+    if chosen.already_champion:
+        registry.expect_champion(chosen.champion)
+        keep_serving(registry, controller, incumbent(registry, inputs, str(chosen.winner)), inputs.run_key)
+        return context.output(
+            details=Rollout(skipped=f"version {version} is this engine and serves already").document()
+        )
     trial = _passed_trial(inputs)
     if registry.champion() == version and registry.tags(version).get(RELEASED_BY) == inputs.run_key:
         log.info("rollout: version %s was released by an earlier attempt of this run", version)
         return _released(context, registry, version)
     _require_not_refused(registry, version, context.run.run_id)
-    registry.expect_champion(chosen["champion"])
-    old = incumbent(registry, inputs, chosen["winner"])
+    registry.expect_champion(chosen.champion)
+    old = incumbent(registry, inputs, str(chosen.winner))
     facts = {"to": version, "then_previous": old.version, "run_id": context.run.run_id}
     with (
         sigterm_as_exit(),
@@ -87,8 +90,8 @@ def _released(context: Context, registry: Registry, version: str) -> StepOutput:
     """The output, from the evidence that was recorded before the release."""
     tags = registry.tags(version)
     recorded = context.tracking.output(tags[ROLLOUT_RUN])
-    done = {"released": version, "previous": tags.get(REPLACED) or None}
-    return context.output(verdicts=recorded.verdicts, details=recorded.details | done)
+    details = Rollout.of(recorded).model_copy(update={"released": version, "previous": tags.get(REPLACED) or None})
+    return context.output(verdicts=recorded.verdicts, details=details.document())
 
 
 def _require_not_refused(registry: Registry, version: str, run_id: str) -> None:
@@ -203,8 +206,8 @@ class _Rollout:
 
     def _record(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> None:
         """Write the evidence into this step's MLflow run; nothing is released yet."""
-        details = {"timeline": stage.timeline, "notes": stage.notes, "released": None}
-        output = self.context.output(verdicts=verdicts, details=details)
+        details = Rollout(timeline=tuple(stage.timeline), notes=tuple(stage.notes))
+        output = self.context.output(verdicts=verdicts, details=details.document())
         self.context.tracking.record(self.context.run, output)
 
 

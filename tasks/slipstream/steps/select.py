@@ -2,10 +2,7 @@
 
 What passed against the baseline is compared with the champion (champion.py); then all engines are timed in one run in
 which they take turns (measure/race.py), and the objective's `prefer` picks among those that passed.
-Details: `rows` (evidence.Row), `winner` (cell key), `version` (registry), `best_per_target`, `champion` (version that
-the challenger will be compared with, or None), `already_champion`, `missing` (cells that left no evidence),
-`comparison_only` (cells of engines that are never released → why), `competing` (engines that the bounds account for),
-`race` (evidence.Race, or None), `not_raced` (cells → why).
+Details: `handover.Selection`.
 """
 
 import datetime
@@ -17,8 +14,9 @@ from typing import Any
 
 from slipstream import flow, traffic
 from slipstream.contract import Artifact, StepInput, StepOutput, Verdict
+from slipstream.contract.evidence import Row, judged, row_of, settled
+from slipstream.contract.handover import Selection
 from slipstream.errors import DataError, GateFailed
-from slipstream.evidence import Row, judged, row_of, settled
 from slipstream.measure.waivers import waive
 from slipstream.registry import CHALLENGER, SHA256, Registry
 from slipstream.release import rejections, settle
@@ -47,30 +45,27 @@ def run(context: Context) -> StepOutput:
     choice = _choice(context, rows)
     winner = choice.best(choice.entrants)
     rows = [choice.placed(r) for r in rows]
-    details = {
-        "rows": [r.model_copy(update={"release": r.cell == winner}).model_dump(mode="json") for r in rows],
-        "winner": winner,
-        "champion": champion,
-        "missing": [r.cell for r in rows if r.status == "missing"],
-        "comparison_only": comparison_only(spec, rows),
-        "competing": spec.competing,
-        "race": None if choice.race is None else choice.race.model_dump(mode="json"),
-        "not_raced": dict(choice.absent),
-    }
+    selection = Selection(
+        rows=tuple(r.model_copy(update={"release": r.cell == winner}) for r in rows),
+        winner=winner,
+        champion=champion,
+        missing=tuple(r.cell for r in rows if r.status == "missing"),
+        comparison_only=comparison_only(spec, rows),
+        competing=spec.competing,
+        race=choice.race,
+        not_raced=dict(choice.absent),
+    )
     _write_rows(context, rows)
     if winner is None:
         verdict = Verdict(gate="select", answer="fail", reason="no engine passed", n=len(rows))
-        context.tracking.record(context.run, context.output(verdicts=(verdict,), details=details))
+        context.tracking.record(context.run, context.output(verdicts=(verdict,), details=selection.document()))
         raise GateFailed(_refusal(rows, comparison_only(spec, rows)))
     picked = next(r for r in rows if r.cell == winner)
     version, already = _register(registry, inputs, picked, champion)
     verdict = Verdict(gate="select", answer="pass", reason=choice.reason(winner), n=len(rows))
-    details |= {
-        "version": version,
-        "already_champion": already,
-        "best_per_target": {t: choice.best(choice.entrants_of(t)) for t in spec.targets},
-    }
-    return context.output(verdicts=(verdict,), details=details)
+    best = {target: choice.best(choice.entrants_of(target)) for target in spec.targets}
+    found = {"version": version, "already_champion": already, "best_per_target": best}
+    return context.output(verdicts=(verdict,), details=selection.model_copy(update=found).document())
 
 
 def _waived(spec: Spec, rows: Sequence[Row]) -> list[Row]:

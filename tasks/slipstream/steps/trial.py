@@ -4,14 +4,14 @@ Whatever happens, the traffic ends where it was: all of it on the champion, no m
 after a SIGKILL by the watchdog (release/watchdog.py), or by the next step that comes. What an earlier step left
 unfinished is settled first; an engine that was rejected is not tested again.
 
-Details: `timeline` (a point for each window of requests), `champion` (version or None), `champion_release`,
-`challenger` (version), `figures`, `notes`; or `skipped` with the reason.
+Details: `handover.Trial`.
 """
 
 from typing import Any
 
 from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput, combine
+from slipstream.contract.handover import Trial
 from slipstream.errors import Superseded
 from slipstream.registry import Registry
 from slipstream.release import moves, rejections, settle
@@ -33,7 +33,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
         "guardrails": spec.guardrails.model_dump(mode="json"),
         "objective": spec.objective.model_dump(mode="json"),
         "run": inputs.run_key,
-        "version": selected(inputs)["version"],
+        "version": selected(inputs).version,
     }
 
 
@@ -46,13 +46,13 @@ def run(context: Context) -> StepOutput:
 def small_scale_test(context: Context, controller: TrafficController) -> StepOutput:
     """The same, with the controller given."""
     chosen, inputs = selected(context.inputs), context.inputs
-    version, registry = str(chosen["version"]), Registry(context.spec.model.name, context.tracking.client)
+    version, registry = str(chosen.version), Registry(context.spec.model.name, context.tracking.client)
     settle.settle(registry, lambda: controller)
-    registry.expect_champion(chosen["champion"])
-    champion = incumbent(registry, inputs, chosen["winner"])
-    if chosen["already_champion"]:
+    registry.expect_champion(chosen.champion)
+    champion = incumbent(registry, inputs, str(chosen.winner))
+    if chosen.already_champion:
         keep_serving(registry, controller, champion, inputs.run_key)
-        return context.output(details={"skipped": f"version {version} is this engine and serves already"})
+        return context.output(details=Trial(skipped=f"version {version} is this engine and serves already").document())
     rejections.require_allowed(registry, version)
     facts = {"to": version, "run_id": context.run.run_id}
     with (
@@ -74,20 +74,27 @@ def _guarded_test(context: Context, move: Move, champion: Incumbent) -> StepOutp
         run_key=context.inputs.run_key,
         progress=context.run.progress,
     )
-    facts = {"champion": champion.version, "champion_release": champion.release.name, "challenger": move.entry.to}
     try:
         registry.expect_champion(champion.version)
         serve(move.controller, champion)
         artifact = registry.artifact(str(move.entry.to))
         move.controller.deploy(challenger, fetch(artifact), artifact.sha256)
         sweep(move.controller, registry, champion.release, challenger)
-        verdicts, found = small_scale.measure(stage)
+        verdicts, figures = small_scale.measure(stage)
     except Superseded:
         raise  # the traffic is another move's now
     except BaseException:
         settle.abort(move, stage)
         raise
-    output = context.output(verdicts=verdicts, details={"timeline": stage.timeline, **facts, **found})
+    details = Trial(
+        timeline=tuple(stage.timeline),
+        notes=tuple(stage.notes),
+        champion=champion.version,
+        champion_release=champion.release.name,
+        challenger=move.entry.to,
+        figures=figures,
+    )
+    output = context.output(verdicts=verdicts, details=details.document())
     put_back_if_possible(stage)
     if combine(verdicts) == "inconclusive" and (transient := stage.transient()) is not None:
         context.tracking.record(context.run, output)

@@ -15,11 +15,11 @@ import numpy as np
 
 from slipstream import digests, gpu, hardware
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict
+from slipstream.contract.evidence import EngineEvidence, Interval, Latency
 from slipstream.data import Data, Split
 from slipstream.engines.base import Runner, engine_for, gpu_of, load_engine, size_bytes, why_not_loadable
 from slipstream.engines.peak import peak_memory_mib
 from slipstream.errors import DataError
-from slipstream.evidence import EngineEvidence, Interval, Latency
 from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import load_eager
 from slipstream.home import file_lock

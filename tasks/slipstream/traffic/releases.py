@@ -4,10 +4,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from slipstream import flow
 from slipstream.contract import Artifact, Cell, StepInput
+from slipstream.contract.handover import Selection
 from slipstream.errors import DataError
 from slipstream.home import Home, file_lock
 from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
@@ -45,14 +45,14 @@ def traffic_lock(home: Home, model: str, *, wait: bool = True) -> Iterator[None]
         yield
 
 
-def selected(inputs: StepInput) -> dict[str, Any]:
-    """Details of the select output. Raises DataError."""
+def selected(inputs: StepInput) -> Selection:
+    """What select decided. Raises DataError."""
     chosen = inputs.output_of("select")
     if chosen is None:
         raise DataError(
             "IN.json has no output of select, so that there is no challenger; run accuracy validation first"
         )
-    return chosen.details
+    return Selection.of(chosen)
 
 
 def incumbent(registry: Registry, inputs: StepInput, winner: str) -> Incumbent:

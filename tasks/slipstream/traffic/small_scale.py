@@ -21,7 +21,7 @@ ROUNDS = 4
 
 
 def measure(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
-    """Verdicts of the small-scale test, and the facts for the record. A breach ends it at once."""
+    """Verdicts of the small-scale test, and the figures behind them. A breach ends it at once."""
     rate_per_s = stage.spec.small_scale_test.rate_per_s
     stage.probe(rate_per_s)
     evidence = Evidence(stage)
@@ -30,7 +30,7 @@ def measure(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
         evidence = Evidence(stage)
         breach = _test(stage, evidence)
     verdicts = (breach,) if breach is not None else _waived(stage, evidence)
-    return verdicts, {"figures": evidence.figures(), "notes": stage.notes}
+    return verdicts, evidence.figures()
 
 
 def _test(stage: Stage, evidence: Evidence) -> Verdict | None:
