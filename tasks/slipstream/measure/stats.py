@@ -15,10 +15,9 @@ from scipy import optimize, stats
 
 Floats = npt.NDArray[np.float64]
 
-RESAMPLES = 4000
-"""Bootstrap resamples; the Monte Carlo error of a 95 % bound is then a few percent of its distance."""
 SET_RESAMPLES = 2000
-"""The same for values that are computed from whole sets, which cost more."""
+"""Bootstrap resamples of values that are computed from whole sets; the Monte Carlo error of a 95 % bound is then a few
+percent of its distance."""
 JACKKNIFE = 200
 """Most groups that the jackknife leaves out in turn."""
 BOOTSTRAP_MIN = 30

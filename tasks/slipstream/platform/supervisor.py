@@ -55,9 +55,7 @@ def start(home: Home, program: Program) -> None:
     """
     with _locked(home):
         if running_pid(home) is None:
-            (programs.supervisor_folder(home) / "launcher.json").unlink(
-                missing_ok=True
-            )  # the environments may have moved since
+            programs.forget_launcher(home)  # the environments may have moved since
         programs.write(home, program)
         if running_pid(home) is None and os.environ.get(MARK) == str(home.root):
             # A step's environment and interpreter are not supervisord's.
