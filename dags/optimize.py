@@ -16,8 +16,8 @@ from operators import RETRIES, StepOperator, ask_only_if_wanted, settle
 from slipstream import catalog, flow
 from slipstream.errors import SpecError
 from slipstream.home import Home
+from slipstream.plugins import STEPS, TECHNIQUES
 from slipstream.spec import BASELINE, Spec
-from slipstream.steps import STEPS, TECHNIQUES
 
 HOME = Home.from_environment()
 

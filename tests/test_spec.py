@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream import spec as specs
-from slipstream.engines import ENGINES
 from slipstream.errors import SpecError
 from slipstream.flow import with_choices
-from slipstream.frameworks import FRAMEWORKS
+from slipstream.plugins import ENGINES, FRAMEWORKS
 from slipstream.spec import fields
 
 ROOT = Path(__file__).parent.parent

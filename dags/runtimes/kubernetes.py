@@ -15,7 +15,7 @@ from kubernetes.client import ApiException, CoreV1Api
 from runtimes import pods
 from runtimes.base import Job
 from runtimes.training import TrainJob
-from slipstream.steps import STEPS
+from slipstream.plugins import STEPS
 
 
 def runtime() -> "Kubernetes":

@@ -8,7 +8,7 @@ from kubernetes.client import models as k8s
 
 from runtimes import trainjob
 from runtimes.base import Job, raise_for
-from slipstream.steps import STEPS
+from slipstream.plugins import STEPS
 
 CONFIGURATION = os.environ.get("KUBECONFIG")
 """Without one: the cluster that Airflow itself runs in."""

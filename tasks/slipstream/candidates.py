@@ -13,7 +13,6 @@ import numpy.typing as npt
 from slipstream.contract import Artifact, StepOutput
 from slipstream.data import Split
 from slipstream.errors import ModelError
-from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import (
     MANIFEST,
     ONNX,
@@ -27,6 +26,7 @@ from slipstream.frameworks.base import (
     trainer_for,
 )
 from slipstream.measure.metrics.base import metric_for, value
+from slipstream.plugins import FRAMEWORKS
 from slipstream.signature import signature
 from slipstream.spec import Cluster, Prune, Quantize, Spec
 from slipstream.steps.base import Context

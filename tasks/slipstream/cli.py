@@ -167,7 +167,7 @@ def step(
     """Run one step: the same command in a virtual environment, a container or a pod."""
     from slipstream import documents, storage
     from slipstream import spec as specs
-    from slipstream.steps import STEPS
+    from slipstream.plugins import STEPS
     from slipstream.steps.base import run_step, wrong_environment
 
     if name not in STEPS:

@@ -14,8 +14,8 @@ from slipstream import storage
 from slipstream.contract import Cell, StepOutput
 from slipstream.errors import InputError
 from slipstream.home import Home
+from slipstream.plugins import BASELINE_ENGINE, CANDIDATE, STEPS, TECHNIQUES, Stage
 from slipstream.spec import BASELINE, Spec, parse
-from slipstream.steps import BASELINE_ENGINE, CANDIDATE, STEPS, TECHNIQUES, Stage
 
 STAGES: dict[str, tuple[str, ...]] = {
     stage: tuple(step for step, info in STEPS.items() if info.stage == stage) for stage in get_args(Stage)

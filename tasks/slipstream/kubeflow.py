@@ -25,9 +25,9 @@ from slipstream import spec as specs
 from slipstream.errors import InputError, SlipstreamError
 from slipstream.flow import Task
 from slipstream.home import Home
+from slipstream.plugins import STEPS
 from slipstream.settings import Settings
 from slipstream.spec import Spec
-from slipstream.steps import STEPS
 
 RETRIES = 2
 FROM_CONFIG_MAP = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "SLIPSTREAM_RELEASES", "SLIPSTREAM_INGRESS")

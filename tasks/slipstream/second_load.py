@@ -21,7 +21,7 @@ from slipstream.contract import Document
 from slipstream.data import Data, load
 from slipstream.errors import CodeError, DataError, SlipstreamError, Unavailable
 from slipstream.home import Home
-from slipstream.measure.metrics import METRICS
+from slipstream.plugins import METRICS
 from slipstream.spec import Call, Spec
 
 log = logging.getLogger(__name__)

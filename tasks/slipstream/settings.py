@@ -14,9 +14,9 @@ import yaml
 from pydantic import Field, ValidationError
 
 from slipstream.digests import versions
-from slipstream.engines import SERVE
 from slipstream.errors import SpecError
 from slipstream.home import Home
+from slipstream.plugins import SERVE
 from slipstream.spec import Resources, Spec
 from slipstream.spec.fields import Section
 

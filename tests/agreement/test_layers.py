@@ -13,10 +13,10 @@ from tests.engines.images import samples
 from slipstream.agreement import layers
 from slipstream.agreement.bounds import EXACT
 from slipstream.agreement.reference import reference, tensors
-from slipstream.engines import ENGINES, EngineInfo
 from slipstream.engines.base import build_engine
 from slipstream.errors import EngineError, ModelError
 from slipstream.frameworks.base import ONNX, OUTPUT
+from slipstream.plugins import ENGINES, EngineInfo
 from slipstream.spec import Target
 from slipstream.steps import build
 

@@ -13,8 +13,8 @@ from tests.steps.pipeline import inputs, logged, small_spec
 from slipstream import data
 from slipstream.contract import Cell
 from slipstream.errors import DataError, ModelError
-from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import MANIFEST, ONNX, CandidateManifest, read_manifest
+from slipstream.plugins import FRAMEWORKS
 from slipstream.spec import Spec
 from slipstream.spec.sections import DataFiles
 from slipstream.steps import quantize

@@ -5,7 +5,7 @@ measured is None, never zero.
 """
 
 from slipstream.contract import Document, StepOutput, Verdict, combine
-from slipstream.spec import BASELINE
+from slipstream.plugins import BASELINE
 
 
 class Interval(Document):

@@ -1,7 +1,7 @@
 """The engine seam: what a module under engines/ implements, and the manifest that travels with every engine.
 
 An engine folder holds `engine.json` (an `EngineManifest`) and the engine's own files. Adding an engine is one
-module with an object `ENGINE`, one entry in `engines.ENGINES`, and a subclass of the contract tests.
+module with an object `ENGINE`, one entry in `plugins.ENGINES`, and a subclass of the contract tests.
 """
 
 import importlib
@@ -15,9 +15,10 @@ from pydantic import ConfigDict, Field, ValidationError
 from slipstream import digests, tokens
 from slipstream.agreement.bounds import repeated
 from slipstream.contract import Document
-from slipstream.engines import ENGINES, SERVE, lengths, recorded
+from slipstream.engines import lengths, recorded
 from slipstream.engines.compatibility import Relation, differences
 from slipstream.errors import DataError, EngineError
+from slipstream.plugins import ENGINES, SERVE
 from slipstream.spec import Target
 from slipstream.spec.fields import Section
 

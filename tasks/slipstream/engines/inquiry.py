@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 from slipstream.contract import Document
-from slipstream.engines import ENGINES
 from slipstream.engines.base import engine_for, why_not_loadable
 from slipstream.errors import EngineError
 from slipstream.home import Home
 from slipstream.measure import profiles
+from slipstream.plugins import ENGINES
 from slipstream.spec import Target
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from slipstream.contract import Document
 from slipstream.data import Data, Split
 from slipstream.digests import versions
 from slipstream.errors import ModelError
-from slipstream.frameworks import FRAMEWORKS, launched
+from slipstream.frameworks import launched
+from slipstream.plugins import FRAMEWORKS
 from slipstream.spec import Call, Cluster, Optimizer, Prune, Quantize, Spec
 
 T = TypeVar("T")

@@ -11,7 +11,6 @@ import typer
 from slipstream import spec as specs
 from slipstream.digests import folder_size
 from slipstream.errors import InputError, ModelError
-from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import WEIGHTS
 from slipstream.home import Home, write_atomically
 from slipstream.init import registered
@@ -19,6 +18,7 @@ from slipstream.init.compose import Plan, about, data_text, spec_text
 from slipstream.init.facts import Facts, Question, Reply
 from slipstream.init.machine import this_machine
 from slipstream.init.source import NPZ, Source, about_pickled, about_weights, name_of, source_of
+from slipstream.plugins import FRAMEWORKS
 from slipstream.spec.fields import function
 
 ENVIRONMENT = {kind: FRAMEWORKS[kind].environment for kind in ("onnx", "keras")}

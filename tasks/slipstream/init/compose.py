@@ -3,9 +3,9 @@
 import json
 from dataclasses import dataclass
 
-from slipstream.engines import ENGINES
 from slipstream.init.facts import Facts
 from slipstream.init.machine import Machine
+from slipstream.plugins import ENGINES
 
 LISTED = 6
 """Kinds of layers that a comment lists."""

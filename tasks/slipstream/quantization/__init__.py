@@ -1,4 +1,4 @@
-"""Quantization of a candidate's ONNX: one module for each family of number formats, found by the scheme's name.
+"""Quantization of a candidate's ONNX: one module for each family of number formats, found by name in plugins.py.
 
 Each has `quantize(model, request)`, which returns another model and leaves the given one as it was.
 """
@@ -10,15 +10,8 @@ from typing import Any, Protocol, cast
 
 import numpy.typing as npt
 
+from slipstream.plugins import SCHEMES
 from slipstream.spec import Quantize
-
-SCHEMES = {
-    "int8": "slipstream.quantization.static",
-    "int8-dynamic": "slipstream.quantization.dynamic",
-    "int8-weights": "slipstream.quantization.weights",
-    "int4-weights": "slipstream.quantization.weights",
-}
-"""`quantize.scheme` → module. Nothing is imported until it is used."""
 
 
 @dataclass(frozen=True)

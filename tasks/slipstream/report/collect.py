@@ -13,11 +13,11 @@ from slipstream.contract.evidence import Row, row_of
 from slipstream.contract.handover import Observed, Rollout, Selection
 from slipstream.errors import DataError
 from slipstream.hardware import describe
+from slipstream.plugins import STEPS
 from slipstream.report import layers
 from slipstream.report import outcome as outcomes
 from slipstream.report.document import Failure, GateLine, Made, Report, Sample, TimelinePoint
 from slipstream.spec import Spec
-from slipstream.steps import STEPS
 from slipstream.tracking import Tracking
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from slipstream.contract.evidence import Interval, Row
-from slipstream.measure.metrics import short_name
+from slipstream.plugins import short_name
 
 DASH = "–"
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from slipstream.engines import ENGINES
 from slipstream.errors import SpecError
-from slipstream.frameworks import FRAMEWORKS
+from slipstream.plugins import BASELINE, ENGINES, FRAMEWORKS, STEPS, TECHNIQUES, environment_of
 from slipstream.spec.document import MAX_BYTES, decode, read
 from slipstream.spec.explain import explain
 from slipstream.spec.fields import PATTERNS, Call, Name, Optimizer, Schedule, Section
@@ -32,7 +31,6 @@ from slipstream.spec.sections import (
     Target,
     Waiver,
 )
-from slipstream.steps import STEPS, TECHNIQUES, environment_of
 
 __all__ = [
     "BASELINE", "PATTERNS", "Call", "Cluster", "Distill", "Guardrails", "Model", "Objective", "Optimizer",
@@ -44,8 +42,6 @@ if TYPE_CHECKING:
     Technique = str
 else:
     Technique = Literal[TECHNIQUES]
-BASELINE = "baseline"
-"""Name of the implicit recipe with no techniques: the reference for every gate."""
 
 
 class Spec(Section):

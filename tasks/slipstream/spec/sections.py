@@ -7,9 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from slipstream.engines import ENGINES
-from slipstream.frameworks import FRAMEWORKS
-from slipstream.measure.metrics import METRICS
+from slipstream.plugins import ENGINES, FRAMEWORKS, METRICS
 from slipstream.spec.fields import (
     FUNCTION_NAME,
     FileUri,

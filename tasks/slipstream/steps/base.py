@@ -33,8 +33,8 @@ from slipstream.errors import (
 )
 from slipstream.frameworks.base import ALONE, Group, Job, group_of, require_own_architecture, trainer_for
 from slipstream.home import Home, file_lock
+from slipstream.plugins import STEPS, TECHNIQUES
 from slipstream.spec import Spec
-from slipstream.steps import STEPS, TECHNIQUES
 from slipstream.tracking import StepRun, Tracking, fetch
 from slipstream.user_code import told
 

@@ -28,10 +28,10 @@ from slipstream.errors import (
     Unavailable,
 )
 from slipstream.frameworks.base import Framework, framework_for, trainer_for
-from slipstream.measure.metrics import METRICS
 from slipstream.measure.metrics.base import BATCH, metric_for
+from slipstream.plugins import METRICS, STEPS, TECHNIQUES
 from slipstream.spec import Call, Spec, Target
-from slipstream.steps import STEPS, TECHNIQUES, sample_size
+from slipstream.steps import sample_size
 from slipstream.steps.base import Context
 from slipstream.steps.rehearsal import rehearse
 from slipstream.steps.retrain import from_file, require_version, version_to_load

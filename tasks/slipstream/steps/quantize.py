@@ -19,9 +19,10 @@ from slipstream.agreement.bounds import QUANTIZED, explain_mismatch, measure
 from slipstream.contract import StepInput, StepOutput, digest
 from slipstream.data import Data
 from slipstream.errors import DataError, ModelError
-from slipstream.frameworks import FRAMEWORKS, onnx_graph
+from slipstream.frameworks import onnx_graph
 from slipstream.frameworks.base import ONNX, Schedule, read_manifest, toolchain
 from slipstream.frameworks.onnx_session import Session
+from slipstream.plugins import FRAMEWORKS
 from slipstream.quantization import Request, scheme_for
 from slipstream.quantization.coverage import require_quantized
 from slipstream.spec import Spec

@@ -20,7 +20,6 @@ from slipstream.data import Data, Split
 from slipstream.engines.base import Runner, engine_for, gpu_of, load_engine, size_bytes, why_not_loadable
 from slipstream.engines.peak import peak_memory_mib
 from slipstream.errors import DataError
-from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import load_eager
 from slipstream.home import file_lock
 from slipstream.measure import gates, latency, profiles
@@ -29,6 +28,7 @@ from slipstream.measure.loadgen import Issue
 from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Metric, Records, Runs, metric_for
 from slipstream.measure.stats import Bounds
+from slipstream.plugins import FRAMEWORKS
 from slipstream.spec import BASELINE, Objective, Spec, Target
 from slipstream.steps import scores as scoring
 from slipstream.steps.base import Context

@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from slipstream.contract import Document
-from slipstream.engines import SERVE
 from slipstream.engines.base import EngineManifest
 from slipstream.errors import InputError
+from slipstream.plugins import SERVE
 from slipstream.settings import Settings
 from slipstream.spec import Resources
 from slipstream.traffic.base import Release

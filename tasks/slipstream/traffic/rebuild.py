@@ -24,13 +24,12 @@ from mlflow.entities import Run
 
 from slipstream import traffic
 from slipstream.contract import Artifact, Verdict
-from slipstream.engines import ENGINES
 from slipstream.engines.base import EngineManifest, read_manifest, server_environment
 from slipstream.engines.rebuilt import Finding, Request
 from slipstream.errors import EngineError, GateFailed, RegistryError, Unavailable
-from slipstream.frameworks import FRAMEWORKS
 from slipstream.frameworks.base import read_manifest as read_candidate
 from slipstream.home import Home
+from slipstream.plugins import ENGINES, FRAMEWORKS
 from slipstream.registry import CHAMPION, PIPELINE_RUN, PREVIOUS, REBUILT_FROM, Registry, translated, verdict_tags
 from slipstream.release import moves
 from slipstream.release.settle import settle

@@ -11,9 +11,9 @@ from slipstream.airflow_api import FINAL, AirflowApi, TaskInstance
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses
+from slipstream.plugins import STEPS
 from slipstream.report import urls
 from slipstream.report.find import connect
-from slipstream.steps import STEPS
 from slipstream.watch.journal import (
     OVER,
     Journal,

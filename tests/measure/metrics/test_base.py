@@ -7,8 +7,8 @@ import pytest
 
 from slipstream.data import Split
 from slipstream.errors import EngineError, ModelError, SpecError
-from slipstream.measure.metrics import METRICS, short_name
 from slipstream.measure.metrics.base import batches, identity, metric_for, record
+from slipstream.plugins import METRICS, short_name
 
 
 class Table:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from slipstream.data import Split
 from slipstream.errors import EngineError, InputError
 from slipstream.measure import stats
-from slipstream.measure.metrics import METRICS
 from slipstream.measure.stats import Bounds, Floats
+from slipstream.plugins import METRICS
 from slipstream.spec import Call
 from slipstream.user_code import user_code_digest
 

@@ -7,8 +7,8 @@ an environment without the framework: the module must import there.
 import numpy as np
 
 from slipstream.errors import CodeError, EngineError, InputError, SpecError
-from slipstream.measure.metrics import short_name
 from slipstream.measure.metrics.base import Array, Mean, Records, finite, require_finite
+from slipstream.plugins import short_name
 from slipstream.spec import Call
 from slipstream.user_code import user_function
 
