@@ -282,7 +282,7 @@ def rebuild(
 ) -> None:
     """Build a release that cannot be loaded here again, from its candidate, and put it in place without an outage."""
     from slipstream.home import Home
-    from slipstream.traffic import rebuild as command
+    from slipstream.release import rebuild as command
 
     typer.echo(command.by_hand(model, Home.from_environment(), alias, dry_run=dry_run))
 

@@ -14,11 +14,11 @@ from mlflow import MlflowClient
 from tests.conftest import ROOT
 from tests.platform.running import Platform, silent
 
-from slipstream.airflow_api import AirflowApi
 from slipstream.errors import Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses, airflow, health, launch, lifecycle, processes, supervisor
 from slipstream.platform.addresses import port_of
+from slipstream.platform.airflow_api import AirflowApi
 
 METRICS = 40
 

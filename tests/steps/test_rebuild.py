@@ -24,12 +24,12 @@ from slipstream.engines.base import build_engine, load_engine, read_manifest, re
 from slipstream.errors import EngineError, GateFailed, ModelError, RegistryError
 from slipstream.home import Home
 from slipstream.registry import CHAMPION, PREVIOUS, REBUILT_FROM, Registry
+from slipstream.release.rebuild import Rebuild
 from slipstream.signature import signature
 from slipstream.spec import Spec, Target
 from slipstream.tracking import Tracking, fetch
 from slipstream.traffic.base import Release, Routes
 from slipstream.traffic.fake import FakeController
-from slipstream.traffic.rebuild import Rebuild
 
 TARGET = Target(engine="onnxruntime", threads=1)
 PASS = Verdict(gate="accuracy", answer="pass", reason="drop 0.1 points, at most 0.4", n=1000)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from airflow_stand_in import AirflowStandIn  # noqa: E402 (found on the path added above)
 
-from slipstream.airflow_api import AirflowApi  # noqa: E402
+from slipstream.platform.airflow_api import AirflowApi  # noqa: E402
 
 if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("sqlalchemy") is None:
     collect_ignore_glob = ["test_*.py"]

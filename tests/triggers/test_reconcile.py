@@ -8,8 +8,8 @@ from airflow_stand_in import AirflowStandIn
 from mlflow import MlflowClient
 from tests.odd_specs import ODD
 
-from slipstream.airflow_api import AirflowApi
 from slipstream.home import Home
+from slipstream.platform.airflow_api import AirflowApi
 from slipstream.traffic.base import Release, Routes
 from slipstream.traffic.fake import FakeController
 from slipstream.triggers import promotion

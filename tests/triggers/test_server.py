@@ -16,8 +16,8 @@ from fastapi.testclient import TestClient
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from slipstream.airflow_api import AirflowApi
 from slipstream.home import Home
+from slipstream.platform.airflow_api import AirflowApi
 from slipstream.serving.connections import Bounded
 from slipstream.triggers import server, signature
 

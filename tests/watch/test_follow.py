@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import pytest
 
-from slipstream.airflow_api import AirflowApi, TaskInstance
+from slipstream.platform.airflow_api import AirflowApi, TaskInstance
 from slipstream.watch.follow import MEASURING_POLL_S, POLL_S, _Watch
 from slipstream.watch.notes import Notes
 from slipstream.watch.start import Started

@@ -7,9 +7,9 @@ import pytest
 from tests.airflow_stand_in import AirflowStandIn
 
 from slipstream import catalog, spec
-from slipstream.airflow_api import AirflowApi
 from slipstream.errors import Unavailable
 from slipstream.home import Home
+from slipstream.platform.airflow_api import AirflowApi
 from slipstream.watch.start import require_same_graph
 
 TINY = """\

@@ -8,11 +8,11 @@ import json
 import subprocess
 from pathlib import Path
 
-from slipstream.airflow_api import AirflowApi
 from slipstream.errors import Unavailable
 from slipstream.home import Home, dags_folder, write_atomically
 from slipstream.platform import postgresql, supervisor
 from slipstream.platform.addresses import Addresses, Secrets, port_of
+from slipstream.platform.airflow_api import AirflowApi
 from slipstream.platform.programs import Program, base_environment
 
 SCHEDULER = "airflow-scheduler"
@@ -52,7 +52,7 @@ def settings(home: Home, addresses: Addresses, secrets: Secrets) -> dict[str, st
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": _database(home, addresses),
         "AIRFLOW__LOGGING__COLORED_CONSOLE_LOG": "False",
         # Parsing takes a core for some 2 s, which every measurement would see: seldom by itself, and on request when a
-        # spec is published (airflow_api.py).
+        # spec is published (platform/airflow_api.py).
         "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "30",
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
         "AIRFLOW__CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "2",

@@ -21,10 +21,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from slipstream import catalog, traffic
-from slipstream.airflow_api import AirflowApi
 from slipstream.errors import SlipstreamError, Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses
+from slipstream.platform.airflow_api import AirflowApi
 from slipstream.release import watchdog
 from slipstream.serving.connections import Bounded, allow_files
 from slipstream.triggers import configuration, promotion, signature, upkeep

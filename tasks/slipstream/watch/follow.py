@@ -7,10 +7,10 @@ from mlflow.exceptions import MlflowException
 from rich.console import Console
 from rich.markup import escape
 
-from slipstream.airflow_api import FINAL, AirflowApi, TaskInstance
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses
+from slipstream.platform.airflow_api import FINAL, AirflowApi, TaskInstance
 from slipstream.plugins import STEPS
 from slipstream.report import urls
 from slipstream.report.find import connect

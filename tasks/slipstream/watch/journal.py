@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slipstream import flow
-from slipstream.airflow_api import TaskInstance
 from slipstream.contract import Answer
 from slipstream.errors import EXIT_GATE, EXIT_INPUT, EXIT_RETRY
+from slipstream.platform.airflow_api import TaskInstance
 from slipstream.watch.achievements import achieved
 from slipstream.watch.notes import Key, Note
 

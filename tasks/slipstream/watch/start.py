@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from slipstream import catalog, flow, spec
-from slipstream.airflow_api import AirflowApi
 from slipstream.errors import InputError, SpecError, Unavailable
 from slipstream.home import Home
+from slipstream.platform.airflow_api import AirflowApi
 from slipstream.spec import Spec
 
 CHOICES = ("max_drop", "recipes", "stop_after", "source_version")

@@ -1,4 +1,4 @@
-"""Builds an engine again from its candidate, where its libraries are: `python -m slipstream.engines.rebuilt`.
+"""Builds an engine again from its candidate, where its libraries are: `python -m slipstream.release.rebuilt`.
 
 `load FOLDER` says why an engine folder cannot be loaded in this environment, if so. `build REQUEST` (JSON) builds the
 same target from the same candidate, and compares the answers with those that the old engine recorded. `log REQUEST`

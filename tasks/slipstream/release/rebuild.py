@@ -25,13 +25,13 @@ from mlflow.entities import Run
 from slipstream import traffic
 from slipstream.contract import Artifact, Verdict
 from slipstream.engines.base import EngineManifest, read_manifest, server_environment
-from slipstream.engines.rebuilt import Finding, Request
 from slipstream.errors import EngineError, GateFailed, RegistryError, Unavailable
 from slipstream.frameworks.base import read_manifest as read_candidate
 from slipstream.home import Home
 from slipstream.plugins import ENGINES, FRAMEWORKS
 from slipstream.registry import CHAMPION, PIPELINE_RUN, PREVIOUS, REBUILT_FROM, Registry, translated, verdict_tags
 from slipstream.release import moves
+from slipstream.release.rebuilt import Finding, Request
 from slipstream.release.settle import settle
 from slipstream.report.find import connect
 from slipstream.tracking import CELL, STEP, experiment_name, fetch
@@ -221,9 +221,9 @@ def _builds(old: _Old, candidate: Path) -> str:
 
 
 def _ask(home: Home, environment: str, action: str, argument: str) -> Finding:
-    """What `engines.rebuilt` finds in an environment; in this one where there are no others (an image)."""
+    """What `release.rebuilt` finds in an environment; in this one where there are no others (an image)."""
     python = home.require_python(environment, "rebuild") if home.envs.is_dir() else Path(sys.executable)
-    command = [str(python), "-m", "slipstream.engines.rebuilt", action, argument]
+    command = [str(python), "-m", "slipstream.release.rebuilt", action, argument]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=WITHIN_S)
         return Finding.model_validate_json(done.stdout.strip().splitlines()[-1])
