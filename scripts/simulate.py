@@ -26,11 +26,11 @@ import numpy as np
 from scipy.signal import lfilter
 
 from slipstream import spec as specs
-from slipstream.contract import combine
+from slipstream.contract import Release, combine
 from slipstream.data import Split
 from slipstream.spec import Spec
 from slipstream.traffic import guarded, small_scale, stepwise
-from slipstream.traffic.base import Endpoint, Observation, Release, Routes
+from slipstream.traffic.base import Endpoint, Observation, Routes
 from slipstream.traffic.guarded import Stage
 from slipstream.traffic.load import Load, Record, Sent, Watch
 

@@ -7,9 +7,10 @@ import pytest
 from mlflow import MlflowClient
 from tests.steps.stages import FAIL, PASS, World, fake, world, world_maker  # noqa: F401 (fixtures)
 
+from slipstream.contract import Release
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.registry import Registry, drift
-from slipstream.traffic.base import Release, Routes
+from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
 
 

@@ -196,7 +196,7 @@ class StepInfo:
         return self.variables is TRAINING
 
 
-MAKES_CANDIDATES = ("frameworks", "agreement", "candidates.py", "data.py", "tokens.py")
+MAKES_CANDIDATES = ("frameworks", "agreement", "steps/candidates.py", "data.py", "tokens.py")
 
 
 def _technique(*sources: str, uses: str = CANDIDATE, trains: bool = False) -> StepInfo:

@@ -16,10 +16,10 @@ from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 
 from slipstream import signing
-from slipstream.contract import Artifact, Verdict
+from slipstream.contract import Artifact, Release, Verdict
 from slipstream.errors import RegistryError, SlipstreamError, Unavailable
 from slipstream.spec.fields import RELEASE_ALIASES
-from slipstream.traffic.base import Release, TrafficController
+from slipstream.traffic.base import TrafficController
 
 log = logging.getLogger(__name__)
 

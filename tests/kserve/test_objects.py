@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import yaml
 
+from slipstream.contract import Release
 from slipstream.engines.base import EngineManifest
 from slipstream.errors import InputError
 from slipstream.settings import Settings
 from slipstream.spec import Target
 from slipstream.traffic import kserve_objects as objects
-from slipstream.traffic.base import Observation, Release
+from slipstream.traffic.base import Observation
 from slipstream.traffic.kserve import counters
 from slipstream.traffic.kserve_objects import Service
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tests.steps.stages import FAIL, PASS, World, validated
 
-from slipstream.contract import StepOutput, Verdict
+from slipstream.contract import Release, StepOutput, Verdict
 from slipstream.registry import drift
 from slipstream.release import moves, rejections
 from slipstream.serving import client
@@ -18,7 +18,7 @@ from slipstream.steps.base import Context
 from slipstream.steps.rollback import rollback
 from slipstream.tracking import fetch
 from slipstream.traffic import small_scale, stepwise
-from slipstream.traffic.base import Release, Routes
+from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
 from slipstream.traffic.guarded import Stage
 

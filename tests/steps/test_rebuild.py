@@ -18,7 +18,7 @@ from tests.steps.pipeline import logged, small_spec
 from tests.steps.stages import failing
 
 from slipstream import digests
-from slipstream.contract import Artifact, Verdict
+from slipstream.contract import Artifact, Release, Verdict
 from slipstream.engines import recorded
 from slipstream.engines.base import build_engine, load_engine, read_manifest, record_answers
 from slipstream.errors import EngineError, GateFailed, ModelError, RegistryError
@@ -28,7 +28,7 @@ from slipstream.release.rebuild import Rebuild
 from slipstream.signature import signature
 from slipstream.spec import Spec, Target
 from slipstream.tracking import Tracking, fetch
-from slipstream.traffic.base import Release, Routes
+from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
 
 TARGET = Target(engine="onnxruntime", threads=1)

@@ -8,12 +8,12 @@ from slipstream import traffic
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.registry import drift
 from slipstream.release import moves, rejections
+from slipstream.release.releases import traffic_lock
 from slipstream.steps import rollback as step
 from slipstream.steps.rollback import by_hand, rollback
 from slipstream.tracking import fetch
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
-from slipstream.traffic.releases import traffic_lock
 
 
 @pytest.fixture

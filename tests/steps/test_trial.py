@@ -10,14 +10,14 @@ import pytest
 from mlflow.exceptions import MlflowException
 from tests.steps.stages import World, WorldMaker, failing
 
-from slipstream.contract import StepOutput, Verdict
+from slipstream.contract import Release, StepOutput, Verdict
 from slipstream.errors import EXIT_RETRY, DataError, GateFailed, RegistryError, Unavailable, Undecided
 from slipstream.steps import base
 from slipstream.steps.base import Context
 from slipstream.steps.trial import small_scale_test
 from slipstream.tracking import Tracking
 from slipstream.traffic import guarded
-from slipstream.traffic.base import Release, Routes
+from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import Behaviour, FakeController
 
 

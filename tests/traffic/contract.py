@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from slipstream import digests
+from slipstream.contract import Release
 from slipstream.data import Split
 from slipstream.errors import ModelError, RegistryError
 from slipstream.traffic import answers
-from slipstream.traffic.base import Release, Routes, TrafficController
+from slipstream.traffic.base import Routes, TrafficController
 from slipstream.traffic.load import Load, Record, Sent, send
 
 A, B = Release(model="net", name="v1"), Release(model="net", name="v2")

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from tests.traffic.contract import A, B, engine, load, shares
 
+from slipstream.contract import Release
 from slipstream.home import Home
 from slipstream.platform import health, supervisor
 from slipstream.platform.addresses import Addresses
 from slipstream.traffic import envoy_config
-from slipstream.traffic.base import Release, Routes
+from slipstream.traffic.base import Routes
 from slipstream.traffic.envoy import EnvoyController
 from slipstream.traffic.envoy_admin import Admin
 from slipstream.traffic.load import Sent

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tests.steps.stages import make_spec
 
-from slipstream.contract import Verdict
+from slipstream.contract import Release, Verdict
 from slipstream.data import Split
 from slipstream.traffic import guarded
-from slipstream.traffic.base import Observation, Release, Routes
+from slipstream.traffic.base import Observation, Routes
 from slipstream.traffic.fake import Behaviour, FakeController
 from slipstream.traffic.guard import Count, Guard, Tally, block_peaks
 from slipstream.traffic.guarded import Stage, windows

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from tests.steps.stages import make_spec
 
-from slipstream.contract import combine
+from slipstream.contract import Release, combine
 from slipstream.data import Split
 from slipstream.traffic.answers import Answered, Pair
-from slipstream.traffic.base import Release
 from slipstream.traffic.fake import FakeController
 from slipstream.traffic.guard import Count
 from slipstream.traffic.guarded import Stage

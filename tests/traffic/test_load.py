@@ -9,8 +9,9 @@ import pytest
 from tests.conftest import free_port
 from tests.traffic.contract import split
 
+from slipstream.contract import Release
 from slipstream.errors import Unavailable
-from slipstream.traffic.base import Endpoint, Release, Routes
+from slipstream.traffic.base import Endpoint, Routes
 from slipstream.traffic.fake import Behaviour, FakeController
 from slipstream.traffic.load import Load, Record, send
 

@@ -8,9 +8,10 @@ from airflow_stand_in import AirflowStandIn
 from mlflow import MlflowClient
 from tests.odd_specs import ODD
 
+from slipstream.contract import Release
 from slipstream.home import Home
 from slipstream.platform.airflow_api import AirflowApi
-from slipstream.traffic.base import Release, Routes
+from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
 from slipstream.triggers import promotion
 from slipstream.triggers.reconcile import INTERVAL_S, keep_reconciling, reconcile, report_drift

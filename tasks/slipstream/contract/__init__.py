@@ -34,6 +34,20 @@ class Artifact(Document):
     """MLflow logged model, where it is one."""
 
 
+class Release(Document):
+    """One engine, deployed under a model's name."""
+
+    model: str
+    """Registered model; also the name in the Open Inference Protocol."""
+    name: str
+    """Name among the model's releases, which stands for one engine for ever: `v3` for registry version 3,
+    `baseline-1a2b3c4d` (from the engine's digest) for the unchanged model before the first release."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}--{self.name}"
+
+
 class Verdict(Document):
     """A gate's answer and the evidence for it. Only `pass` passes."""
 

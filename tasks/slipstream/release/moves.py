@@ -21,12 +21,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from slipstream.contract import Verdict
+from slipstream.contract import Release, Verdict
 from slipstream.errors import SlipstreamError, Superseded, Unavailable
 from slipstream.registry import CHAMPION, PREVIOUS, Registry
 from slipstream.release import records
 from slipstream.release.records import Record
-from slipstream.traffic.base import Endpoint, Observation, Release, Routes, TrafficController
+from slipstream.traffic.base import Endpoint, Observation, Routes, TrafficController
 
 log = logging.getLogger(__name__)
 

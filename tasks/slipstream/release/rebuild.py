@@ -32,11 +32,11 @@ from slipstream.plugins import ENGINES, FRAMEWORKS
 from slipstream.registry import CHAMPION, PIPELINE_RUN, PREVIOUS, REBUILT_FROM, Registry, translated, verdict_tags
 from slipstream.release import moves
 from slipstream.release.rebuilt import Finding, Request
+from slipstream.release.releases import sweep, traffic_lock
 from slipstream.release.settle import settle
 from slipstream.report.find import connect
 from slipstream.tracking import CELL, STEP, experiment_name, fetch
 from slipstream.traffic.base import Routes, TrafficController
-from slipstream.traffic.releases import sweep, traffic_lock
 
 log = logging.getLogger(__name__)
 

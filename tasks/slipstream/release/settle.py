@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from slipstream.contract import Verdict, combine
+from slipstream.contract import Release, Verdict, combine
 from slipstream.errors import RegistryError, SlipstreamError, Superseded, Unavailable
 from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, RELEASED_BY, REPLACED, Registry
 from slipstream.release import moves, rejections
 from slipstream.release.moves import Entry, Move
+from slipstream.release.releases import sweep
 from slipstream.tracking import fetch
-from slipstream.traffic.base import Release, Routes, TrafficController
-from slipstream.traffic.releases import sweep
+from slipstream.traffic.base import Routes, TrafficController
 
 if TYPE_CHECKING:  # needs numpy, which the watchdog does without
     from slipstream.traffic.guarded import Stage

@@ -6,10 +6,10 @@ values in one layer), `sparsity`, `nonzero_parameters`, `parameters` and the qua
 
 from typing import Any
 
-from slipstream import candidates
 from slipstream.contract import StepInput, StepOutput
 from slipstream.frameworks.base import Schedule, toolchain
 from slipstream.spec import Spec
+from slipstream.steps import candidates
 from slipstream.steps.base import Context
 from slipstream.user_code import user_code_digest
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from slipstream import candidates, digests
+from slipstream import digests
 from slipstream.agreement.bounds import QUANTIZED, explain_mismatch, measure
 from slipstream.contract import StepInput, StepOutput, digest
 from slipstream.data import Data
@@ -26,6 +26,7 @@ from slipstream.plugins import FRAMEWORKS
 from slipstream.quantization import Request, scheme_for
 from slipstream.quantization.coverage import require_quantized
 from slipstream.spec import Spec
+from slipstream.steps import candidates
 from slipstream.steps.base import Context
 from slipstream.user_code import user_code_digest
 

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from slipstream import candidates, storage
+from slipstream import storage
 from slipstream.contract import Artifact, StepInput, StepOutput
 from slipstream.digests import file as file_digest
 from slipstream.digests import folder as folder_digest
@@ -23,6 +23,7 @@ from slipstream.frameworks.base import MANIFEST, Framework, framework_for, read_
 from slipstream.home import Home
 from slipstream.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Registry, translated
 from slipstream.spec import Model, Spec
+from slipstream.steps import candidates
 from slipstream.steps.base import Context, workers
 from slipstream.tracking import connected
 from slipstream.user_code import user_code_digest

@@ -12,13 +12,14 @@ from typing import Any
 import numpy.typing as npt
 import onnx
 
-from slipstream import candidates, digests
+from slipstream import digests
 from slipstream.contract import StepInput, StepOutput
 from slipstream.errors import ModelError
 from slipstream.frameworks import onnx_graph
 from slipstream.frameworks.base import ONNX
 from slipstream.frameworks.onnx_session import Session, require_same
 from slipstream.spec import Spec
+from slipstream.steps import candidates
 from slipstream.steps.base import Context
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from slipstream.contract import Release
 from slipstream.data import Split
 from slipstream.errors import DataError
 from slipstream.measure.metrics.base import Metric, Records, finite
 from slipstream.serving.answers import read_output
-from slipstream.traffic.base import Release, TrafficController
+from slipstream.traffic.base import TrafficController
 from slipstream.traffic.load import REQUEST_TIMEOUT_S, Record
 
 HEAD_BYTES = 300

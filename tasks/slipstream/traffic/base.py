@@ -9,22 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from slipstream import digests
-from slipstream.contract import Document
+from slipstream.contract import Document, Release
 from slipstream.errors import ModelError
-
-
-class Release(Document):
-    """One engine, deployed under a model's name."""
-
-    model: str
-    """Registered model; also the name in the Open Inference Protocol."""
-    name: str
-    """Name among the model's releases, which stands for one engine for ever: `v3` for registry version 3,
-    `baseline-1a2b3c4d` (from the engine's digest) for the unchanged model before the first release."""
-
-    @property
-    def key(self) -> str:
-        return f"{self.model}--{self.name}"
 
 
 class Routes(Document):

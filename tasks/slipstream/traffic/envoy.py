@@ -17,14 +17,14 @@ import httpx
 import yaml
 
 from slipstream import digests
-from slipstream.contract import Document
+from slipstream.contract import Document, Release
 from slipstream.engines.base import server_environment
 from slipstream.errors import RegistryError, SlipstreamError, Unavailable
 from slipstream.home import Home, file_lock, write_atomically
 from slipstream.platform import addresses, programs, supervisor
 from slipstream.platform.addresses import is_free
 from slipstream.traffic import envoy_config
-from slipstream.traffic.base import Endpoint, Observation, Release, Routes, require_judged
+from slipstream.traffic.base import Endpoint, Observation, Routes, require_judged
 from slipstream.traffic.envoy_admin import Admin
 
 UNLIMITED = ("/bin/sh", "-c", 'ulimit -n "$(ulimit -Hn)"; exec "$0" "$@"')

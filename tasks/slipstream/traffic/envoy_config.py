@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from slipstream.contract import Release
 from slipstream.serving import client
-from slipstream.traffic.base import Release, Routes
+from slipstream.traffic.base import Routes
 from slipstream.traffic.envoy_listener import ROUTE_CONFIG, TYPE, Json, from_file, listener, overload_manager
 
 RELEASE_HEADER = client.RELEASE

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from slipstream.contract import Release
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.frameworks.base import OUTPUT
 from slipstream.serving import client
-from slipstream.traffic.base import Endpoint, Observation, Release, Routes, require_judged
+from slipstream.traffic.base import Endpoint, Observation, Routes, require_judged
 
 Answer = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slipstream.contract import Verdict
+from slipstream.contract import Release, Verdict
 from slipstream.measure import guardrails, sequential
 from slipstream.measure.sequential import Windows
 from slipstream.spec import Guardrails
-from slipstream.traffic.base import Observation, Release, Routes
+from slipstream.traffic.base import Observation, Routes
 from slipstream.traffic.load import Record
 
 if TYPE_CHECKING:

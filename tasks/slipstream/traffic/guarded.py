@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from slipstream.contract import Verdict
+from slipstream.contract import Release, Verdict
 from slipstream.data import Split
 from slipstream.errors import Unavailable
 from slipstream.measure import guardrails, pressure, stats
 from slipstream.spec import Spec
-from slipstream.traffic.base import Release, Routes, TrafficController
+from slipstream.traffic.base import Routes, TrafficController
 from slipstream.traffic.guard import CAP, Guard, Seen
 from slipstream.traffic.load import Load, Record, Sent, Watch, send
 

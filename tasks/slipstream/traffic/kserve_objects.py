@@ -18,13 +18,12 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from slipstream.contract import Document
+from slipstream.contract import Document, Release
 from slipstream.engines.base import EngineManifest
 from slipstream.errors import InputError
 from slipstream.plugins import SERVE
 from slipstream.settings import Settings
 from slipstream.spec import Resources
-from slipstream.traffic.base import Release
 from slipstream.traffic.kserve_api import GROUP, VERSION, Json
 
 RELEASE = "slipstream/release"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from slipstream import flow
-from slipstream.contract import Artifact, Cell, StepInput
+from slipstream.contract import Artifact, Cell, Release, StepInput
 from slipstream.contract.handover import Selection
 from slipstream.errors import DataError
 from slipstream.home import Home, file_lock
@@ -14,7 +14,7 @@ from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
 from slipstream.release import moves
 from slipstream.spec import BASELINE
 from slipstream.tracking import fetch
-from slipstream.traffic.base import Release, Routes, TrafficController
+from slipstream.traffic.base import Routes, TrafficController
 
 log = logging.getLogger(__name__)
 
