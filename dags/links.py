@@ -8,7 +8,7 @@ from urllib.parse import quote
 import httpx
 from airflow.sdk import BaseOperatorLink
 
-from slipstream import flow
+from slipstream.plan import flow
 from slipstream.report import urls
 
 TIMEOUT_S = 3

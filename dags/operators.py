@@ -1,4 +1,4 @@
-"""A step as an Airflow task. What it builds on comes from `slipstream.flow`, where it runs from `runtimes`."""
+"""A step as an Airflow task. What it builds on comes from `slipstream.plan.flow`, where it runs from `runtimes`."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -11,12 +11,13 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 import runtimes
 from links import MlflowRunLink, ReportLink
-from slipstream import catalog, flow, spec, storage
+from slipstream import spec, storage
 from slipstream.contract import StepInput, StepOutput
 from slipstream.contract.handover import Selection
 from slipstream.errors import InputError
-from slipstream.flow import Task
 from slipstream.home import Home
+from slipstream.plan import catalog, flow
+from slipstream.plan.flow import Task
 from slipstream.spec import BASELINE, Spec
 
 OUTPUT = "output"

@@ -1,6 +1,6 @@
 """One DAG for each published spec: optimize, then three stages that say whether the result goes live.
 
-Read `pipeline` from top to bottom; it is the Airflow graph. What each step builds on is `slipstream.flow`, what it
+Read `pipeline` from top to bottom; it is the Airflow graph. What each step builds on is `slipstream.plan.flow`, what it
 does is `slipstream.steps`, where it runs is `runtimes`.
 """
 
@@ -13,9 +13,9 @@ from airflow.sdk import DAG, Param, TaskGroup, get_parsing_context, task
 from airflow.sdk.exceptions import AirflowFailException
 
 from operators import RETRIES, StepOperator, ask_only_if_wanted, settle
-from slipstream import catalog, flow
 from slipstream.errors import SpecError
 from slipstream.home import Home
+from slipstream.plan import catalog, flow
 from slipstream.plugins import STEPS, TECHNIQUES
 from slipstream.spec import BASELINE, Spec
 

@@ -9,10 +9,11 @@ from airflow.sdk.exceptions import AirflowFailException
 
 import runtimes
 from operators import OUTPUT, RETRIES, StepOperator
-from slipstream import catalog, flow, spec, storage
+from slipstream import spec, storage
 from slipstream.contract import StepInput
 from slipstream.errors import SlipstreamError
 from slipstream.home import Home
+from slipstream.plan import catalog, flow
 from slipstream.spec import Spec
 
 log = logging.getLogger(__name__)

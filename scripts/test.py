@@ -21,7 +21,7 @@ STAGES = tuple(f"tests/steps/test_{step}.py" for step in ("trial", "rollout", "r
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "e2e": (".venv", ("tests/e2e",)),
     "steps": (".envs/torch", ("tests/steps", "tests/quantization", "tests/measure", "tests/measure/metrics")),
-    "stages": (".envs/serve", ("tests/kserve", "tests/release", "tests/test_registry.py", *STAGES)),
+    "stages": (".envs/serve", ("tests/kserve", "tests/release", "tests/store/test_registry.py", *STAGES)),
     "core": (
         ".venv",
         (
@@ -30,8 +30,10 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
             "tests/containers/test_dockerfiles.py",
             "tests/helm",
             "tests/init",
+            "tests/plan",
             "tests/platform",
             "tests/storage",
+            "tests/store",
             "tests/watch",
         ),
     ),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from slipstream import spec as specs
 from slipstream.errors import SpecError
-from slipstream.flow import with_choices
+from slipstream.plan.flow import with_choices
 from slipstream.plugins import ENGINES, FRAMEWORKS
 from slipstream.spec import fields
 

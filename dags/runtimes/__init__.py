@@ -12,10 +12,11 @@ from typing import Any
 from airflow.sdk.exceptions import AirflowFailException
 
 from runtimes.base import Job, Runtime
-from slipstream import settings, storage
+from slipstream import storage
 from slipstream.contract import StepInput
 from slipstream.errors import InputError
 from slipstream.home import Home
+from slipstream.plan import settings
 
 
 def _module(name: str) -> Callable[[], Runtime]:

@@ -11,7 +11,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from slipstream import errors, spec, storage
 from slipstream.contract import StepInput
 from slipstream.home import Home
-from slipstream.settings import Settings
+from slipstream.plan.settings import Settings
 from slipstream.spec import Resources, Spec
 
 

@@ -75,7 +75,7 @@ def schema(
 ) -> None:
     """Print the JSON Schema of the spec."""
     from slipstream import reference
-    from slipstream.settings import Settings
+    from slipstream.plan.settings import Settings
     from slipstream.spec import json_schema
 
     if markdown:
@@ -124,8 +124,8 @@ def watch(
     run_id: Annotated[str, typer.Argument(help="Id of a run, as `slipstream run` printed it.")],
 ) -> None:
     """Show a run live until it ends; ends with the run's exit code."""
-    from slipstream import catalog
     from slipstream.home import Home
+    from slipstream.plan import catalog
     from slipstream.watch.start import Started
 
     home = Home.from_environment()
@@ -165,8 +165,9 @@ def step(
     upstream: Annotated[list[str] | None, typer.Option(help="OUT document of an earlier step; repeatable.")] = None,
 ) -> None:
     """Run one step: the same command in a virtual environment, a container or a pod."""
-    from slipstream import documents, storage
     from slipstream import spec as specs
+    from slipstream import storage
+    from slipstream.plan import documents
     from slipstream.plugins import STEPS
     from slipstream.steps.base import run_step, wrong_environment
 
@@ -239,9 +240,9 @@ def rollback(
 def rejections(model: Model, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the engines of a model that tests, rollouts or persons rejected, lifted rejections included."""
     from slipstream.home import Home
-    from slipstream.registry import Registry
     from slipstream.release import rejections as records
     from slipstream.report.find import connect
+    from slipstream.store.registry import Registry
 
     found = records.all_of(Registry(model, connect(Home.from_environment())))
     if as_json:
@@ -264,9 +265,9 @@ def allow(
     import getpass
 
     from slipstream.home import Home
-    from slipstream.registry import Registry
     from slipstream.release import rejections as records
     from slipstream.report.find import connect
+    from slipstream.store.registry import Registry
 
     registry = Registry(model, connect(Home.from_environment()))
     typer.echo(f"{model}: {records.allow(registry, engine, by or getpass.getuser(), reason).sentence()}")
@@ -294,8 +295,8 @@ def sign(
 ) -> None:
     """Vouch for a registered engine whose signature does not verify: after a new key, or from before signatures."""
     from slipstream.home import Home
-    from slipstream.registry import Registry
     from slipstream.report.find import connect
+    from slipstream.store.registry import Registry
 
     artifact = Registry(model, connect(Home.from_environment())).sign(version)
     typer.echo(f"{model}: version {version} is signed: engine sha256 {artifact.sha256}")

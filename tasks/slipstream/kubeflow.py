@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import yaml
 from kfp import compiler, components, dsl, kubernetes
 
-from slipstream import catalog, flow, settings
 from slipstream import spec as specs
 from slipstream.errors import InputError, SlipstreamError
-from slipstream.flow import Task
 from slipstream.home import Home
+from slipstream.plan import catalog, flow, settings
+from slipstream.plan.flow import Task
+from slipstream.plan.settings import Settings
 from slipstream.plugins import STEPS
-from slipstream.settings import Settings
 from slipstream.spec import Spec
 
 RETRIES = 2

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slipstream.settings import Settings
+from slipstream.plan.settings import Settings
 from slipstream.spec import PATTERNS, json_schema
 
 SPEC = """\

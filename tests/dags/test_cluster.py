@@ -304,7 +304,7 @@ def test_two_pods_train_together_and_a_bad_one_says_why(
     from slipstream import storage
     from slipstream.contract import StepInput, StepOutput
     from slipstream.home import Home
-    from slipstream.settings import Settings
+    from slipstream.plan.settings import Settings
 
     found = yaml.safe_load(installed.kubectl("get", "configmap", "slipstream-settings", "-o", "yaml"))
     settings = Settings.model_validate(yaml.safe_load(found["data"]["settings.yaml"]))

@@ -13,7 +13,7 @@ import pytest
 from slipstream import spec, storage
 from slipstream.contract import Cell, StepInput
 from slipstream.home import Home
-from slipstream.settings import Settings
+from slipstream.plan.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from slipstream import catalog, flow, spec, storage
+from slipstream import spec, storage
 from slipstream.contract import StepInput, StepOutput
+from slipstream.plan import catalog, flow
 
 ROOT = Path(__file__).parents[2]
 Dags = Callable[..., dict[str, Any]]

@@ -13,9 +13,10 @@ import pytest
 import yaml
 from tests.conftest import free_port, wait_for
 
-from slipstream import settings, spec
+from slipstream import spec
 from slipstream.home import Home
-from slipstream.settings import Settings
+from slipstream.plan import settings
+from slipstream.plan.settings import Settings
 
 from .chart import ROOT, Json, matrix, pick, render
 
@@ -169,7 +170,7 @@ def _installed(path: str) -> str:
 
 def test_the_receiver_is_told_everything(home: Path) -> None:
     """The variables of its Deployment are all that it asks for (triggers/configuration.py)."""
-    from slipstream import signing
+    from slipstream.store import signing
     from slipstream.triggers import configuration
 
     objects = render({"airflow.url": "https://airflow.example.org", "webhook.url": "https://hooks.example.org"})

@@ -9,7 +9,7 @@ from tests.kserve.kserve_stand_in import KServeStandIn
 from tests.steps.stages import quiet, world, world_maker
 from tests.traffic.conftest import TOY_SERVER
 
-from slipstream.settings import Kubernetes, Serving, Settings
+from slipstream.plan.settings import Kubernetes, Serving, Settings
 from slipstream.traffic.kserve import KServeController
 from slipstream.traffic.kserve_api import Api
 

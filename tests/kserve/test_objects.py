@@ -9,7 +9,7 @@ import yaml
 from slipstream.contract import Release
 from slipstream.engines.base import EngineManifest
 from slipstream.errors import InputError
-from slipstream.settings import Settings
+from slipstream.plan.settings import Settings
 from slipstream.spec import Target
 from slipstream.traffic import kserve_objects as objects
 from slipstream.traffic.base import Observation

@@ -14,7 +14,8 @@ from tests.containers.conftest import docker as container_host
 from tests.containers.conftest import images
 from tests.containers.docker import Docker
 
-from slipstream import flow, kubeflow, spec
+from slipstream import kubeflow, spec
+from slipstream.plan import flow
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests/e2e/tiny.yaml"

@@ -7,9 +7,10 @@ import pytest
 import yaml
 from kfp import components
 
-from slipstream import flow, kubeflow, spec
+from slipstream import kubeflow, spec
 from slipstream.errors import InputError
 from slipstream.home import Home
+from slipstream.plan import flow
 
 ROOT = Path(__file__).parents[2]
 FASHION = ROOT / "examples/fashion.yaml"

@@ -10,10 +10,10 @@ from tests.steps.test_live import PATIENT, platform, released_then_challenged
 from tests.traffic.conftest import TOY_SERVER
 
 from slipstream.home import Home
-from slipstream.registry import drift
 from slipstream.release import rejections, watchdog
 from slipstream.steps.rollback import rollback
 from slipstream.steps.rollout import full_rollout
+from slipstream.store.registry import drift
 from slipstream.traffic.base import Routes
 from slipstream.traffic.envoy import EnvoyController
 

@@ -10,7 +10,7 @@ from slipstream import spec as specs
 from slipstream.contract import StepInput, StepOutput
 from slipstream.report.collect import collect
 from slipstream.report.document import Report, Sample
-from slipstream.tracking import Tracking
+from slipstream.store.tracking import Tracking
 
 
 class NoRuns:

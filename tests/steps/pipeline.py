@@ -7,9 +7,9 @@ from tests.engines.images import CLASSES, SHAPE, samples
 
 from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.frameworks.base import read_manifest
-from slipstream.signature import signature
 from slipstream.spec import Spec
-from slipstream.tracking import Tracking
+from slipstream.store.signature import signature
+from slipstream.store.tracking import Tracking
 
 RUN_KEY = "manual-1"
 

@@ -19,10 +19,10 @@ from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict
 from slipstream.contract.evidence import EngineEvidence, Interval, Latency, Noise
 from slipstream.errors import SlipstreamError
 from slipstream.home import Home
-from slipstream.registry import Registry
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
-from slipstream.tracking import Tracking
+from slipstream.store.registry import Registry
+from slipstream.store.tracking import Tracking
 from slipstream.traffic.fake import FakeController
 from slipstream.traffic.guarded import Stage
 

@@ -17,7 +17,7 @@ from slipstream.frameworks.base import ONNX
 from slipstream.spec import Target
 from slipstream.steps import build
 from slipstream.steps.base import identity, run_step
-from slipstream.tracking import fetch
+from slipstream.store.tracking import fetch
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from tests.engines.ahead import has_gpu, text
 from tests.engines.candidates import network, quantized, write
 from tests.steps.pipeline import RUN_KEY, inputs, logged, small_spec
 
-from slipstream import engine_cache
 from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.contract.evidence import row_of
 from slipstream.engines.inquiry import ask, inquire
@@ -24,7 +23,8 @@ from slipstream.report import layers
 from slipstream.spec import Spec, Target
 from slipstream.steps.base import run_step
 from slipstream.steps.rehearsal import rehearse
-from slipstream.tracking import Tracking, fetch
+from slipstream.store import engine_cache
+from slipstream.store.tracking import Tracking, fetch
 
 pytestmark = pytest.mark.skipif(has_gpu(), reason="this machine has an NVIDIA GPU")
 

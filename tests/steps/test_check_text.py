@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from tests.engines.texts import LENGTH, WORDS, data, document
 
-from slipstream import text_checks
 from slipstream.data import Data
 from slipstream.errors import SlipstreamError
 from slipstream.frameworks.base import framework_for
 from slipstream.spec import Call, Spec
-from slipstream.steps import check
+from slipstream.steps import check, text_checks
 
 
 def spec(**changes: object) -> Spec:

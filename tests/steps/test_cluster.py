@@ -14,17 +14,17 @@ from tests.conftest import ROOT
 from tests.steps.killed import Attempts
 from tests.steps.training import RUN_KEY, spec_of, step
 
-from slipstream import flow
 from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.data import load
 from slipstream.engines.base import load_engine
 from slipstream.errors import SpecError
 from slipstream.frameworks.base import ONNX, framework_for, read_manifest
 from slipstream.frameworks.keras import _set_threads
+from slipstream.plan import flow
 from slipstream.spec import Spec
 from slipstream.spec import load as read_spec
 from slipstream.steps.base import run_step
-from slipstream.tracking import fetch
+from slipstream.store.tracking import fetch
 
 pytestmark = pytest.mark.slow
 _set_threads(1)

@@ -16,7 +16,7 @@ from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import read_manifest
 from slipstream.frameworks.torch_losses import distillation_loss
-from slipstream.tracking import fetch
+from slipstream.store.tracking import fetch
 
 torch.set_num_threads(1)
 FILES = ("spec.yaml", "in.json", "out.json")

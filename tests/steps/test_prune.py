@@ -13,7 +13,7 @@ from slipstream.frameworks.base import framework_for, read_manifest
 from slipstream.frameworks.torch_training import Checkpoint
 from slipstream.spec import Prune
 from slipstream.steps.prune import sparsity_schedule
-from slipstream.tracking import fetch
+from slipstream.store.tracking import fetch
 
 torch.set_num_threads(1)
 

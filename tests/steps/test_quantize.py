@@ -19,7 +19,7 @@ from slipstream.spec import Spec
 from slipstream.spec.sections import DataFiles
 from slipstream.steps import quantize
 from slipstream.steps.base import run_step
-from slipstream.tracking import fetch
+from slipstream.store.tracking import fetch
 
 CELL = Cell(recipe="int8")
 

@@ -23,11 +23,11 @@ from slipstream.engines import recorded
 from slipstream.engines.base import build_engine, load_engine, read_manifest, record_answers
 from slipstream.errors import EngineError, GateFailed, ModelError, RegistryError
 from slipstream.home import Home
-from slipstream.registry import CHAMPION, PREVIOUS, REBUILT_FROM, Registry
 from slipstream.release.rebuild import Rebuild
-from slipstream.signature import signature
 from slipstream.spec import Spec, Target
-from slipstream.tracking import Tracking, fetch
+from slipstream.store.registry import CHAMPION, PREVIOUS, REBUILT_FROM, Registry
+from slipstream.store.signature import signature
+from slipstream.store.tracking import Tracking, fetch
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
 

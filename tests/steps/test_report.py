@@ -23,7 +23,7 @@ from slipstream.platform import addresses
 from slipstream.report import find, show
 from slipstream.report.document import PAGE, REPORT, REQUEST, Report
 from slipstream.steps.base import run_step
-from slipstream.tracking import RUN_KEY, STEP, Tracking
+from slipstream.store.tracking import RUN_KEY, STEP, Tracking
 
 CODE = """
 import numpy as np

@@ -21,7 +21,7 @@ from slipstream.errors import InputError, ModelError
 from slipstream.frameworks.base import WEIGHTS, framework_for
 from slipstream.spec import Spec
 from slipstream.steps.retrain import register_checkpoint
-from slipstream.tracking import fetch
+from slipstream.store.tracking import fetch
 
 pytestmark = pytest.mark.usefixtures("mlflow_server", "home")
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from slipstream.contract import Verdict
 from slipstream.errors import GateFailed, RegistryError, SlipstreamError, Unavailable, Undecided
 from slipstream.steps.base import Context
 from slipstream.steps.rollout import full_rollout
-from slipstream.tracking import Tracking
+from slipstream.store.tracking import Tracking
 from slipstream.traffic import guarded
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import Behaviour, FakeController

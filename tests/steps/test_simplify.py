@@ -18,8 +18,8 @@ from slipstream.frameworks.base import ONNX, read_manifest
 from slipstream.frameworks.onnx_session import Session
 from slipstream.steps import simplify
 from slipstream.steps.base import run_step
-from slipstream.tracking import CELL as CELL_TAG
-from slipstream.tracking import STEP, Tracking, fetch
+from slipstream.store.tracking import CELL as CELL_TAG
+from slipstream.store.tracking import STEP, Tracking, fetch
 
 CELL = Cell(recipe="simple")
 

@@ -15,7 +15,7 @@ from slipstream.errors import EXIT_RETRY, DataError, GateFailed, RegistryError, 
 from slipstream.steps import base
 from slipstream.steps.base import Context
 from slipstream.steps.trial import small_scale_test
-from slipstream.tracking import Tracking
+from slipstream.store.tracking import Tracking
 from slipstream.traffic import guarded
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import Behaviour, FakeController

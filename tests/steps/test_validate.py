@@ -30,7 +30,7 @@ from slipstream.measure.latency import Plan
 from slipstream.spec import Call
 from slipstream.steps import validate
 from slipstream.steps.base import run_step
-from slipstream.tracking import PROGRESS, Tracking
+from slipstream.store.tracking import PROGRESS, Tracking
 from slipstream.user_code import user_function
 
 CODE = '''

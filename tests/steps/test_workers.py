@@ -20,12 +20,12 @@ from mlflow import MlflowClient
 from tests.conftest import free_port
 from tests.steps.training import RUN_KEY, document, spec_of, step
 
-from slipstream import signing
 from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.frameworks.base import read_manifest
 from slipstream.spec import Spec
 from slipstream.steps import distill, prune, retrain
-from slipstream.tracking import fetch
+from slipstream.store import signing
+from slipstream.store.tracking import fetch
 
 pytestmark = pytest.mark.usefixtures("mlflow_server", "home")
 torch.set_num_threads(1)
@@ -161,7 +161,7 @@ def test_a_launcher_of_another_number_is_refused(tmp_path: Path) -> None:
     from slipstream.frameworks.base import Group
     from slipstream.home import Home
     from slipstream.steps.base import Context, NullStepRun
-    from slipstream.tracking import Tracking
+    from slipstream.store.tracking import Tracking
 
     spec: Spec = spec_of(written("counted", 3))
     tracking = Tracking(spec)

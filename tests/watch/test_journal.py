@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from slipstream import flow
 from slipstream.contract import Answer
 from slipstream.errors import InputError
+from slipstream.plan import flow
 from slipstream.platform.airflow_api import TaskInstance
 from slipstream.watch.journal import Journal, Line, duration, exit_code, not_reached, under_way
 from slipstream.watch.notes import Note, Progress

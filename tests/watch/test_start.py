@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from tests.airflow_stand_in import AirflowStandIn
 
-from slipstream import catalog, spec
+from slipstream import spec
 from slipstream.errors import Unavailable
 from slipstream.home import Home
+from slipstream.plan import catalog
 from slipstream.platform.airflow_api import AirflowApi
 from slipstream.watch.start import require_same_graph
 

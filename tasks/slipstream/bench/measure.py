@@ -21,15 +21,15 @@ from slipstream.contract.evidence import Interval, row_of
 from slipstream.engines.base import engine_for, load_engine
 from slipstream.engines.peak import peak_memory_mib
 from slipstream.errors import InputError, SlipstreamError
-from slipstream.flow import cell_of, cells
 from slipstream.frameworks.base import load_eager, require_own_architecture
 from slipstream.home import write_atomically
 from slipstream.measure import latency
 from slipstream.measure.latency import Plan
+from slipstream.plan.flow import cell_of, cells
 from slipstream.plugins import FRAMEWORKS
 from slipstream.spec import BASELINE, Spec
 from slipstream.steps.validate import interval, single
-from slipstream.tracking import STEP, Tracking, fetch
+from slipstream.store.tracking import STEP, Tracking, fetch
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from slipstream.bench import Bench, Subject
 from slipstream.contract.evidence import Interval
-from slipstream.flow import cell_of
+from slipstream.plan.flow import cell_of
 from slipstream.report import wording
 from slipstream.spec import BASELINE
 

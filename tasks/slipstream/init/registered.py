@@ -12,8 +12,8 @@ from slipstream.home import Home
 from slipstream.init.facts import Question
 from slipstream.init.source import KERAS, REGISTERED, SAVED_MODEL
 from slipstream.platform import addresses
-from slipstream.registry import translated
 from slipstream.spec.fields import RELEASE_ALIASES
+from slipstream.store.registry import translated
 
 SOURCE = "source"
 """Alias that a spec is given when the model was named by its version."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 
-from slipstream import flow
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home
+from slipstream.plan import flow
 from slipstream.platform import addresses
 
 FINAL = ("success", "failed")

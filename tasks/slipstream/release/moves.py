@@ -23,9 +23,9 @@ from typing import Literal
 
 from slipstream.contract import Release, Verdict
 from slipstream.errors import SlipstreamError, Superseded, Unavailable
-from slipstream.registry import CHAMPION, PREVIOUS, Registry
 from slipstream.release import records
 from slipstream.release.records import Record
+from slipstream.store.registry import CHAMPION, PREVIOUS, Registry
 from slipstream.traffic.base import Endpoint, Observation, Routes, TrafficController
 
 log = logging.getLogger(__name__)

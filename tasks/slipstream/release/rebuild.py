@@ -29,13 +29,13 @@ from slipstream.errors import EngineError, GateFailed, RegistryError, Unavailabl
 from slipstream.frameworks.base import read_manifest as read_candidate
 from slipstream.home import Home
 from slipstream.plugins import ENGINES, FRAMEWORKS
-from slipstream.registry import CHAMPION, PIPELINE_RUN, PREVIOUS, REBUILT_FROM, Registry, translated, verdict_tags
 from slipstream.release import moves
 from slipstream.release.rebuilt import Finding, Request
 from slipstream.release.releases import sweep, traffic_lock
 from slipstream.release.settle import settle
 from slipstream.report.find import connect
-from slipstream.tracking import CELL, STEP, experiment_name, fetch
+from slipstream.store.registry import CHAMPION, PIPELINE_RUN, PREVIOUS, REBUILT_FROM, Registry, translated, verdict_tags
+from slipstream.store.tracking import CELL, STEP, experiment_name, fetch
 from slipstream.traffic.base import Routes, TrafficController
 
 log = logging.getLogger(__name__)

@@ -86,8 +86,8 @@ def log(request: Request) -> Finding:
 
 
 def _log(request: Request) -> Artifact:
-    from slipstream.signature import signature
-    from slipstream.tracking import StepRun, connected
+    from slipstream.store.signature import signature
+    from slipstream.store.tracking import StepRun, connected
 
     manifest = read_manifest(request.folder)
     return StepRun(connected(), request.run_id, request.experiment_id).log_model(

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from slipstream import signing
 from slipstream.contract import Document
-from slipstream.registry import Registry
+from slipstream.store import signing
+from slipstream.store.registry import Registry
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import logging
 
 from slipstream.contract import Document, Verdict
 from slipstream.errors import GateFailed, RegistryError
-from slipstream.registry import Registry
 from slipstream.release import records
 from slipstream.release.moves import now_iso
 from slipstream.release.records import Record
+from slipstream.store.registry import Registry
 
 log = logging.getLogger(__name__)
 

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from slipstream import flow
 from slipstream.contract import Artifact, Cell, Release, StepInput
 from slipstream.contract.handover import Selection
 from slipstream.errors import DataError
 from slipstream.home import Home, file_lock
-from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
+from slipstream.plan import flow
 from slipstream.release import moves
 from slipstream.spec import BASELINE
-from slipstream.tracking import fetch
+from slipstream.store.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
+from slipstream.store.tracking import fetch
 from slipstream.traffic.base import Routes, TrafficController
 
 log = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from slipstream.contract import Release, Verdict, combine
 from slipstream.errors import RegistryError, SlipstreamError, Superseded, Unavailable
-from slipstream.registry import CHALLENGER, CHAMPION, PREVIOUS, RELEASED_BY, REPLACED, Registry
 from slipstream.release import moves, rejections
 from slipstream.release.moves import Entry, Move
 from slipstream.release.releases import sweep
-from slipstream.tracking import fetch
+from slipstream.store.registry import CHALLENGER, CHAMPION, PREVIOUS, RELEASED_BY, REPLACED, Registry
+from slipstream.store.tracking import fetch
 from slipstream.traffic.base import Routes, TrafficController
 
 if TYPE_CHECKING:  # needs numpy, which the watchdog does without

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from mlflow import MlflowClient
 
 from slipstream.errors import SlipstreamError, Superseded
-from slipstream.registry import Registry
 from slipstream.release import moves, settle
+from slipstream.store.registry import Registry
 from slipstream.traffic.base import TrafficController
 
 log = logging.getLogger(__name__)

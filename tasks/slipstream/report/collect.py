@@ -7,18 +7,19 @@ from collections.abc import Iterable, Sequence
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from slipstream import flow, tracking
 from slipstream.contract import StepInput, StepOutput
 from slipstream.contract.evidence import Row, row_of
 from slipstream.contract.handover import Observed, Rollout, Selection
 from slipstream.errors import DataError
 from slipstream.hardware import describe
+from slipstream.plan import flow
 from slipstream.plugins import STEPS
 from slipstream.report import layers
 from slipstream.report import outcome as outcomes
 from slipstream.report.document import Failure, GateLine, Made, Report, Sample, TimelinePoint
 from slipstream.spec import Spec
-from slipstream.tracking import Tracking
+from slipstream.store import tracking
+from slipstream.store.tracking import Tracking
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from slipstream import tracking
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home, write_atomically
 from slipstream.platform import addresses
-from slipstream.registry import OUTAGE_CODES
 from slipstream.report.document import REPORT, REQUEST, Report
+from slipstream.store import tracking
+from slipstream.store.registry import OUTAGE_CODES
 
 
 def connect(home: Home) -> MlflowClient:

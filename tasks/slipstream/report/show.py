@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slipstream import catalog
 from slipstream.errors import Unavailable
 from slipstream.home import Home
+from slipstream.plan import catalog
 from slipstream.platform import addresses
 from slipstream.platform.addresses import Addresses
 from slipstream.report import find, tables, urls

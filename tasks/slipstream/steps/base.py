@@ -35,7 +35,7 @@ from slipstream.frameworks.base import ALONE, Group, Job, group_of, require_own_
 from slipstream.home import Home, file_lock
 from slipstream.plugins import STEPS, TECHNIQUES
 from slipstream.spec import Spec
-from slipstream.tracking import StepRun, Tracking, fetch
+from slipstream.store.tracking import StepRun, Tracking, fetch
 from slipstream.user_code import told
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipstream import digests, engine_cache
+from slipstream import digests
 from slipstream.agreement.bounds import bound_for, explain_mismatch, measure
 from slipstream.agreement.layers import first_departure
 from slipstream.agreement.reference import reference
@@ -35,9 +35,10 @@ from slipstream.engines.base import (
 )
 from slipstream.errors import EngineError
 from slipstream.frameworks.base import ONNX
-from slipstream.signature import signature
 from slipstream.spec import Spec, Target
 from slipstream.steps.base import Context
+from slipstream.store import engine_cache
+from slipstream.store.signature import signature
 from slipstream.tokens import Tokenizer
 
 log = logging.getLogger(__name__)

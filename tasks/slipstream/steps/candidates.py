@@ -27,10 +27,10 @@ from slipstream.frameworks.base import (
 )
 from slipstream.measure.metrics.base import metric_for, value
 from slipstream.plugins import FRAMEWORKS
-from slipstream.signature import signature
 from slipstream.spec import Cluster, Prune, Quantize, Spec
 from slipstream.steps.base import Context
-from slipstream.tracking import fetch
+from slipstream.store.signature import signature
+from slipstream.store.tracking import fetch
 
 _log = logging.getLogger(__name__)
 

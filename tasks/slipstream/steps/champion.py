@@ -14,14 +14,14 @@ from slipstream.contract import Artifact, Verdict
 from slipstream.contract.evidence import Row, judged
 from slipstream.engines.base import load_engine
 from slipstream.errors import InputError
-from slipstream.flow import cell_of
 from slipstream.measure import gates
 from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Runs, metric_for
-from slipstream.registry import Registry
+from slipstream.plan.flow import cell_of
 from slipstream.steps import scores as scoring
 from slipstream.steps.base import Context
 from slipstream.steps.scores import Scores
+from slipstream.store.registry import Registry
 
 log = logging.getLogger(__name__)
 

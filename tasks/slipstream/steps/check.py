@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from mlflow import MlflowClient
 
-from slipstream import hardware, second_load, split_checks, text_checks
+from slipstream import hardware
 from slipstream.contract import StepInput, StepOutput
 from slipstream.data import Data
 from slipstream.engines.inquiry import Finding, inquire
@@ -31,7 +31,7 @@ from slipstream.frameworks.base import Framework, framework_for, trainer_for
 from slipstream.measure.metrics.base import BATCH, metric_for
 from slipstream.plugins import METRICS, STEPS, TECHNIQUES
 from slipstream.spec import Call, Spec, Target
-from slipstream.steps import sample_size
+from slipstream.steps import sample_size, second_load, split_checks, text_checks
 from slipstream.steps.base import Context
 from slipstream.steps.rehearsal import rehearse
 from slipstream.steps.retrain import from_file, require_version, version_to_load

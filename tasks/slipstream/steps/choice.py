@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from slipstream import flow
 from slipstream.contract.evidence import Race, Row, Standing
 from slipstream.measure import race as races
+from slipstream.plan import flow
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from slipstream.measure import race as races
 from slipstream.measure.latency import Plan
 from slipstream.steps.base import Context
 from slipstream.steps.validate import EAGER, single
-from slipstream.tracking import fetch
+from slipstream.store.tracking import fetch
 
 log = logging.getLogger(__name__)
 

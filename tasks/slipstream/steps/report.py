@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from mlflow.entities import Metric, Param, RunTag
 
-from slipstream import tracking
 from slipstream.contract import StepInput, StepOutput
 from slipstream.data import Data
 from slipstream.errors import SlipstreamError
@@ -25,6 +24,7 @@ from slipstream.report.document import PAGE, REPORT, REQUEST, Report, Sample
 from slipstream.serving import client
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
+from slipstream.store import tracking
 from slipstream.tokens import Tokenizer
 
 log = logging.getLogger(__name__)

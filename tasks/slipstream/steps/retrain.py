@@ -21,11 +21,11 @@ from slipstream.digests import folder as folder_digest
 from slipstream.errors import DataError, ModelError
 from slipstream.frameworks.base import MANIFEST, Framework, framework_for, read_manifest, toolchain, trainer_for
 from slipstream.home import Home
-from slipstream.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Registry, translated
 from slipstream.spec import Model, Spec
 from slipstream.steps import candidates
 from slipstream.steps.base import Context, workers
-from slipstream.tracking import connected
+from slipstream.store.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Registry, translated
+from slipstream.store.tracking import connected
 from slipstream.user_code import user_code_digest
 
 log = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput
 from slipstream.errors import RegistryError, Superseded, Unavailable
 from slipstream.home import Home
-from slipstream.registry import PREVIOUS, Registry
 from slipstream.release import moves, settle
 from slipstream.release.releases import traffic_lock
 from slipstream.report.find import connect
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
+from slipstream.store.registry import PREVIOUS, Registry
 from slipstream.traffic.base import TrafficController
 from slipstream.traffic.termination import sigterm_as_exit
 

@@ -28,13 +28,13 @@ from slipstream import traffic
 from slipstream.contract import Release, StepInput, StepOutput, Verdict, combine
 from slipstream.contract.handover import Rollout
 from slipstream.errors import GateFailed, SlipstreamError, Superseded
-from slipstream.registry import CHAMPION, PREVIOUS, RELEASED_BY, REPLACED, ROLLOUT_RUN, Registry, verdict_tags
 from slipstream.release import moves, rejections, settle
 from slipstream.release.moves import Move
 from slipstream.release.releases import Incumbent, incumbent, keep_serving, selected, serve, traffic_lock
 from slipstream.spec import Spec
 from slipstream.steps.base import Context, require_pass
-from slipstream.tracking import fetch
+from slipstream.store.registry import CHAMPION, PREVIOUS, RELEASED_BY, REPLACED, ROLLOUT_RUN, Registry, verdict_tags
+from slipstream.store.tracking import fetch
 from slipstream.traffic import stepwise
 from slipstream.traffic.base import TrafficController
 from slipstream.traffic.guarded import Stage, put_back_if_possible

@@ -6,7 +6,7 @@ from mlflow.entities import Run
 
 from slipstream.measure import gates, sizes
 from slipstream.spec import Spec
-from slipstream.tracking import STEP, Tracking
+from slipstream.store.tracking import STEP, Tracking
 
 DISCORDANCE = "discordance_percent"
 """Metric of validate's runs: share of samples that an engine and the baseline scored differently."""

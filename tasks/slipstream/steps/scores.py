@@ -23,7 +23,7 @@ from slipstream.home import file_lock
 from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Metric, Records, Runs
 from slipstream.steps.base import Context
-from slipstream.tracking import fetch
+from slipstream.store.tracking import fetch
 
 log = logging.getLogger(__name__)
 

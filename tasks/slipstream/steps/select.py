@@ -12,13 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from slipstream import flow, traffic
+from slipstream import traffic
 from slipstream.contract import Artifact, StepInput, StepOutput, Verdict
 from slipstream.contract.evidence import Row, judged, row_of, settled
 from slipstream.contract.handover import Selection
 from slipstream.errors import DataError, GateFailed
 from slipstream.measure.waivers import waive
-from slipstream.registry import CHALLENGER, SHA256, Registry
+from slipstream.plan import flow
 from slipstream.release import rejections, settle
 from slipstream.report import wording
 from slipstream.spec import Spec
@@ -26,6 +26,7 @@ from slipstream.steps import champion as champions
 from slipstream.steps import racing
 from slipstream.steps.base import Context
 from slipstream.steps.choice import Choice
+from slipstream.store.registry import CHALLENGER, SHA256, Registry
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:

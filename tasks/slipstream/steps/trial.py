@@ -13,13 +13,13 @@ from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput, combine
 from slipstream.contract.handover import Trial
 from slipstream.errors import Superseded
-from slipstream.registry import Registry
 from slipstream.release import moves, rejections, settle
 from slipstream.release.moves import Move
 from slipstream.release.releases import Incumbent, incumbent, keep_serving, selected, serve, sweep, traffic_lock
 from slipstream.spec import Spec
 from slipstream.steps.base import Context, require_pass
-from slipstream.tracking import fetch
+from slipstream.store.registry import Registry
+from slipstream.store.tracking import fetch
 from slipstream.traffic import small_scale
 from slipstream.traffic.base import TrafficController
 from slipstream.traffic.guarded import Stage, put_back_if_possible

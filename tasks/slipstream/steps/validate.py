@@ -32,7 +32,7 @@ from slipstream.plugins import FRAMEWORKS
 from slipstream.spec import BASELINE, Objective, Spec, Target
 from slipstream.steps import scores as scoring
 from slipstream.steps.base import Context
-from slipstream.tracking import StepRun
+from slipstream.store.tracking import StepRun
 
 log = logging.getLogger(__name__)
 

@@ -26,12 +26,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from slipstream import settings, storage
+from slipstream import storage
 from slipstream.contract import Release
 from slipstream.engines.base import read_manifest, server_environment
 from slipstream.errors import InputError, RegistryError, SlipstreamError, Unavailable
 from slipstream.home import Home
-from slipstream.settings import Settings
+from slipstream.plan import settings
+from slipstream.plan.settings import Settings
 from slipstream.traffic import kserve_objects as objects
 from slipstream.traffic.base import Endpoint, Observation, Routes, require_judged
 from slipstream.traffic.kserve_api import GROUP, Api, Conflict, Json

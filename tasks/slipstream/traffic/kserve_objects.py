@@ -21,8 +21,8 @@ from pydantic import Field
 from slipstream.contract import Document, Release
 from slipstream.engines.base import EngineManifest
 from slipstream.errors import InputError
+from slipstream.plan.settings import Settings
 from slipstream.plugins import SERVE
-from slipstream.settings import Settings
 from slipstream.spec import Resources
 from slipstream.traffic.kserve_api import GROUP, VERSION, Json
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from slipstream import catalog
 from slipstream.errors import Unavailable
-from slipstream.registry import ABSENT_CODES, PIPELINE_RUN
+from slipstream.plan import catalog
 from slipstream.spec import Spec
+from slipstream.store.registry import ABSENT_CODES, PIPELINE_RUN
 
 log = logging.getLogger(__name__)
 

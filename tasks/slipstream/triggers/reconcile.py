@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from mlflow import MlflowClient
 
-from slipstream import catalog, registry
 from slipstream.errors import SlipstreamError
 from slipstream.home import Home
+from slipstream.plan import catalog
 from slipstream.spec import Spec
+from slipstream.store import registry
 from slipstream.traffic.base import TrafficController
 from slipstream.triggers import promotion
 

@@ -20,9 +20,10 @@ from mlflow import MlflowClient
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from slipstream import catalog, traffic
+from slipstream import traffic
 from slipstream.errors import SlipstreamError, Unavailable
 from slipstream.home import Home
+from slipstream.plan import catalog
 from slipstream.platform import addresses
 from slipstream.platform.airflow_api import AirflowApi
 from slipstream.release import watchdog

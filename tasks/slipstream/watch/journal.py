@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from slipstream import flow
 from slipstream.contract import Answer
 from slipstream.errors import EXIT_GATE, EXIT_INPUT, EXIT_RETRY
+from slipstream.plan import flow
 from slipstream.platform.airflow_api import TaskInstance
 from slipstream.watch.achievements import achieved
 from slipstream.watch.notes import Key, Note

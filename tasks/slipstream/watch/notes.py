@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from slipstream import tracking
 from slipstream.contract import Answer
+from slipstream.store import tracking
 
 
 @dataclass(frozen=True)

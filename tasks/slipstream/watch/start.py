@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipstream import catalog, flow, spec
+from slipstream import spec
 from slipstream.errors import InputError, SpecError, Unavailable
 from slipstream.home import Home
+from slipstream.plan import catalog, flow
 from slipstream.platform.airflow_api import AirflowApi
 from slipstream.spec import Spec
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from slipstream import settings, spec
+from slipstream import spec
 from slipstream.errors import SpecError
 from slipstream.home import Home
-from slipstream.settings import Settings
+from slipstream.plan import settings
+from slipstream.plan.settings import Settings
 from slipstream.spec.fields import in_bytes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MORE = """
 resources:
   default: {memory: 2Gi}

@@ -1,7 +1,7 @@
 """Whether later steps will load the same data set, and can: each loads it in another process, some without framework.
 
-`python -m slipstream.second_load FOLDER` loads the data set of the spec on standard input as those steps do, and writes
-what it found into FOLDER.
+`python -m slipstream.steps.second_load FOLDER` loads the data set of the spec on standard input as those steps do, and
+writes what it found into FOLDER.
 """
 
 import logging
@@ -56,7 +56,7 @@ def problems(
     with tempfile.TemporaryDirectory(dir=workdir) as folder:
         if answers is not None:
             np.savez(Path(folder) / ANSWERS, answers)
-        command = [str(python) if elsewhere else sys.executable, "-m", "slipstream.second_load", folder]
+        command = [str(python) if elsewhere else sys.executable, "-m", "slipstream.steps.second_load", folder]
         try:
             done = subprocess.run(
                 command, input=spec.model_dump_json(), text=True, capture_output=True, timeout=WITHIN_S, check=False

@@ -9,7 +9,7 @@ from tests.steps.stages import FAIL, PASS, World, fake, world, world_maker  # no
 
 from slipstream.contract import Release
 from slipstream.errors import RegistryError, Unavailable
-from slipstream.registry import Registry, drift
+from slipstream.store.registry import Registry, drift
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
 

@@ -30,13 +30,14 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 
-from slipstream import digests, hardware, signing
+from slipstream import digests, hardware
 from slipstream.contract import Artifact, Cell, StepOutput
 from slipstream.data import Data
 from slipstream.errors import EXIT_RETRY, DataError, InputError, ModelError
-from slipstream.registry import OUTAGE_CODES
 from slipstream.spec import Spec, dump
 from slipstream.storage import cache
+from slipstream.store import signing
+from slipstream.store.registry import OUTAGE_CODES
 
 if TYPE_CHECKING:  # needs pandas, which the core environment lacks
     from mlflow.models import ModelSignature

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from slipstream import documents, signing
 from slipstream import spec as specs
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict
 from slipstream.errors import DataError, InputError
 from slipstream.home import Home
+from slipstream.plan import documents
+from slipstream.store import signing
 
 OUTPUT = StepOutput(
     step="build",
@@ -53,7 +54,7 @@ def test_the_key_of_a_home_is_made_once_and_for_its_owner_alone(home: Path) -> N
 
 
 def test_processes_that_start_at_once_agree_on_the_key(home: Path) -> None:
-    code = "from slipstream import signing; print(signing.sign('a', 1))"
+    code = "from slipstream.store import signing; print(signing.sign('a', 1))"
 
     def one(_: int) -> str:
         return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -112,7 +113,7 @@ def test_no_field_of_a_signed_output_can_be_changed(home: Path, field: str) -> N
 
 
 def test_a_step_believes_no_document_that_is_not_signed(home: Path, tmp_path: Path) -> None:
-    spec = specs.load(Path(__file__).parent / "specs" / "good-smallest.yaml")
+    spec = specs.load(Path(__file__).parents[1] / "specs" / "good-smallest.yaml")
     given, out = tmp_path / "in.json", tmp_path / "out.json"
     readers: dict[Path, Callable[[], StepInput]] = {
         given: lambda: documents.read(str(given)),

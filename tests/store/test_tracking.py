@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slipstream import flow
 from slipstream import spec as specs
 from slipstream.contract import Artifact, StepOutput, Verdict
 from slipstream.data import Data, Split
 from slipstream.errors import DataError, InputError
-from slipstream.tracking import IDENTITY, OUTPUT, SPEC, STEP, Tracking, connected
+from slipstream.plan import flow
+from slipstream.store.tracking import IDENTITY, OUTPUT, SPEC, STEP, Tracking, connected
 
 IDENTITY_OF_STEP = "1" * 64
 
@@ -29,7 +29,7 @@ def test_an_address_of_no_server_is_refused_without_its_password(monkeypatch: py
 
 @pytest.fixture
 def tracking(mlflow_server: str, home: Path) -> Tracking:
-    document = (Path(__file__).parent / "specs" / "good-smallest.yaml").read_text()
+    document = (Path(__file__).parents[1] / "specs" / "good-smallest.yaml").read_text()
     chosen = specs.parse(document, "test")
     model = chosen.model.model_copy(update={"registry": f"models:/net-{uuid.uuid4().hex[:8]}@source"})
     return Tracking(chosen.model_copy(update={"model": model}))

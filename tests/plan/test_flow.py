@@ -2,10 +2,11 @@
 
 import pytest
 
-from slipstream import flow, spec
+from slipstream import spec
 from slipstream.contract import Cell, StepOutput
 from slipstream.errors import InputError, SpecError
 from slipstream.home import Home
+from slipstream.plan import flow
 
 SPEC = spec.parse(
     """

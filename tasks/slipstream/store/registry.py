@@ -15,10 +15,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 
-from slipstream import signing
 from slipstream.contract import Artifact, Release, Verdict
 from slipstream.errors import RegistryError, SlipstreamError, Unavailable
 from slipstream.spec.fields import RELEASE_ALIASES
+from slipstream.store import signing
 from slipstream.traffic.base import TrafficController
 
 log = logging.getLogger(__name__)

@@ -5,10 +5,12 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from slipstream import flow, signing, storage
+from slipstream import storage
 from slipstream.contract import Cell, Document, StepInput, StepOutput
 from slipstream.errors import InputError
+from slipstream.plan import flow
 from slipstream.spec import BASELINE, Spec
+from slipstream.store import signing
 
 T = TypeVar("T", bound=Document)
 

@@ -15,11 +15,11 @@ from mlflow.exceptions import MlflowException
 
 from slipstream import digests
 from slipstream.home import write_atomically
-from slipstream.tracking import StepRun, Tracking
+from slipstream.store.tracking import StepRun, Tracking
 
 log = logging.getLogger(__name__)
 
-TAG = "slipstream.engine_cache"
+TAG = "slipstream.store.engine_cache"
 FOLDER = "engine-cache"
 
 

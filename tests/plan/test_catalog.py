@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from slipstream import catalog, storage
+from slipstream import storage
 from slipstream.errors import SpecError
 from slipstream.home import Home
+from slipstream.plan import catalog
 from slipstream.spec import Spec
 from slipstream.storage import s3
 
