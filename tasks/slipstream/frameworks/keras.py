@@ -142,12 +142,12 @@ class KerasFramework:
 
 def _set_threads(threads: int) -> None:
     """Threads of one operation; operations run one after the other, as one inference mostly has them."""
-    wanted = {"intra_op": threads, "inter_op": 1}
-    now = {k: getattr(tf.config.threading, f"get_{k}_parallelism_threads")() for k in wanted}
-    if now == wanted:
+    parallelism = {"intra_op": threads, "inter_op": 1}
+    now = {k: getattr(tf.config.threading, f"get_{k}_parallelism_threads")() for k in parallelism}
+    if now == parallelism:
         return
     try:
-        for name, number in wanted.items():
+        for name, number in parallelism.items():
             getattr(tf.config.threading, f"set_{name}_parallelism_threads")(number)
     except RuntimeError as error:
         raise ModelError(

@@ -151,11 +151,11 @@ class _Conversion:
         except (TypeError, ValueError) as error:
             raise self._refused(theirs, f"is not called like that in Keras 2 ({error})") from error
         if not isinstance(layer, keras.Model):
-            given, own = theirs.get_weights(), layer.get_weights()
-            if [w.shape for w in given] != [w.shape for w in own]:
-                shapes = [[w.shape for w in weights] for weights in (given, own)]
+            source_weights, own = theirs.get_weights(), layer.get_weights()
+            if [w.shape for w in source_weights] != [w.shape for w in own]:
+                shapes = [[w.shape for w in weights] for weights in (source_weights, own)]
                 raise self._refused(theirs, f"has weights {shapes[0]}, where Keras 2 has {shapes[1]}")
-            layer.set_weights(given)
+            layer.set_weights(source_weights)
         return answer
 
     def _single(self, theirs: Any) -> Any:
@@ -177,9 +177,9 @@ class _Conversion:
         """A layer's settings without what Keras 2 does not know, which must be as if it had not been set."""
         kind = type(theirs).__name__
         config = {RENAMED.get((kind, k), k): v for k, v in _plain(theirs.get_config()).items()}
-        known = {"name", "trainable", "dtype", *_parameters(own)}
+        supported = {"name", "trainable", "dtype", *_parameters(own)}
         defaults = _parameters(type(theirs))
-        for name in set(config) - known:
+        for name in set(config) - supported:
             value = config.pop(name)
             if name not in SETTINGS_OF_TRAINING and value not in (None, False, "channels_last", defaults.get(name)):
                 raise self._refused(theirs, f"has {name}={value!r}, which Keras 2 does not know")
@@ -191,11 +191,11 @@ class _Conversion:
 
 def _parameters(kind: Any) -> dict[str, Any]:
     """Parameters of a class and its bases, with their defaults."""
-    found: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for base in reversed(kind.__mro__[:-1]):
         for name, parameter in inspect.signature(base.__init__).parameters.items():
-            found[name] = parameter.default
-    return found
+            defaults[name] = parameter.default
+    return defaults
 
 
 def _plain(value: Any) -> Any:

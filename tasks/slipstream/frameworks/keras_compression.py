@@ -66,14 +66,14 @@ class Constrained:
 
     def save(self, folder: Path, samples: Split) -> CandidateManifest:
         """Write the stripped network as a candidate folder."""
-        found = measure(self.network, self.source.parameters)
+        figures = measure(self.network, self.source.parameters)
         folder.mkdir(parents=True)
         self.write(self.network, samples.inputs[:8], folder)
         # Later techniques keep what the manifest names, so it names only what was asked for.
         manifest = self.source.model_copy(
             update={
-                "sparsity": found["sparsity"] if self.is_sparse else 0.0,
-                "unique_weights": int(found["unique_weights"]) if self.is_clustered else 0,
+                "sparsity": figures["sparsity"] if self.is_sparse else 0.0,
+                "unique_weights": int(figures["unique_weights"]) if self.is_clustered else 0,
             }
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
@@ -106,21 +106,23 @@ def sparse(network: Any, source: CandidateManifest, prune: Prune, steps: int) ->
         )
     pattern = prune.method == "2:4"
     pruned = [name for name, kernel in kernels(network) if not pattern or _takes_pattern(kernel)]
-    left = [name for name, _ in kernels(network) if name not in pruned]
+    unpruned = [name for name, _ in kernels(network) if name not in pruned]
     if not pruned:
         raise ModelError(
             f"prune: no layer can be pruned {prune.method}: the network has "
             + (f"no convolution or dense layer with a multiple of {BLOCK} inputs" if pattern else "none with a kernel")
         )
-    log.info("pruning %d layers%s", len(pruned), f"; not {', '.join(left)}: inputs come not in fours" if left else "")
+    log.info(
+        "pruning %d layers%s", len(pruned), f"; not {', '.join(unpruned)}: inputs come not in fours" if unpruned else ""
+    )
     options: dict[str, Any] = {"pruning_schedule": _decay(prune)}
     if pattern:
         options = {"pruning_schedule": tfmot.sparsity.keras.ConstantSparsity(ZEROS / BLOCK, begin_step=0)}
         options["sparsity_m_by_n"] = (ZEROS, BLOCK)
 
     def require(stripped: Any) -> None:
-        found = {name: kernel for name, kernel in kernels(stripped) if name in pruned}
-        _require_pattern(found) if pattern else _require_sparsity(found, prune.sparsity[1])
+        pruned_kernels = {name: kernel for name, kernel in kernels(stripped) if name in pruned}
+        _require_pattern(pruned_kernels) if pattern else _require_sparsity(pruned_kernels, prune.sparsity[1])
 
     return Constrained(
         _wrap(network, lambda layer: layer.name in pruned, tfmot.sparsity.keras.prune_low_magnitude, options),
@@ -151,8 +153,8 @@ def clustered(network: Any, source: CandidateManifest, cluster: Cluster) -> Cons
     def require(stripped: Any) -> None:
         for name, kernel in kernels(stripped):
             if name in chosen and len(np.unique(kernel)) > cluster.clusters:
-                found = len(np.unique(kernel))
-                raise ModelError(f"cluster: layer {name} has {found} different weights, not {cluster.clusters}")
+                count = len(np.unique(kernel))
+                raise ModelError(f"cluster: layer {name} has {count} different weights, not {cluster.clusters}")
         _require_kept(before, zeros(stripped), source)
 
     wrapped = _wrap(network, lambda layer: layer.name in chosen, cluster_api.cluster_weights, options)
@@ -188,8 +190,8 @@ def quantized(network: Any, source: CandidateManifest, quantize: Quantize) -> Co
     def require(stripped: Any) -> None:
         _require_kept(before, zeros(stripped), source)
         if keep_clusters and unique_by_channel(stripped) > values:
-            found = unique_by_channel(stripped)
-            raise ModelError(f"quantize: {found} different weights in a channel, but only {values} before")
+            count = unique_by_channel(stripped)
+            raise ModelError(f"quantize: {count} different weights in a channel, but only {values} before")
 
     strip = combine.strip_clustering_cqat if keep_clusters else lambda trained: trained
     return Constrained(wrapped, source, strip, require, write_quantized, quantize)
@@ -235,8 +237,12 @@ def _drop_rounding(path: Path) -> None:
     answers = [output.name for output in model.graph.output if output.name in passed]
     nodes += [onnx.helper.make_node("Identity", [passed[name]], [name]) for name in answers]
     used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    for field, values in ((model.graph.node, nodes), (model.graph.initializer, kept), (model.graph.value_info, [])):
+    initializers = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    for field, values in (
+        (model.graph.node, nodes),
+        (model.graph.initializer, initializers),
+        (model.graph.value_info, []),
+    ):
         onnx_graph.replace(field, values)
     onnx.save(model, path)
 
@@ -297,15 +303,15 @@ def _takes_pattern(kernel: npt.NDArray[Any]) -> bool:
     return kernel.ndim in (2, 4) and kernel.shape[-2] % BLOCK == 0
 
 
-def _require_sparsity(pruned: dict[str, npt.NDArray[Any]], wanted: float) -> None:
+def _require_sparsity(pruned: dict[str, npt.NDArray[Any]], required: float) -> None:
     for name, kernel in pruned.items():
         # At least one weight is kept, and its rounding counts in small layers.
-        least = min(wanted - SLACK, wanted - 1 / kernel.size)
-        found = float((kernel == 0).mean())
-        if found < least:
+        least = min(required - SLACK, required - 1 / kernel.size)
+        measured = float((kernel == 0).mean())
+        if measured < least:
             raise ModelError(
-                f"prune: layer {name} has {found:.1%} zeros after stripping, not the {wanted:.1%} that prune.sparsity "
-                "asks for"
+                f"prune: layer {name} has {measured:.1%} zeros after stripping, not the {required:.1%} that "
+                "prune.sparsity asks for"
             )
 
 

@@ -43,12 +43,12 @@ class Served:
             raise ModelError(f"{folder}: has no signature serving_default; export the model with one")
         self._function = signatures["serving_default"]
         self.variables = list(self._function.variables)
-        taken, given = self._function.structured_input_signature[1], self._function.structured_outputs
-        if len(taken) != 1 or len(given) != 1:
+        inputs, answers = self._function.structured_input_signature[1], self._function.structured_outputs
+        if len(inputs) != 1 or len(answers) != 1:
             raise ModelError(
-                f"{folder}: takes {len(taken)} tensors and answers {len(given)}, but must do with one each"
+                f"{folder}: takes {len(inputs)} tensors and answers {len(answers)}, but must do with one each"
             )
-        (self._name,) = taken
+        (self._name,) = inputs
 
     def __call__(self, batch: Any, training: bool = False) -> Any:
         """(N, …) inputs to (N, …) outputs."""
@@ -63,11 +63,11 @@ def find(folder: Path) -> Path:
         sorted([*folder.rglob("*.h5"), *folder.rglob("*.hdf5")]),
         [graph.parent for graph in sorted(folder.rglob(GRAPH))],
     )
-    found = next((paths for paths in kinds if paths), [])
-    if len(found) == 1:
-        return found[0]
+    models = next((paths for paths in kinds if paths), [])
+    if len(models) == 1:
+        return models[0]
     raise ModelError(
-        f"holds {len(found)} Keras models instead of one (a .keras or .h5 file, or a SavedModel); pickled models are "
+        f"holds {len(models)} Keras models instead of one (a .keras or .h5 file, or a SavedModel); pickled models are "
         "never loaded, so log it with mlflow.tensorflow.log_model or as one of those"
     )
 
@@ -133,11 +133,11 @@ def _from_keras_3(path: Path, architecture: Call | None) -> Any:
     if architecture is None:
         return keras_3.convert(path)
     network, theirs = user_function(architecture)(**architecture.params), keras_3.read(path)
-    given = theirs.get_weights()
-    shapes = [[tuple(w.shape) for w in weights] for weights in (given, network.get_weights())]
+    source_weights = theirs.get_weights()
+    shapes = [[tuple(w.shape) for w in weights] for weights in (source_weights, network.get_weights())]
     if shapes[0] != shapes[1]:
         raise ModelError(f"{path.name}: its weights do not fit model.architecture: {shapes[0]} in it, not {shapes[1]}")
-    network.set_weights(given)
+    network.set_weights(source_weights)
     keras_3.require_equal(path, theirs, network, "built by model.architecture")
     return network
 
@@ -162,9 +162,9 @@ def write_keras(network: Any, path: Path) -> None:
     """Write a .keras file whose bytes tell its content: Keras puts the time of day into them."""
     aside = path.with_name(f"aside-{path.name}")
     network.save(aside, save_format="keras")
-    with zipfile.ZipFile(aside) as made, zipfile.ZipFile(path, "w") as file:
-        for name in made.namelist():
-            content = made.read(name)
+    with zipfile.ZipFile(aside) as original, zipfile.ZipFile(path, "w") as file:
+        for name in original.namelist():
+            content = original.read(name)
             if name == "metadata.json":
                 content = json.dumps({**json.loads(content), "date_saved": "1980-01-01@00:00:00"}).encode()
             file.writestr(zipfile.ZipInfo(name), content)
@@ -209,8 +209,8 @@ def write_onnx(serve: Any, path: Path) -> None:
 def _drop_captured(model: Any) -> None:
     """Leave `input` as the only input. tf2onnx also lists the tensors that a function captured, such as the masks of
     pruned weights, though they are constants by then: ONNX Runtime passes over them, NNCF asks for their values."""
-    taken = {name for node in model.graph.node for name in node.input}
-    inputs = [value for value in model.graph.input if value.name == INPUT or value.name in taken]
+    used = {name for node in model.graph.node for name in node.input}
+    inputs = [value for value in model.graph.input if value.name == INPUT or value.name in used]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
 

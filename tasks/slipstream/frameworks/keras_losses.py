@@ -39,8 +39,8 @@ def distillation_loss(temperature: float, weight: float) -> Loss:
     """
 
     def loss(logits: Any, labels: Any, teacher: Any) -> Any:
-        student, wanted = (tf.nn.log_softmax(classes_last(x) / temperature) for x in (logits, teacher))
-        divergence = tf.reduce_mean(tf.reduce_sum(tf.exp(wanted) * (wanted - student), axis=-1))
+        student, target = (tf.nn.log_softmax(classes_last(x) / temperature) for x in (logits, teacher))
+        divergence = tf.reduce_mean(tf.reduce_sum(tf.exp(target) * (target - student), axis=-1))
         return weight * temperature**2 * divergence + (1 - weight) * cross_entropy(logits, labels)
 
     return loss

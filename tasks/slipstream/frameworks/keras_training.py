@@ -85,10 +85,10 @@ class OneCycle(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore
 
     def __call__(self, step: Any) -> Any:
         """Rate of a step, from 0."""
-        rise, done = RISE * self.steps - 1, tf.cast(step, tf.float32)
-        up = _cosine(self.peak / START, self.peak, done / max(rise, 1))
-        down = _cosine(self.peak, self.peak / END, (done - rise) / max(self.steps - 1 - rise, 1))
-        return tf.where(done < rise, up, down)
+        rise, position = RISE * self.steps - 1, tf.cast(step, tf.float32)
+        up = _cosine(self.peak / START, self.peak, position / max(rise, 1))
+        down = _cosine(self.peak, self.peak / END, (position - rise) / max(self.steps - 1 - rise, 1))
+        return tf.where(position < rise, up, down)
 
     def get_config(self) -> dict[str, Any]:
         """For Keras."""
@@ -172,8 +172,8 @@ class _Loop:
     def _seed(self, epoch: int) -> None:
         """Random numbers of layers such as dropout: from seed and epoch alone, so that a resumed training has them."""
         for number, generator in enumerate(_generators(self.network)):
-            given = np.random.SeedSequence((self.job.seed, self.schedule.epochs_before + epoch, number))
-            generator.reset_from_seed(int(given.generate_state(1)[0]))
+            sequence = np.random.SeedSequence((self.job.seed, self.schedule.epochs_before + epoch, number))
+            generator.reset_from_seed(int(sequence.generate_state(1)[0]))
 
     def validate(self) -> float:
         """The metric on the held-out part of the training split, in percent."""
@@ -188,8 +188,8 @@ class _Loop:
 
     def state(self, epochs_done: int) -> dict[str, npt.ArrayLike]:
         """All that decides how training goes on."""
-        kept = {"network": self.variables, "optimizer": list(self.optimizer.variables)}
-        arrays = {f"{part}-{i}": v.numpy() for part, variables in kept.items() for i, v in enumerate(variables)}
+        parts = {"network": self.variables, "optimizer": list(self.optimizer.variables)}
+        arrays = {f"{part}-{i}": v.numpy() for part, variables in parts.items() for i, v in enumerate(variables)}
         return {"epochs_done": np.int64(epochs_done), **arrays}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> int:
@@ -226,8 +226,8 @@ def _generators(network: Any) -> list[Any]:
     Keras keeps them out of the variables, and names no public way to them.
     """
     held = [getattr(layer, "_random_generator", None) for layer in network.submodules]
-    found = [getattr(h, "_generator", None) for h in held]
-    return [generator for generator in found if generator is not None]
+    generators = [getattr(h, "_generator", None) for h in held]
+    return [generator for generator in generators if generator is not None]
 
 
 def logits(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -235,8 +235,8 @@ def logits(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
     Class scores can then be taken for logits: their order is the same, and softmax gives the probabilities.
     """
-    found = outputs(network, inputs)
-    return np.asarray(logarithm(found)) if ends_in_softmax(network) else found
+    answer = outputs(network, inputs)
+    return np.asarray(logarithm(answer)) if ends_in_softmax(network) else answer
 
 
 def outputs(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

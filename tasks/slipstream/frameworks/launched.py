@@ -29,7 +29,7 @@ class Place:
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """This process's place; None for a process that is on its own. Raises SpecError for what cannot be joined."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        found = _read(environment, "RANK", "WORLD_SIZE", "")
+        position = _read(environment, "RANK", "WORLD_SIZE", "")
     elif "PET_NODE_RANK" in environment and "PET_NNODES" in environment:
         each = environment.get("PET_NPROC_PER_NODE", "1")
         if each != "1":
@@ -37,22 +37,22 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
                 f"PET_NPROC_PER_NODE is {each!r}: a pod runs one process; set the TrainJob's trainer.numProcPerNode "
                 "to 1 and numNodes to training.workers, or run the step under torchrun"
             )
-        found = _read(environment, "PET_NODE_RANK", "PET_NNODES", "PET_")
+        position = _read(environment, "PET_NODE_RANK", "PET_NNODES", "PET_")
     else:
         return None
-    return found if found.size > 1 else None
+    return position if position.size > 1 else None
 
 
 def _read(environment: Mapping[str, str], rank: str, size: str, prefix: str) -> Place:
     names = (rank, size, prefix + ADDRESS, prefix + PORT)
     try:
         values = [environment[name] for name in names]
-        found = Place(int(values[0]), int(values[1]), values[2], int(values[3]))
+        position = Place(int(values[0]), int(values[1]), values[2], int(values[3]))
     except (KeyError, ValueError) as error:
-        given = {name: environment.get(name) for name in names}
+        variables = {name: environment.get(name) for name in names}
         raise SpecError(
-            f"a launcher started this process, but its variables say no place in a group: {given}"
+            f"a launcher started this process, but its variables say no place in a group: {variables}"
         ) from error
-    if not 0 <= found.rank < found.size:
-        raise SpecError(f"{rank} is {found.rank}, but {size} is {found.size}; ranks count from 0")
-    return found
+    if not 0 <= position.rank < position.size:
+        raise SpecError(f"{rank} is {position.rank}, but {size} is {position.size}; ranks count from 0")
+    return position

@@ -63,11 +63,11 @@ class OnnxFramework:
                     f"its weights lie in other files ({', '.join(beside[:3])}); name the folder that holds them all"
                 )
             return path
-        found = sorted(path.rglob("*.onnx"))
-        if len(found) == 1:
-            return found[0]
+        files = sorted(path.rglob("*.onnx"))
+        if len(files) == 1:
+            return files[0]
         raise ModelError(
-            f"holds {len(found)} .onnx files instead of one; log the model with mlflow.onnx.log_model, or as a folder "
+            f"holds {len(files)} .onnx files instead of one; log the model with mlflow.onnx.log_model, or as a folder "
             "with one .onnx file and the files with its weights, if they are not in it"
         )
 
@@ -106,11 +106,11 @@ class OnnxFramework:
 def _require_input(model: onnx.ModelProto, inputs: npt.NDArray[Any]) -> None:
     """Raise ModelError when the model does not take the data."""
     port = model.graph.input[0]
-    wanted, dtype = onnx_graph.dimensions(port)[1:], onnx_graph.dtype(port)
-    fits = len(wanted) == inputs.ndim - 1 and all(w in (-1, n) for w, n in zip(wanted, inputs.shape[1:], strict=True))
+    shape, dtype = onnx_graph.dimensions(port)[1:], onnx_graph.dtype(port)
+    fits = len(shape) == inputs.ndim - 1 and all(s in (-1, n) for s, n in zip(shape, inputs.shape[1:], strict=True))
     if not fits or str(inputs.dtype) != dtype:
         raise ModelError(
-            f"the model takes {_shape(wanted)} {dtype} (-1 may be any size), but the data is "
+            f"the model takes {_shape(shape)} {dtype} (-1 may be any size), but the data is "
             f"{_shape(inputs.shape[1:])} {inputs.dtype}; change the data function"
         )
 

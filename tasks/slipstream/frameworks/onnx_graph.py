@@ -100,16 +100,16 @@ def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """The model in this opset or a later one. Raises ModelError when an operator cannot be converted."""
-    found = opset_of(model)
-    if found < opset:
+    version = opset_of(model)
+    if version < opset:
         try:
             model = onnx.version_converter.convert_version(model, opset)
         except Exception as error:  # the converter's errors share no root but Exception
             raise ModelError(
-                f"opset {found} cannot be converted to {opset}: {str(error).strip()}; export the model again with "
+                f"opset {version} cannot be converted to {opset}: {str(error).strip()}; export the model again with "
                 f"opset {opset} or later"
             ) from error
-        log.info("converted from opset %d to %d", found, opset)
+        log.info("converted from opset %d to %d", version, opset)
     model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True))
     return model
 
@@ -125,8 +125,8 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     for node in graph.node:
         for attribute in node.attribute:
             inner = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
-            for found in inner:
-                yield from graphs(found)
+            for subgraph in inner:
+                yield from graphs(subgraph)
 
 
 def nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
@@ -145,12 +145,12 @@ def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """Initializers and the values of Constant nodes, by name."""
-    found = {tensor.name: tensor for tensor in graph.initializer}
+    values = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         value = next((a.t for a in node.attribute if a.name == "value"), None)
         if node.op_type == "Constant" and value is not None:
-            found[node.output[0]] = value
-    return found
+            values[node.output[0]] = value
+    return values
 
 
 def replace(field: Any, values: Iterable[Any]) -> None:
@@ -197,10 +197,10 @@ def require_standard(model: onnx.ModelProto) -> None:
     """Raise ModelError that names the operators which are not ONNX's own; drop the mention of domains not in use."""
     custom = Counter(f"{n.domain}.{n.op_type}" for n in nodes(model) if n.domain not in STANDARD)
     if custom:
-        found = _list(map(_times, custom.items()))
+        operators = _list(map(_times, custom.items()))
         raise ModelError(
-            f"operators that are not of ONNX itself, which only some runtimes have: {found}; export the model without "
-            "them (a file that ONNX Runtime optimised has its own fused operators: give the one from before)"
+            f"operators that are not of ONNX itself, which only some runtimes have: {operators}; export the model "
+            "without them (a file that ONNX Runtime optimised has its own fused operators: give the one from before)"
         )
     version = opset_of(model)
     unknown = Counter(n.op_type for n in nodes(model) if not onnx.defs.has(n.op_type, version))
@@ -212,9 +212,9 @@ def require_standard(model: onnx.ModelProto) -> None:
 
 def rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
     """Rename tensors throughout; one that has a new name already gets another first."""
-    taken = {n for g in graphs(graph) for node in g.node for n in (*node.input, *node.output)}
-    taken |= {v.name for g in graphs(graph) for v in (*g.initializer, *g.input, *g.output)}
-    aside = {new: f"{new}_of_the_graph" for new in names.values() if new in taken and new not in names}
+    existing = {n for g in graphs(graph) for node in g.node for n in (*node.input, *node.output)}
+    existing |= {v.name for g in graphs(graph) for v in (*g.initializer, *g.input, *g.output)}
+    aside = {new: f"{new}_of_the_graph" for new in names.values() if new in existing and new not in names}
     names = {old: new for old, new in (aside | names).items() if old != new}
     for part in graphs(graph):
         for node in part.node:
@@ -267,9 +267,9 @@ def _free_reshape(node: onnx.NodeProto, tensor: onnx.TensorProto, batch: int) ->
 def _drop_weights_from_inputs(graph: onnx.GraphProto) -> None:
     """Before version 4 of the format every initializer was an input too."""
     weights = {t.name for t in graph.initializer}
-    kept = [v for v in graph.input if v.name not in weights]
+    inputs = [v for v in graph.input if v.name not in weights]
     del graph.input[:]
-    graph.input.extend(kept)
+    graph.input.extend(inputs)
 
 
 def _require_one_of_each(graph: onnx.GraphProto) -> None:
@@ -282,14 +282,14 @@ def _require_one_of_each(graph: onnx.GraphProto) -> None:
 
 
 def _require_types(graph: onnx.GraphProto) -> None:
-    given, answer = graph.input[0].type.tensor_type, graph.output[0].type.tensor_type
-    if given.elem_type not in DTYPES:
-        raise ModelError(f"its input is {_type(given.elem_type)}; it must be one of {', '.join(DTYPES.values())}")
-    if answer.elem_type != TensorProto.FLOAT:
+    input_type, output_type = graph.input[0].type.tensor_type, graph.output[0].type.tensor_type
+    if input_type.elem_type not in DTYPES:
+        raise ModelError(f"its input is {_type(input_type.elem_type)}; it must be one of {', '.join(DTYPES.values())}")
+    if output_type.elem_type != TensorProto.FLOAT:
         raise ModelError(
-            f"its output is {_type(answer.elem_type)}; it must be float: class scores or probabilities, not labels"
+            f"its output is {_type(output_type.elem_type)}; it must be float: class scores or probabilities, not labels"
         )
-    for what, tensor in (("input", given), ("output", answer)):
+    for what, tensor in (("input", input_type), ("output", output_type)):
         if not tensor.shape.dim:
             raise ModelError(f"its {what} has no batch dimension; the first dimension must be the batch")
 
@@ -303,8 +303,8 @@ def _times(item: tuple[str, int]) -> str:
 
 
 def _list(names: Iterable[str]) -> str:
-    found = list(names)
-    return ", ".join(found[:NAMED]) + (", …" if len(found) > NAMED else "")
+    items = list(names)
+    return ", ".join(items[:NAMED]) + (", …" if len(items) > NAMED else "")
 
 
 def _external(path: Path) -> str:

@@ -29,9 +29,9 @@ class Session:
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
-        given = model if isinstance(model, Path) else model.SerializeToString()
+        source = model if isinstance(model, Path) else model.SerializeToString()
         try:
-            self._session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors share no root but Exception
             raise ModelError(f"ONNX Runtime cannot load the model: {error}") from error
 
@@ -42,10 +42,10 @@ class Session:
     def tensors(self, names: Sequence[str], batch: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """Values of the graph's outputs `names` for inputs (N, …). Raises ModelError."""
         try:
-            found: list[npt.NDArray[Any]] = self._session.run(names, {INPUT: batch})
+            values: list[npt.NDArray[Any]] = self._session.run(names, {INPUT: batch})
         except Exception as error:  # as above
             raise ModelError(f"ONNX Runtime cannot run the model on {batch.shape} {batch.dtype}: {error}") from error
-        return found
+        return values
 
     def answers(self, inputs: npt.NDArray[Any], batch: int = BATCH) -> npt.NDArray[np.float32]:
         """(N, …) inputs to (N, …) outputs, a batch at a time."""

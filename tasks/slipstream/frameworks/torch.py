@@ -91,11 +91,11 @@ class TorchFramework:
 
     def find_model(self, path: Path) -> Path:
         """The one file of weights in a folder, or the file. Raises ModelError: pickled models are never loaded."""
-        found = [path] if path.is_file() else sorted(path.rglob(WEIGHTS))
-        if len(found) == 1:
-            return found[0]
+        files = [path] if path.is_file() else sorted(path.rglob(WEIGHTS))
+        if len(files) == 1:
+            return files[0]
         raise ModelError(
-            f"holds {len(found)} files {WEIGHTS} instead of one; pickled models are never loaded, so log the weights "
+            f"holds {len(files)} files {WEIGHTS} instead of one; pickled models are never loaded, so log the weights "
             f"with safetensors.torch.save_file(model.state_dict(), '{WEIGHTS}') and that file as the model"
         )
 
@@ -192,28 +192,28 @@ def save(
 def load_state(network: Any, path: Path, architecture: Call) -> None:
     """Load a safetensors file strictly. Raises ModelError that names what is missing, unexpected or misshapen."""
     try:
-        given = safetensors.torch.load_file(path)
+        state = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error
-    wanted = network.state_dict()
+    expected = network.state_dict()
     shapes = [
-        f"{k} is {tuple(given[k].shape)}, not {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in given and given[k].shape != wanted[k].shape
+        f"{k} is {tuple(state[k].shape)}, not {tuple(expected[k].shape)}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
     ]
     problems = {
-        "missing": sorted(wanted.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - wanted.keys()),
+        "missing": sorted(expected.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - expected.keys()),
         "of another shape": shapes,
     }
-    found = [f"{len(names)} {what} ({_list(names)})" for what, names in problems.items() if names]
-    if found:
+    mismatches = [f"{len(names)} {what} ({_list(names)})" for what, names in problems.items() if names]
+    if mismatches:
         raise ModelError(
-            f"{path}: the weights do not fit {architecture.function}: {'; '.join(found)}; name the architecture "
+            f"{path}: the weights do not fit {architecture.function}: {'; '.join(mismatches)}; name the architecture "
             "that they were trained in, with its parameters, under model.architecture"
         )
-    _require_sound(network, given, str(path))
-    network.load_state_dict(given)
+    _require_sound(network, state, str(path))
+    network.load_state_dict(state)
 
 
 def _list(names: list[str]) -> str:

@@ -58,12 +58,12 @@ def first_departure(network: Any, path: Path, samples: npt.NDArray[Any]) -> str:
 
 def module_outputs(network: Any, samples: npt.NDArray[Any]) -> Outputs:
     """Outputs of the modules that are called once and answer one tensor, for samples (N, …)."""
-    found: Outputs = []
+    outputs: Outputs = []
 
     def record(name: str) -> Any:
         def hook(module: Any, _: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor):
-                found.append((name, module, output.detach().float().numpy()))
+                outputs.append((name, module, output.detach().float().numpy()))
 
         return hook
 
@@ -73,22 +73,22 @@ def module_outputs(network: Any, samples: npt.NDArray[Any]) -> Outputs:
     finally:
         for handle in handles:
             handle.remove()
-    names = [name for name, _, _ in found]
-    return [entry for entry in found if names.count(entry[0]) == 1]
+    names = [name for name, _, _ in outputs]
+    return [entry for entry in outputs if names.count(entry[0]) == 1]
 
 
 def last_tensors(path: Path) -> dict[str, str]:
     """Scope such as `/layer1/layer1.0/conv1` → first output of the last node in it; the network's own scope is ``."""
     import onnx
 
-    found: dict[str, str] = {}
+    by_scope: dict[str, str] = {}
     for node in onnx.load(path).graph.node:
         scope = node.name.rpartition("/")[0]
         while scope:
-            found[scope] = node.output[0]
+            by_scope[scope] = node.output[0]
             scope = scope.rpartition("/")[0]
-        found[""] = node.output[0]
-    return found
+        by_scope[""] = node.output[0]
+    return by_scope
 
 
 def _scopes(network: Any, name: str = "", scope: str = "", label: str = "") -> Iterator[tuple[str, str]]:

@@ -101,10 +101,10 @@ class TorchGroup(Group):
         has: list[bool] = [False] * self.size
         distributed.all_gather_object(has, path.exists())
         if not all(has):
-            self._send(path, wanted=not has[self.rank])
+            self._send(path, needed=not has[self.rank])
 
-    def _send(self, path: Path, *, wanted: bool) -> None:
-        """Send a file or folder of process 0 to all; written aside, then renamed, where it is wanted."""
+    def _send(self, path: Path, *, needed: bool) -> None:
+        """Send a file or folder of process 0 to all; written aside, then renamed, where it is needed."""
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         names = self.share([f.relative_to(path).as_posix() for f in files])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ class TorchGroup(Group):
                     while piece := self.share(file.read(PIECE) if self.leads else b""):
                         if not self.leads:
                             file.write(piece)
-            if wanted:
+            if needed:
                 try:
                     staged.rename(path)
                 except OSError:
@@ -143,20 +143,20 @@ class TorchGroup(Group):
             log.error("process %d of %d failed\n%s", self.rank, self.size, traceback.format_exc())
         try:
             mine = json.dumps(self._described(error))
-            said = bytes(self._store.compare_set(ERROR, "", mine)).decode()
+            recorded = bytes(self._store.compare_set(ERROR, "", mine)).decode()
         except (RuntimeError, ValueError) as gone:  # the store went with the process that held it
             log.warning("the group's store does not answer: %s", gone)
             return _error(self._described(error))
-        if said == mine and _lost_contact(error):
+        if recorded == mine and _lost_contact(error):
             time.sleep(LAUNCHER_NOTICES_S)
-        return _error(json.loads(said))
+        return _error(json.loads(recorded))
 
     def _described(self, error: Exception) -> dict[str, str]:
         if isinstance(error, SlipstreamError):
             return {"kind": type(error).__name__, "said": str(error)}
         what = "lost contact with another process" if _lost_contact(error) else "failed"
-        said = f"process {self.rank} of {self.size} {what}: {type(error).__name__}: {error}"
-        return {"kind": SlipstreamError.__name__, "said": said}
+        message = f"process {self.rank} of {self.size} {what}: {type(error).__name__}: {error}"
+        return {"kind": SlipstreamError.__name__, "said": message}
 
 
 def device() -> Any:
@@ -202,14 +202,14 @@ def launch(workers: int, function: Callable[..., T], *arguments: Any) -> T:
         for name in ("torch.distributed", "torch.multiprocessing"):  # they tell at length what is raised here
             logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
-            made: T = elastic_launch(config, _member)(str(store), os.getpid(), function, arguments)[0]
+            result: T = elastic_launch(config, _member)(str(store), os.getpid(), function, arguments)[0]
         except SignalException as ended:
             signal.signal(ended.sigval, signal.SIG_DFL)
             os.kill(os.getpid(), ended.sigval)
             raise
         except ChildFailedError as failed:
             raise _why(store, workers, failed) from None
-    return made
+    return result
 
 
 def _member(store: str, parent: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
@@ -219,11 +219,11 @@ def _member(store: str, parent: int, function: Callable[..., T], arguments: tupl
     group = TorchGroup(distributed.FileStore(store, size), rank, size)
     try:
         with group.first_error_wins():
-            made = function(group, *arguments)
+            result = function(group, *arguments)
     except SlipstreamError as error:
         raise SystemExit(error.exit_code) from error
     group.leave()
-    return made
+    return result
 
 
 def _die_with(parent: int) -> None:
@@ -241,9 +241,9 @@ def _why(store: Path, workers: int, failed: ChildFailedError) -> SlipstreamError
         name = signal.Signals(-failure.exitcode).name
         hint = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
         return SlipstreamError(f"process {rank} of {workers} was ended by {name}{hint}")
-    said = distributed.FileStore(str(store), workers) if store.exists() else None
-    if said is not None and said.check([ERROR]):
-        return _error(json.loads(said.get(ERROR)))
+    file_store = distributed.FileStore(str(store), workers) if store.exists() else None
+    if file_store is not None and file_store.check([ERROR]):
+        return _error(json.loads(file_store.get(ERROR)))
     return SlipstreamError(f"process {rank} of {workers} ended with exit code {failure.exitcode}; its log says why")
 
 
@@ -261,9 +261,9 @@ def _lost_contact(error: Exception) -> bool:
 def _variables(workers: int) -> Iterator[None]:
     """Environment for the processes: they share the processors, instead of each taking all of them."""
     threads = str(max(len(os.sched_getaffinity(0)) // workers, 1))
-    wanted = {name: os.environ.get(name, value) for name, value in {**LOCAL, "OMP_NUM_THREADS": threads}.items()}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    settings = {name: os.environ.get(name, value) for name, value in {**LOCAL, "OMP_NUM_THREADS": threads}.items()}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:

@@ -66,10 +66,10 @@ class ChannelPruner:
 
         A sample is a text of 16 tokens where the network takes any length.
         """
-        left = widths(self.network, self._sample)
+        remaining = widths(self.network, self._sample)
         macs, parameters = torch_pruning.utils.count_ops_and_params(self.network, self._sample[:1])
         return {
-            "sparsity": 1 - sum(left.values()) / max(sum(self._whole.values()), 1),
+            "sparsity": 1 - sum(remaining.values()) / max(sum(self._whole.values()), 1),
             "macs": float(macs),
             "parameters": float(parameters),
         }
@@ -210,14 +210,14 @@ def _graph(network: Any, sample: Any) -> Any:
 
 def _output_layers(graph: Any) -> list[Any]:
     """Layers whose channels reach the network's output without another layer between: the classifier."""
-    pending, found = [node for node in graph.module2node.values() if not node.outputs], []
+    pending, layers = [node for node in graph.module2node.values() if not node.outputs], []
     while pending:
         node = pending.pop()
         if isinstance(node.module, PRUNABLE):
-            found.append(node.module)
+            layers.append(node.module)
         else:
             pending += node.inputs
-    return found
+    return layers
 
 
 def _is_grouped(group: Any) -> bool:

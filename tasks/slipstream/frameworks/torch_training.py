@@ -170,8 +170,8 @@ class _Loop:
 
         Those of process 0 on processors go on from its checkpoint, as those of a process on its own.
         """
-        given = np.random.SeedSequence((self.job.seed, self.schedule.epochs_before + epoch, self.group.rank))
-        seed = int(given.generate_state(1)[0])
+        sequence = np.random.SeedSequence((self.job.seed, self.schedule.epochs_before + epoch, self.group.rank))
+        seed = int(sequence.generate_state(1)[0])
         if not self.group.leads:
             torch.manual_seed(seed)
         elif self.device.type == "cuda":

@@ -138,8 +138,8 @@ def run(loop: Loop, checkpoint: Checkpoint) -> None:
     for epoch in range(_resumed(loop, checkpoint), schedule.epochs):
         figures = {"train_loss": loop.epoch(epoch), metric: loop.validate(), "lr": loop.learning_rate()}
         if job.group.leads:
-            said = "epoch %d: train_loss %.4f, %s %.2f %%"
-            log.info(said, before + epoch + 1, figures["train_loss"], metric, figures[metric])
+            template = "epoch %d: train_loss %.4f, %s %.2f %%"
+            log.info(template, before + epoch + 1, figures["train_loss"], metric, figures[metric])
         job.progress.metrics(figures, step=before + epoch)
         checkpoint.save(loop.state(epoch + 1))
 
@@ -147,16 +147,16 @@ def run(loop: Loop, checkpoint: Checkpoint) -> None:
 def report(loop: Loop, epoch: int, number: int, loss: float) -> None:
     """Say how far the step is: `number` batches of an epoch, with their mean loss."""
     plan = loop.schedule
-    done = (plan.epochs_before + epoch) * loop.batches + number
+    batches_done = (plan.epochs_before + epoch) * loop.batches + number
     total = (plan.epochs_in_step or plan.epochs) * loop.batches
-    loop.job.progress.progress(done, total, "batches", epoch=plan.epochs_before + epoch + 1, loss=loss)
+    loop.job.progress.progress(batches_done, total, "batches", epoch=plan.epochs_before + epoch + 1, loss=loss)
 
 
 def _resumed(loop: Loop, checkpoint: Checkpoint) -> int:
     state = checkpoint.load()
     if state is None:
         return 0
-    done = loop.restore(state)
+    epochs_done = loop.restore(state)
     if loop.job.group.leads:
-        log.info("resuming %s after %d of %d epochs", checkpoint.path.stem, done, loop.schedule.epochs)
-    return done
+        log.info("resuming %s after %d of %d epochs", checkpoint.path.stem, epochs_done, loop.schedule.epochs)
+    return epochs_done
