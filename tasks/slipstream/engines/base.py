@@ -123,8 +123,8 @@ def read_options(target: Target, model: type[OptionsT]) -> OptionsT:
         return model.model_validate(target.options)
     except ValidationError as error:
         problems = [f"{target.engine}: {_problem(e)}" for e in error.errors()]
-    known = "; ".join(f"`{name}`: {_in_a_line(field.description)}" for name, field in model.model_fields.items())
-    raise EngineError("\n".join((*problems, f"{target.engine} has {known or 'no options'}")))
+    options = "; ".join(f"`{name}`: {_in_a_line(field.description)}" for name, field in model.model_fields.items())
+    raise EngineError("\n".join((*problems, f"{target.engine} has {options or 'no options'}")))
 
 
 def _in_a_line(text: str | None) -> str:
@@ -183,8 +183,8 @@ def require_batch(batch: npt.NDArray[Any], shape: tuple[int, ...], dtype: npt.DT
     """
     fits = batch.ndim == len(shape) + 1 and batch.shape[0] >= 1 and batch.dtype == dtype
     if not fits or any(n != s and (s != -1 or n < 1) for n, s in zip(batch.shape[1:], shape, strict=True)):
-        wanted = "×".join(("N", *map(str, shape)))
-        raise DataError(f"the engine takes {wanted} {dtype} with N at least 1, not {batch.shape} {batch.dtype}")
+        expected = "×".join(("N", *map(str, shape)))
+        raise DataError(f"the engine takes {expected} {dtype} with N at least 1, not {batch.shape} {batch.dtype}")
 
 
 def why_not_loadable(target: Target) -> str | None:
@@ -230,8 +230,8 @@ def build_engine(candidate: Path, target: Target, folder: Path, tokenizer: str |
 
     engine = engine_for(target.engine)
     engine.check(target)
-    given = frameworks.read_manifest(candidate)
-    lengths.require_varying(target.lengths, given.input_shape, given.input_dtype)
+    source = frameworks.read_manifest(candidate)
+    lengths.require_varying(target.lengths, source.input_shape, source.input_dtype)
     folder.mkdir(parents=True)
     figures = engine.build(candidate, target, folder)
     if tokenizer is not None:
@@ -241,11 +241,11 @@ def build_engine(candidate: Path, target: Target, folder: Path, tokenizer: str |
         target=target,
         fingerprint=engine.fingerprint(target),
         candidate_sha256=digests.folder(candidate),
-        input_shape=given.input_shape,
-        input_dtype=given.input_dtype,
-        output_shape=given.output_shape,
+        input_shape=source.input_shape,
+        input_dtype=source.input_dtype,
+        output_shape=source.output_shape,
         files={f.relative_to(folder).as_posix(): digests.file(f) for f in sorted(folder.rglob("*")) if f.is_file()},
-        quantized=given.quantized,
+        quantized=source.quantized,
         figures=figures or {},
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))

@@ -77,10 +77,10 @@ def _libraries_here(engine: str) -> bool:
 
 def _elsewhere(python: Path, target: Target) -> Finding:
     command = [str(python), "-m", "slipstream.engines.inquiry", target.model_dump_json()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
-    if done.returncode != 0:
-        return Finding(problem=f"{target.engine}: {python} cannot be asked: {done.stderr.strip()[-500:]}")
-    return Finding.model_validate_json(done.stdout.splitlines()[-1])
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
+    if completed.returncode != 0:
+        return Finding(problem=f"{target.engine}: {python} cannot be asked: {completed.stderr.strip()[-500:]}")
+    return Finding.model_validate_json(completed.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

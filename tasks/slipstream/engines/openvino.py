@@ -128,15 +128,15 @@ class OpenVINO:
         core = ov.Core()
         used = devices.candidates(target.device, core.available_devices)
         names = [str(core.get_property(device, "FULL_DEVICE_NAME")).strip() for device in used]
-        found = {
+        entries = {
             "openvino": digests.versions("openvino")["openvino"],
             "device": target.device,
             "device_name": ", ".join(names),
             "cpu_features": hardware.describe()["cpu_features"],
             "precision": target.precision,
         }
-        found |= {"int8_sums": hardware.int8_sums()} if "CPU" in used else {}
-        return found | ({"execution_devices": _chosen(target)} if devices.composed(target.device) else {})
+        entries |= {"int8_sums": hardware.int8_sums()} if "CPU" in used else {}
+        return entries | ({"execution_devices": _chosen(target)} if devices.composed(target.device) else {})
 
     def relations(self, manifest: EngineManifest) -> Mapping[str, Relation]:
         """OpenVINO reads IR of earlier versions, and compiles it for the processor that loads it.
@@ -194,30 +194,30 @@ def _properties(target: Target) -> dict[str, Any]:
     if devices.composed(target.device) is None:
         return _of_device(target.device, target)
     used = devices.candidates(target.device, ov.Core().available_devices)
-    found: dict[str, Any] = {"DEVICE_PROPERTIES": {device: _of_device(device, target) for device in used}}
+    properties: dict[str, Any] = {"DEVICE_PROPERTIES": {device: _of_device(device, target) for device in used}}
     if devices.composed(target.device) == "AUTO":
         # Otherwise AUTO answers from the CPU until another device is ready, and what is measured changes on the way.
-        found["ENABLE_STARTUP_FALLBACK"] = False
-    return found
+        properties["ENABLE_STARTUP_FALLBACK"] = False
+    return properties
 
 
 def _of_device(device: str, target: Target) -> dict[str, Any]:
     options = read_options(target, OpenVINOOptions)
-    found: dict[str, Any] = {
+    properties: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": target.precision,
         "PERFORMANCE_HINT": options.hint.upper(),
     }
     if device == "CPU":
-        found["INFERENCE_NUM_THREADS"] = target.threads
+        properties["INFERENCE_NUM_THREADS"] = target.threads
     if options.num_streams is not None or options.hint == "latency":
-        found["NUM_STREAMS"] = options.num_streams or 1
-    return found
+        properties["NUM_STREAMS"] = options.num_streams or 1
+    return properties
 
 
 def _chosen(target: Target) -> str:
     """The devices that a virtual one really uses: told by a small model, since there is no other yet."""
-    given = ov.opset13.parameter([1, 8], np.float32)
-    small = ov.Model([ov.opset13.relu(given)], [given])
+    parameter = ov.opset13.parameter([1, 8], np.float32)
+    small = ov.Model([ov.opset13.relu(parameter)], [parameter])
     compiled = ov.Core().compile_model(small, target.device, _properties(target))
     return ",".join(compiled.get_property("EXECUTION_DEVICES"))
 

@@ -22,11 +22,11 @@ def candidates(device: str, available: Sequence[str]) -> list[str]:
         return [device]
     if not colon:
         return list(available)
-    named = [name.strip() for name in names.split(",")]
-    if kind == "AUTO" and all(name.startswith("-") for name in named):
-        unwanted = [name.removeprefix("-") for name in named]
+    entries = [name.strip() for name in names.split(",")]
+    if kind == "AUTO" and all(name.startswith("-") for name in entries):
+        unwanted = [name.removeprefix("-") for name in entries]
         return [d for d in available if not any(_is(d, name) for name in unwanted)]
-    return named
+    return entries
 
 
 def absent(device: str, available: Sequence[str]) -> list[str]:

@@ -27,8 +27,8 @@ def _kernel(node: ov.Node) -> str:
 
 def mend(model: ov.Model) -> int:
     """Replace every convolution that may race, in place; how many there were."""
-    found = list(_affected(model))
-    for convolution in found:
+    convolutions = list(_affected(model))
+    for convolution in convolutions:
         strides = list(convolution.get_attributes()["strides"])
         none, ones = [0] * len(strides), [1] * len(strides)
         data, weights = (convolution.input(i).get_source_output() for i in (0, 1))
@@ -38,7 +38,7 @@ def mend(model: ov.Model) -> int:
         for user in convolution.output(0).get_target_inputs():
             user.replace_source_output(plain.output(0))
     model.validate_nodes_and_infer_types()
-    return len(found)
+    return len(convolutions)
 
 
 def _affected(model: ov.Model) -> Iterator[ov.Node]:

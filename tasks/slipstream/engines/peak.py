@@ -31,10 +31,12 @@ def peak_memory_mib(folder: Path, inputs: NDArray[Any]) -> float | None:
         samples = Path(aside) / "inputs.npy"
         np.save(samples, inputs[:REQUESTS], allow_pickle=False)
         command = [sys.executable, "-m", "slipstream.engines.peak", str(folder), str(samples)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise EngineError(f"{folder}: cannot be run: {done.stderr.strip()[-1000:] or f'exit code {done.returncode}'}")
-    peak: float | None = json.loads(done.stdout.splitlines()[-1])
+        completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if completed.returncode != 0:
+        raise EngineError(
+            f"{folder}: cannot be run: {completed.stderr.strip()[-1000:] or f'exit code {completed.returncode}'}"
+        )
+    peak: float | None = json.loads(completed.stdout.splitlines()[-1])
     return peak
 
 

@@ -41,8 +41,8 @@ class TensorRT:
                 raise EngineError(f"tensorrt: {NAME} {VERSION} does not build for {capability}; it has {_buildable()}")
         capabilities = options.capabilities or (_gpu_to_build_on(ordinal).compute_capability,)
         if old := [c for c in capabilities if ranked(c) < AMPERE]:
-            wanted = {"`precision: bf16`": target.precision == "bf16", "options.sparse": options.sparse}
-            if problems := [name for name, given in wanted.items() if given]:
+            features = {"`precision: bf16`": target.precision == "bf16", "options.sparse": options.sparse}
+            if problems := [name for name, requested in features.items() if requested]:
                 raise EngineError(
                     f"tensorrt: {' and '.join(problems)} need compute capability 8.0 or more, and {old[0]} is less; "
                     "leave that out, or choose another GPU"
@@ -112,9 +112,9 @@ class TensorRT:
         """Write the plan, and the table of its layers. Figures: `layers`, and how many compute in each precision."""
         options = options_of(target)
         cache = None if RTX else self.cache_file(target)  # RTX times nothing when it builds
-        plan, said, figures = build_plan(candidate, read_manifest(candidate), target, options, cache)
+        plan, messages, figures = build_plan(candidate, read_manifest(candidate), target, options, cache)
         (folder / PLAN).write_bytes(plan)
-        layers = tensorrt_layers.write(folder, plan, said, loadable=self._loadable(target))
+        layers = tensorrt_layers.write(folder, plan, messages, loadable=self._loadable(target))
         return {**figures, **tensorrt_layers.figures(layers)}
 
     def load(self, folder: Path, target: Target) -> Runner:

@@ -48,10 +48,10 @@ class Messages(trt.ILogger):  # type: ignore[misc]  # TensorRT has no type infor
     @contextmanager
     def kept(self) -> Iterator["Said"]:
         """What TensorRT says while the context lasts."""
-        said = Said()
-        self._kept = said.lines
+        messages = Said()
+        self._kept = messages.lines
         try:
-            yield said
+            yield messages
         finally:
             self._kept = None
 
@@ -66,8 +66,8 @@ class Said:
         """The errors, each once, without where in TensorRT's own code they arose and what only follows from them."""
         bad = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
         texts = dict.fromkeys(text.partition(" In ")[0].strip() for severity, text in self.lines if severity in bad)
-        told = [t for t in texts if "checkMacros.cpp" not in t and not t.startswith("ModelImporter.cpp")]
-        return "; ".join(told or texts) or "it says no reason"
+        reasons = [t for t in texts if "checkMacros.cpp" not in t and not t.startswith("ModelImporter.cpp")]
+        return "; ".join(reasons or texts) or "it says no reason"
 
 
 MESSAGES = Messages()

@@ -71,27 +71,27 @@ def build_plan(
     tensorrt_onnx.fix_input(model, INPUT, (-1, *manifest.input_shape))
     model = tensorrt_onnx.prepare(model, target.precision)
     figures = _sparsity(model, options)
-    with MESSAGES.kept() as said:
+    with MESSAGES.kept() as messages:
         builder = trt.Builder(MESSAGES)
         builder.max_threads = target.threads
-        network = _network(builder, model, said)
+        network = _network(builder, model, messages)
         config = _config(builder, target, options)
         _add_profile(builder, config, network, shapes)
         with _timing_cache(config, cache):
             built = builder.build_serialized_network(network, config)
         if built is None:
-            raise EngineError(f"tensorrt: cannot build {candidate.name}: {said.errors()}")
-        return bytes(built), said, figures
+            raise EngineError(f"tensorrt: cannot build {candidate.name}: {messages.errors()}")
+        return bytes(built), messages, figures
 
 
-def _network(builder: Any, model: onnx.ModelProto, said: Said) -> Any:
+def _network(builder: Any, model: onnx.ModelProto, messages: Said) -> Any:
     """The strongly typed network of a model. Raises EngineError."""
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if not RTX and MAJOR < 11 else 0
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, MESSAGES)
     if not parser.parse(model.SerializeToString()):
         problems = [_problem(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise EngineError(f"tensorrt: cannot take the model: {'; '.join(problems) or said.errors()}")
+        raise EngineError(f"tensorrt: cannot take the model: {'; '.join(problems) or messages.errors()}")
     return network
 
 
@@ -113,8 +113,8 @@ def _config(builder: Any, target: Target, options: TensorRTOptions) -> Any:
         trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
         trt.BuilderFlag.DISABLE_TIMING_CACHE: not RTX and not options.timing_cache,
     }
-    for flag, wanted in flags.items():
-        if wanted:
+    for flag, enabled in flags.items():
+        if enabled:
             config.set_flag(flag)
         else:
             config.clear_flag(flag)
@@ -123,9 +123,9 @@ def _config(builder: Any, target: Target, options: TensorRTOptions) -> Any:
     if options.level is not None:
         config.builder_optimization_level = options.level
     if RTX:
-        named = [f"SM{c.replace('.', '')}" for c in options.capabilities] or ["CURRENT"]
-        config.num_compute_capabilities = len(named)
-        for index, name in enumerate(named):
+        capabilities = [f"SM{c.replace('.', '')}" for c in options.capabilities] or ["CURRENT"]
+        config.num_compute_capabilities = len(capabilities)
+        for index, name in enumerate(capabilities):
             config.set_compute_capability(trt.ComputeCapability.__members__[name], index)
     elif options.hardware_compatibility != "none":
         level = trt.HardwareCompatibilityLevel.__members__[options.hardware_compatibility.upper()]
@@ -136,9 +136,9 @@ def _config(builder: Any, target: Target, options: TensorRTOptions) -> Any:
 def _add_profile(builder: Any, config: Any, network: Any, shapes: Profile) -> None:
     if -1 not in tuple(network.get_input(0).shape):
         return  # the model itself fixes its batch
-    made = builder.create_optimization_profile()
-    made.set_shape(INPUT, shapes.least, shapes.usual, shapes.most)
-    if config.add_optimization_profile(made) < 0:
+    optimization_profile = builder.create_optimization_profile()
+    optimization_profile.set_shape(INPUT, shapes.least, shapes.usual, shapes.most)
+    if config.add_optimization_profile(optimization_profile) < 0:
         raise EngineError(f"tensorrt: the model does not take the shapes {shapes.least} to {shapes.most}")
 
 
@@ -148,15 +148,15 @@ def _timing_cache(config: Any, path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    known = path.read_bytes() if path.exists() else b""
-    cache = config.create_timing_cache(known)
+    stored = path.read_bytes() if path.exists() else b""
+    cache = config.create_timing_cache(stored)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         log.warning("tensorrt: the timing cache %s is not for this TensorRT and GPU; starting a new one", path)
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     yield
     grown = bytes(cache.serialize())
-    if grown != known:
+    if grown != stored:
         write_atomically(path, grown)
 
 

@@ -52,8 +52,8 @@ class Layer(Document):
     def precision(self) -> str:
         """What it computes in, as far as its tensors tell: the narrowest of its inputs and weights."""
         order = ("INT4", "FP8", "INT8", "FP16", "BF16", "FP32")
-        found = {*self.inputs, *self.weights} or set(self.outputs)
-        return next((p for p in order if p in found), "")
+        precisions = {*self.inputs, *self.weights} or set(self.outputs)
+        return next((p for p in order if p in precisions), "")
 
 
 def from_builder(said: Said) -> list[Layer]:
@@ -61,7 +61,7 @@ def from_builder(said: Said) -> list[Layer]:
     tables = [text for _, text in said.lines if text.startswith("Layers:")]
     if not tables:
         return []
-    return [_from_line(found.groupdict("")) for line in tables[-1].splitlines() if (found := LINE.match(line))]
+    return [_from_line(match.groupdict("")) for line in tables[-1].splitlines() if (match := LINE.match(line))]
 
 
 def from_inspector(engine: Any) -> list[Layer]:
@@ -99,8 +99,8 @@ def table(layers: Iterable[Layer]) -> dict[str, list[Any]]:
 def figures(layers: Iterable[Layer]) -> dict[str, float]:
     """`layers`, and how many of them compute in each precision: `layers_int8` and the like."""
     counted = [layer.precision.lower() for layer in layers]
-    found = {f"layers_{p}": float(counted.count(p)) for p in sorted(set(counted)) if p}
-    return {"layers": float(len(counted)), **found}
+    by_precision = {f"layers_{p}": float(counted.count(p)) for p in sorted(set(counted)) if p}
+    return {"layers": float(len(counted)), **by_precision}
 
 
 def _joined(precisions: Iterable[str]) -> str:
@@ -141,5 +141,5 @@ def _precision(tensor: dict[str, Any]) -> str:
     word = tensor.get("Datatype") or tensor.get("DataType")
     if word is not None:
         return PRECISIONS.get(word, str(word))
-    found = WORD.search(str(tensor.get("Format/Datatype", "")))
-    return found[1].upper() if found else ""
+    match = WORD.search(str(tensor.get("Format/Datatype", "")))
+    return match[1].upper() if match else ""

@@ -57,7 +57,7 @@ def prepare(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
 def normalise(model: onnx.ModelProto) -> list[str]:
     """Rewrite, in place, the Q/DQ nodes that TensorRT does not take; their names. Raises EngineError for others."""
     constants, kinds = onnx_graph.constants(model.graph), dict[str, npt.NDArray[Any]]()
-    changed, added, kept = [], list[onnx.TensorProto](), list[onnx.NodeProto]()
+    changed, added, nodes = [], list[onnx.TensorProto](), list[onnx.NodeProto]()
     makers = {name: node.op_type for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         stored = constants.get(node.input[0]) if node.op_type in (QUANTIZE, DEQUANTIZE) else None
@@ -70,10 +70,10 @@ def normalise(model: onnx.ModelProto) -> list[str]:
             added += scheme.rewrite(node, constants)
             changed.append(node.name or node.output[0])
             if node.op_type == QUANTIZE and (ends := scheme.ends(makers.get(node.input[0]))) is not None:
-                kept.append(_clip(node, ends, added))
-        kept.append(node)
+                nodes.append(_clip(node, ends, added))
+        nodes.append(node)
     if changed:
-        onnx_graph.replace(model.graph.node, kept)
+        onnx_graph.replace(model.graph.node, nodes)
         model.graph.initializer.extend(added)
     return changed
 
@@ -83,9 +83,9 @@ def _clip(node: onnx.NodeProto, ends: tuple[float, float], added: list[onnx.Tens
     name = f"{node.output[0]}_clip"
     names = [f"{name}_least", f"{name}_most"]
     added += [numpy_helper.from_array(np.float32(end), key) for key, end in zip(names, ends, strict=True)]
-    made = helper.make_node("Clip", [node.input[0], *names], [name], name)
+    clip = helper.make_node("Clip", [node.input[0], *names], [name], name)
     node.input[0] = name
-    return made
+    return clip
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ class _Scheme:
         """Point the node at new constants, which are returned; a quantized constant is quantized anew."""
         name = node.output[0]
         scale, zero = self.wider, np.zeros(self.zero.shape, np.int8)
-        made = [(f"{name}_scale_int8", scale), (f"{name}_zero_int8", zero)]
+        new_constants = [(f"{name}_scale_int8", scale), (f"{name}_zero_int8", zero)]
         quantized = node.input[0]
         del node.input[:]
-        node.input.extend([quantized, made[0][0], made[1][0]])
+        node.input.extend([quantized, new_constants[0][0], new_constants[1][0]])
         if node.op_type == DEQUANTIZE and node.input[0] in constants:
             stored = numpy_helper.to_array(constants[node.input[0]]).astype(np.int32)
             axis = onnx_graph.attribute(node, "axis", 1)
@@ -156,9 +156,9 @@ class _Scheme:
                 self.scale, axis, stored.ndim
             )
             again = np.clip(np.rint(values / _along(scale, axis, stored.ndim)), -128, LARGEST).astype(np.int8)
-            made.append((f"{name}_int8", again))
-            node.input[0] = made[-1][0]
-        return [numpy_helper.from_array(np.asarray(value), key) for key, value in made]
+            new_constants.append((f"{name}_int8", again))
+            node.input[0] = new_constants[-1][0]
+        return [numpy_helper.from_array(np.asarray(value), key) for key, value in new_constants]
 
 
 def _zero(

@@ -70,10 +70,10 @@ def options_of(target: Target) -> TensorRTOptions:
 
 def ordinal_of(target: Target) -> int:
     """CUDA's number of the target's device: 0 for `GPU`, 1 for `GPU.1`. Raises EngineError."""
-    found = DEVICE.fullmatch(target.device)
-    if found is None:
+    match = DEVICE.fullmatch(target.device)
+    if match is None:
         raise EngineError(
             f"tensorrt: no device {target.device!r}; it runs on NVIDIA GPUs, and never on the CPU: set the target's "
             "`device` to GPU (the first one) or GPU.1 (the second)"
         )
-    return int(found["ordinal"] or 0)
+    return int(match["ordinal"] or 0)

@@ -46,11 +46,11 @@ def chunks(n: int, least: int, most: int) -> Iterator[tuple[int, int, int]]:
 def usual_shapes(target: Target, shape: Shape) -> list[Shape]:
     """Shapes (N, …) that are worth a CUDA graph: each batch size that the target names, at each of its lengths."""
     lengths = target.lengths or (1,)
-    found = [
+    shapes = [
         (batch, *(length if size < 1 else size for size in shape))
         for batch, length in itertools.product(sorted(set(target.batch)), lengths)
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(shapes))
 
 
 class TensorRTRunner:
@@ -76,9 +76,9 @@ class TensorRTRunner:
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """(N, …) inputs to (N, …) float32 outputs. Raises DataError for a shape outside the engine's profile."""
         require_batch(batch, _like(self._shape, batch.shape[1:]), self._dtype)
-        least, most, given = self._least[1:], self._most[1:], batch.shape[1:]
-        if any(not low <= size <= high for low, size, high in zip(least, given, most, strict=True)):
-            raise DataError(f"the engine takes samples of {least} to {most}, not {given}")
+        least, most, shape = self._least[1:], self._most[1:], batch.shape[1:]
+        if any(not low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
+            raise DataError(f"the engine takes samples of {least} to {most}, not {shape}")
         ask(cuda.cudaSetDevice(self._ordinal), f"GPU {self._ordinal}")  # which is a setting of each thread
         parts = [
             self._run_one(batch[start : start + samples], size)
@@ -232,18 +232,18 @@ def _view(address: int, shape: Shape, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
 
 
-def _like(shape: Shape, given: Shape) -> Shape:
-    """The engine's shape of a sample, with what varies taken from what was given."""
-    if len(shape) != len(given):
+def _like(shape: Shape, actual: Shape) -> Shape:
+    """The engine's shape of a sample, with what varies taken from the actual one."""
+    if len(shape) != len(actual):
         return shape
-    return tuple(size if size > 0 else there for size, there in zip(shape, given, strict=True))
+    return tuple(size if size > 0 else there for size, there in zip(shape, actual, strict=True))
 
 
 def _deserialize(plan: bytes) -> Any:
-    with MESSAGES.kept() as said:
+    with MESSAGES.kept() as messages:
         engine = trt.Runtime(MESSAGES).deserialize_cuda_engine(plan)
     if engine is None:
-        raise EngineError(f"tensorrt: the engine cannot be loaded: {said.errors()}")
+        raise EngineError(f"tensorrt: the engine cannot be loaded: {messages.errors()}")
     return engine
 
 

@@ -79,14 +79,14 @@ class Torch:
     def fingerprint(self, target: Target) -> dict[str, str]:
         """Version, mode, the instruction sets that code is compiled for and, where it is, the compiler."""
         options = read_options(target, TorchOptions)
-        found = {
+        entries = {
             "torch": digests.versions("torch")["torch"],
             "device": target.device,
             "cpu_features": hardware.describe()["cpu_features"],
             "precision": target.precision,
             "mode": options.mode,
         }
-        return found | ({"compiler": _compiler_version()} if options.compiles else {})
+        return entries | ({"compiler": _compiler_version()} if options.compiles else {})
 
     def relations(self, manifest: EngineManifest) -> Mapping[str, Relation]:
         """Weights and TorchScript are portable, and `compile` compiles where it runs; AOTInductor's code is bound."""
@@ -180,8 +180,8 @@ def _require_compiler(mode: str) -> None:
 
 
 def _compiler_version() -> str:
-    done = subprocess.run([_compiler(), "-dumpfullversion"], capture_output=True, text=True, check=False)
-    return f"{Path(_compiler()).name} {done.stdout.strip()}"
+    completed = subprocess.run([_compiler(), "-dumpfullversion"], capture_output=True, text=True, check=False)
+    return f"{Path(_compiler()).name} {completed.stdout.strip()}"
 
 
 def _short(error: Exception) -> str:
