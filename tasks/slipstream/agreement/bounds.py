@@ -83,8 +83,8 @@ class Agreement:
 
     def metrics(self) -> dict[str, float]:
         """`max_abs_diff`, `relative_error`, and `agreement` (of labels) where there are labels."""
-        found = {"max_abs_diff": self.max_abs_diff, "relative_error": self.relative_error}
-        return found if self.labels is None else found | {"agreement": self.labels}
+        figures = {"max_abs_diff": self.max_abs_diff, "relative_error": self.relative_error}
+        return figures if self.labels is None else figures | {"agreement": self.labels}
 
 
 def measure(expected: Array, got: Array) -> Agreement:
@@ -105,20 +105,20 @@ def explain_mismatch(expected: Array, got: Array, bound: Bound) -> str | None:
         return f"answers {got.shape} instead of {expected.shape}"
     if not np.isfinite(got).all():
         return "answers NaN or infinity"
-    found = measure(expected, got)
-    return None if found.max_abs_diff <= FLOOR else _beyond(found, bound)
+    agreement = measure(expected, got)
+    return None if agreement.max_abs_diff <= FLOOR else _beyond(agreement, bound)
 
 
-def _beyond(found: Agreement, bound: Bound) -> str | None:
+def _beyond(agreement: Agreement, bound: Bound) -> str | None:
     """Which measure is beyond the bound."""
-    limit = max(bound.largest * found.largest, FLOOR)
-    if found.max_abs_diff > limit:
-        return f"differs by up to {found.max_abs_diff:.3g}, where {bound.form} explains {limit:.3g}"
-    if found.relative_error > bound.relative:
+    limit = max(bound.largest * agreement.largest, FLOOR)
+    if agreement.max_abs_diff > limit:
+        return f"differs by up to {agreement.max_abs_diff:.3g}, where {bound.form} explains {limit:.3g}"
+    if agreement.relative_error > bound.relative:
         return (
-            f"is broken, not imprecise: its error is {found.relative_error:.3g} of the answers, where "
+            f"is broken, not imprecise: its error is {agreement.relative_error:.3g} of the answers, where "
             f"{bound.form} explains {bound.relative:g}"
         )
-    if found.labels is not None and found.labels < bound.labels:
-        return f"is broken, not imprecise: it gives the same label for only {found.labels:.0%} of the samples"
+    if agreement.labels is not None and agreement.labels < bound.labels:
+        return f"is broken, not imprecise: it gives the same label for only {agreement.labels:.0%} of the samples"
     return None

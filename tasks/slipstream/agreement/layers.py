@@ -57,13 +57,13 @@ class _Search:
 
         model = onnx.load(candidate / ONNX)
         values = tensors(candidate / ONNX, samples)
-        known = {info.name for info in (*model.graph.value_info, *model.graph.output)}
+        declared = {info.name for info in (*model.graph.value_info, *model.graph.output)}
         model.graph.value_info.extend(  # what a cut graph's output is declared as
             onnx.helper.make_tensor_value_info(
                 name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), ["batch", *[None] * (value.ndim - 1)]
             )
             for name, value in values.items()
-            if name not in known
+            if name not in declared
         )
         return cls(model, candidate, target, samples, bound, values)
 
@@ -96,14 +96,14 @@ class _Search:
 
     def _before(self, tensor: str, makers: Mapping[str, Any]) -> list[str]:
         """The tensors that this one is computed from, in topological order."""
-        wanted, todo = set(), [tensor]
+        ancestors, todo = set(), [tensor]
         while todo:
             node = makers.get(todo.pop())
             for name in node.input if node is not None else ():
-                if name and name not in wanted:
-                    wanted.add(name)
+                if name and name not in ancestors:
+                    ancestors.add(name)
                     todo.append(name)
-        return [name for name in self.values if name in wanted]
+        return [name for name in self.values if name in ancestors]
 
     def _mismatch(self, tensor: str) -> str | None:
         if tensor not in self.found:

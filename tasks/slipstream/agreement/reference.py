@@ -31,8 +31,8 @@ def tensors(path: Path, samples: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.f
 
     model = onnx.load(path)
     names = list(_depending(model.graph, INPUT))
-    given = {output.name for output in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
+    outputs = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
     with _naming(path):
         arrays = dict(zip(names, Session(model).tensors(names, samples), strict=True))
     return {
@@ -44,12 +44,12 @@ def tensors(path: Path, samples: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.f
 
 def _depending(graph: Any, source: str) -> dict[str, None]:
     """Names of the tensors that depend on `source`, in order; constants, and what is folded from them, do not."""
-    found = {source: None}
+    dependents = {source: None}
     for node in graph.node:
-        if any(name in found for name in node.input):
-            found |= dict.fromkeys(name for name in node.output if name)
-    del found[source]
-    return found
+        if any(name in dependents for name in node.input):
+            dependents |= dict.fromkeys(name for name in node.output if name)
+    del dependents[source]
+    return dependents
 
 
 @contextmanager

@@ -37,8 +37,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
 
 def wanted(target: Target) -> str | None:
     """The profiler that a target asks for (`options.profile`)."""
-    found = target.options.get("profile")
-    return found if isinstance(found, str) else None
+    profiler = target.options.get("profile")
+    return profiler if isinstance(profiler, str) else None
 
 
 def require_tool(target: Target) -> None:
@@ -55,27 +55,27 @@ def record(tool: str, engine: Path, samples: npt.NDArray[Any], folder: Path, req
     """Profile an engine folder on samples (N, …); the profile lies in `folder`. Raises EngineError."""
     folder.mkdir(parents=True, exist_ok=True)
     name, command = COMMANDS[tool]
-    given, out = folder / "samples.npy", folder / name
-    np.save(given, samples[:SAMPLES])
-    own = [sys.executable, "-m", "slipstream.measure.profiles", str(engine), str(given), str(requests)]
+    inputs, out = folder / "samples.npy", folder / name
+    np.save(inputs, samples[:SAMPLES])
+    own = [sys.executable, "-m", "slipstream.measure.profiles", str(engine), str(inputs), str(requests)]
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             [*command(out), *own], capture_output=True, text=True, errors="replace", timeout=WITHIN_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineError(f"options.profile: {tool} did not do its work: {error}") from error
-    if done.returncode != 0 or not out.exists():
-        said = (done.stderr or done.stdout).strip()[-TAIL:]
-        raise EngineError(f"options.profile: {tool} ended with exit code {done.returncode}: {said}")
+    if completed.returncode != 0 or not out.exists():
+        output = (completed.stderr or completed.stdout).strip()[-TAIL:]
+        raise EngineError(f"options.profile: {tool} ended with exit code {completed.returncode}: {output}")
     return out
 
 
 def answer(engine: Path, samples: Path, requests: int) -> None:
     """What is profiled: load an engine and answer single requests."""
-    runner, given = load_engine(engine), np.load(samples, allow_pickle=False)
+    runner, inputs = load_engine(engine), np.load(samples, allow_pickle=False)
     for index in range(requests):
-        at = index % len(given)
-        runner.run(given[at : at + 1])
+        at = index % len(inputs)
+        runner.run(inputs[at : at + 1])
 
 
 if __name__ == "__main__":

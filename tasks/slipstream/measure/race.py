@@ -87,12 +87,12 @@ def standings(race: Race, entrants: Iterable[str], confidence: float) -> dict[st
     """Every subject's time, and its ratio to the fastest of the entrants, which may win."""
     times = time_ms(race)
     fastest = min(entrants, key=lambda name: (times[name], name))
-    found = {}
+    by_name = {}
     for name, ms in times.items():
         bounds = time_ratio(race, name, fastest, confidence) if name != fastest else Bounds(1.0, 1.0, 1.0, 0)
         relative = Interval(estimate=bounds.estimate, low=bounds.low, high=bounds.high) if bounds.known else None
-        found[name] = Standing(ms=ms, relative=relative)
-    return found
+        by_name[name] = Standing(ms=ms, relative=relative)
+    return by_name
 
 
 def tied(standing: Standing) -> bool:

@@ -254,8 +254,8 @@ def center(values: npt.ArrayLike) -> float:
 def _walsh_averages(values: Floats) -> Floats:
     """(N(N + 1)/2,) means of all pairs, each value with itself included, in ascending order."""
     i, j = np.triu_indices(values.size)
-    found: Floats = np.sort((values[i] + values[j]) / 2.0)
-    return found
+    averages: Floats = np.sort((values[i] + values[j]) / 2.0)
+    return averages
 
 
 def min_queries(percentile: float, confidence: float = 0.99) -> int:

@@ -41,18 +41,18 @@ def coverage(model: onnx.ModelProto) -> dict[str, float]:
 
 def require_quantized(model: onnx.ModelProto, scheme: str) -> dict[str, float]:
     """The coverage. Raises ModelError when nothing was quantized that the scheme is for."""
-    found = coverage(model)
+    figures = coverage(model)
     if scheme.endswith("-weights"):
-        if found["compressed_share"] == 0:
+        if figures["compressed_share"] == 0:
             raise ModelError("nothing to quantize: the model has no weights of layers, nor embedding tables, in FP32")
-        if scheme == "int4-weights" and found["int4_share"] == 0:
+        if scheme == "int4-weights" and figures["int4_share"] == 0:
             raise ModelError(
                 "nothing to quantize in INT4: the model has no matrix whose inner dimension is a multiple of "
                 "quantize.block_size; lower it, or use the scheme int8-weights"
             )
-    elif found["quantized_layers"] == 0:
+    elif figures["quantized_layers"] == 0:
         raise ModelError(f"nothing to quantize: the model has none of {', '.join(sorted(LAYERS))} that can be in INT8")
-    return found
+    return figures
 
 
 def _stored(tensors: Iterable[onnx.TensorProto]) -> dict[str, float]:

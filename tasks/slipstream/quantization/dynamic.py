@@ -21,13 +21,13 @@ def quantize(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
     """The model with integer matrix products and convolutions. Raises ModelError."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    given = onnx_graph.infer_shapes(onnx_graph.copy_of(model))
-    given.metadata_props.add(key=PREPROCESSED[0], value=PREPROCESSED[1])
+    preprocessed = onnx_graph.infer_shapes(onnx_graph.copy_of(model))
+    preprocessed.metadata_props.add(key=PREPROCESSED[0], value=PREPROCESSED[1])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         try:
             quantize_dynamic(
-                given,
+                preprocessed,
                 path,
                 per_channel=request.section.per_channel,
                 weight_type=QuantType.QInt8,

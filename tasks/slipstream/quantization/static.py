@@ -28,12 +28,12 @@ LARGEST = 1e9
 def quantize(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
     """The model with Q/DQ nodes. Raises ModelError."""
     nncf = _nncf()
-    seen = 0
+    count = 0
 
     def feed(sample: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        nonlocal seen
-        seen += 1
-        request.on_sample(seen)
+        nonlocal count
+        count += 1
+        request.on_sample(count)
         return {INPUT: sample[None]}
 
     try:

@@ -100,8 +100,8 @@ def metric_for(name: str) -> Metric:
     """The metric that a spec names. Raises SpecError when it is the user's and cannot be imported."""
     if name in METRICS:
         info = METRICS[name]
-        found: Metric = getattr(importlib.import_module(info.module), info.attribute)
-        return found
+        metric: Metric = getattr(importlib.import_module(info.module), info.attribute)
+        return metric
     from slipstream.measure.metrics.user import UserMetric
 
     return UserMetric(name)
@@ -131,14 +131,14 @@ def record(
     `what` names the model in errors. Raises `error` when the outputs are no answers: wrong shape or NaN.
     A quantized ONNX model can be right while the engine built from it is not (NVIDIA/Model-Optimizer#126).
     """
-    found = []
+    records = []
     for start in range(0, len(split), BATCH):
         inputs, labels = split.inputs[start : start + BATCH], split.labels[start : start + BATCH]
         outputs = np.asarray(model.run(inputs))
         metric.check(outputs, labels, what, error)
-        found.append(metric.evaluate(outputs, labels))
+        records.append(metric.evaluate(outputs, labels))
         progress()
-    return np.concatenate(found)
+    return np.concatenate(records)
 
 
 def value(metric: Metric, records: Records) -> float:

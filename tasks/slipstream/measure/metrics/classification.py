@@ -88,10 +88,10 @@ class MacroF1(Classes):
 
     def evaluate(self, outputs: Array, labels: Array) -> Records:
         """(N,) label and answer."""
-        found = np.empty(len(labels), PREDICTION)
-        found["label"] = labels
-        found["answer"] = np.where(finite(outputs), outputs.argmax(axis=1), NO_CLASS)
-        return found
+        records = np.empty(len(labels), PREDICTION)
+        records["label"] = labels
+        records["answer"] = np.where(finite(outputs), outputs.argmax(axis=1), NO_CLASS)
+        return records
 
     def values(self, records: Records, counts: Floats) -> Floats:
         """See the protocol."""
@@ -114,8 +114,8 @@ class MacroF1(Classes):
 
 def mean_over_classes(scores: Floats) -> Floats:
     """(R, classes) to (R,): the mean of what is not NaN; NaN where nothing is."""
-    known = ~np.isnan(scores)
-    total, n = np.where(known, scores, 0.0).sum(axis=1), known.sum(axis=1)
+    valid = ~np.isnan(scores)
+    total, n = np.where(valid, scores, 0.0).sum(axis=1), valid.sum(axis=1)
     means: Floats = np.divide(total, n, out=np.full(len(scores), np.nan), where=n > 0)
     return means
 

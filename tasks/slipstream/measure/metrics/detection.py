@@ -61,11 +61,11 @@ def decode(answer: Array, least_score: float = LEAST_SCORE) -> Detections:
     anchors, classes = anchors[order], classes[order]
     boxes = answer[anchors, :BOX].astype(np.float64)
     rivals = (iou(boxes, boxes) > OVERLAP) & (classes[:, None] == classes)
-    kept = np.ones(len(order), bool)
+    survivors = np.ones(len(order), bool)
     for best in range(len(order)):
-        if kept[best]:
-            kept[best + 1 :] &= ~rivals[best, best + 1 :]
-    chosen = np.flatnonzero(kept)[:DETECTIONS]
+        if survivors[best]:
+            survivors[best + 1 :] &= ~rivals[best, best + 1 :]
+    chosen = np.flatnonzero(survivors)[:DETECTIONS]
     return Detections(boxes[chosen], scores[anchors[chosen], classes[chosen]], classes[chosen])
 
 
@@ -76,8 +76,8 @@ def iou(one: Floats, other: Floats) -> Floats:
     shared = np.clip(high - low, 0, None).prod(axis=2)
     areas = [np.clip(b[:, 2:] - b[:, :2], 0, None).prod(axis=1) for b in (one, other)]
     union = areas[0][:, None] + areas[1][None, :] - shared
-    found: Floats = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-    return found
+    ratios: Floats = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    return ratios
 
 
 class MeanAP:
@@ -129,11 +129,11 @@ class MeanAP:
         """(N,) class, score and hits of each detection, and the number of objects of each class."""
         classes = outputs.shape[2] - BOX
         whole = finite(outputs)
-        found = [decode(answer) if fine else _nothing() for answer, fine in zip(outputs, whole, strict=True)]
+        predictions = [decode(answer) if fine else _nothing() for answer, fine in zip(outputs, whole, strict=True)]
         records = np.zeros(len(labels), _record(classes))
         records["class"] = -1
-        hits = _matched(found, labels, classes)
-        for record, detections, hit in zip(records, found, hits, strict=True):
+        hits = _matched(predictions, labels, classes)
+        for record, detections, hit in zip(records, predictions, hits, strict=True):
             record["class"][: len(detections)] = detections.classes
             record["score"][: len(detections)] = detections.scores
             record["hits"][: len(detections)] = hit
@@ -179,16 +179,16 @@ def _record(classes: int) -> np.dtype[Any]:
     )
 
 
-def _matched(found: list[Detections], labels: Array, classes: int) -> list[npt.NDArray[np.bool_]]:
+def _matched(predictions: list[Detections], labels: Array, classes: int) -> list[npt.NDArray[np.bool_]]:
     """For each sample (D, thresholds): whether pycocotools matches the detection to an object."""
     from pycocotools.cocoeval import COCOeval
 
-    hits = [np.zeros((len(d), len(THRESHOLDS)), bool) for d in found]
-    place = [(i, k) for i, d in enumerate(found) for k in range(len(d))]
+    hits = [np.zeros((len(d), len(THRESHOLDS)), bool) for d in predictions]
+    place = [(i, k) for i, d in enumerate(predictions) for k in range(len(d))]
     if not place:
         return hits
     with contextlib.redirect_stdout(io.StringIO()):  # it says how long each of its parts took
-        evaluation = COCOeval(_truth(labels, classes), _answers(found, classes), "bbox")
+        evaluation = COCOeval(_truth(labels, classes), _answers(predictions, classes), "bbox")
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.params.maxDets, evaluation.params.iouThrs = [DETECTIONS], THRESHOLDS
         evaluation.evaluate()
@@ -204,13 +204,13 @@ def _truth(labels: Array, classes: int) -> Any:
     return _coco(len(labels), classes, [_annotation(i, c, box) for i, c, box in objects])
 
 
-def _answers(found: list[Detections], classes: int) -> Any:
+def _answers(predictions: list[Detections], classes: int) -> Any:
     boxes = [
         _annotation(i, int(c), box) | {"score": float(score)}
-        for i, d in enumerate(found)
+        for i, d in enumerate(predictions)
         for c, box, score in zip(d.classes, d.boxes, d.scores, strict=True)
     ]
-    return _coco(len(found), classes, boxes)
+    return _coco(len(predictions), classes, boxes)
 
 
 def _annotation(sample: int, label: int, box: Array) -> dict[str, Any]:
@@ -230,20 +230,20 @@ def _coco(samples: int, classes: int, boxes: list[dict[str, Any]]) -> Any:
     """A COCO data set. Numbers start at 1, since a match with number 0 counts as none."""
     from pycocotools.coco import COCO
 
-    made = COCO()
-    made.dataset = {
+    coco = COCO()
+    coco.dataset = {
         "images": [{"id": i} for i in range(samples)],
         "categories": [{"id": c} for c in range(classes)],
         "annotations": [box | {"id": number} for number, box in enumerate(boxes, start=1)],
     }
-    made.createIndex()
-    return made
+    coco.createIndex()
+    return coco
 
 
 def _precisions(records: Records, counts: Floats) -> Floats:
     """(R, classes) AP of each class; NaN where it has no object."""
     classes = records["objects"].shape[1]
-    found = np.empty((len(counts), classes))
+    precisions = np.empty((len(counts), classes))
     for c in range(classes):
         objects = counts @ records["objects"][:, c].astype(np.float64)
         sample, slot = np.nonzero(records["class"] == c)
@@ -252,8 +252,8 @@ def _precisions(records: Records, counts: Floats) -> Floats:
         step = max(1, BLOCK // max(len(sample), 1))
         for start in range(0, len(counts), step):
             part = slice(start, start + step)
-            found[part, c] = _precision(counts[part][:, sample], records["hits"][sample, slot], objects[part])
-    return found
+            precisions[part, c] = _precision(counts[part][:, sample], records["hits"][sample, slot], objects[part])
+    return precisions
 
 
 def _precision(weights: Floats, hits: npt.NDArray[np.bool_], objects: Floats) -> Floats:
@@ -264,14 +264,14 @@ def _precision(weights: Floats, hits: npt.NDArray[np.bool_], objects: Floats) ->
     COCOeval.accumulate). It changes only where a detection is a hit, so that only hits need be looked at; n copies of
     one detection in a row are one step of weight n, since the precision at the end of a row of hits is its greatest.
     """
-    seen = np.cumsum(weights, axis=1)
+    detections = np.cumsum(weights, axis=1)
     total = np.zeros(len(weights))
     for threshold in range(hits.shape[1]):
         at = np.flatnonzero(hits[:, threshold])
         if not len(at):
             continue
         right = np.cumsum(weights[:, at], axis=1)
-        precision = np.maximum.accumulate((right / np.maximum(seen[:, at], 1))[:, ::-1], axis=1)[:, ::-1]
+        precision = np.maximum.accumulate((right / np.maximum(detections[:, at], 1))[:, ::-1], axis=1)[:, ::-1]
         recall = right / np.maximum(objects, 1)[:, None]
         # How many of the recalls above 0 are reached with each hit; 0 is reached at once.
         reached = np.diff(np.searchsorted(RECALLS, recall, side="right") - 1, axis=1, prepend=0)

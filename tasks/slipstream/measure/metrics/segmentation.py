@@ -57,10 +57,10 @@ class MeanIoU:
         classes = outputs.shape[1]
         answers = np.where(finite(outputs)[:, None, None], outputs.argmax(axis=1), classes)
         table = confusion(labels, answers, classes)
-        found = np.empty(len(labels), np.dtype([("intersection", np.int32, classes), ("union", np.int32, classes)]))
-        found["intersection"] = np.diagonal(table, axis1=1, axis2=2)
-        found["union"] = table.sum(axis=2) + table[:, :, :classes].sum(axis=1) - found["intersection"]
-        return found
+        records = np.empty(len(labels), np.dtype([("intersection", np.int32, classes), ("union", np.int32, classes)]))
+        records["intersection"] = np.diagonal(table, axis1=1, axis2=2)
+        records["union"] = table.sum(axis=2) + table[:, :, :classes].sum(axis=1) - records["intersection"]
+        return records
 
     def values(self, records: Records, counts: Floats) -> Floats:
         """See the protocol."""

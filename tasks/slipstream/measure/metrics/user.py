@@ -39,14 +39,14 @@ class UserMetric(Mean):
     def evaluate(self, outputs: Array, labels: Array) -> Records:
         """(N,) scores. Raises SpecError when the function fails, or returns something else."""
         whole = finite(outputs)
-        shown = outputs if whole.all() else np.where(whole.reshape(-1, *[1] * (outputs.ndim - 1)), outputs, 0)
+        finite_outputs = outputs if whole.all() else np.where(whole.reshape(-1, *[1] * (outputs.ndim - 1)), outputs, 0)
         try:
-            answer = self._call(shown, labels)
+            answer = self._call(finite_outputs, labels)
         except CodeError as error:
-            said = str(error).removeprefix(f"{self._function}: ")
+            message = str(error).removeprefix(f"{self._function}: ")
             raise CodeError(
                 f"objective.metric: {self._function} failed on outputs {outputs.shape} and labels {labels.shape}: "
-                f"{said}"
+                f"{message}"
             ) from error
         try:
             scores = np.asarray(answer, np.float64)
