@@ -22,9 +22,9 @@ def measure(files: Sequence[Path], out: Path | None, run: str) -> str:
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             return _measure(files, Path(folder), run)
-    made = _measure(files, out.with_suffix(""), run)
-    write_atomically(out, made)
-    return made
+    text = _measure(files, out.with_suffix(""), run)
+    write_atomically(out, text)
+    return text
 
 
 def _measure(files: Sequence[Path], folder: Path, run: str) -> str:
@@ -35,8 +35,8 @@ def _measure(files: Sequence[Path], folder: Path, run: str) -> str:
     measured = [_measure_one(home, file, folder, run, environment) for file in files]
     if not any(measured):
         raise InputError(f"nothing to measure: no finished run of {', '.join(map(str, files))}")
-    found = sorted(folder.glob("*.json"))
-    return page.render([Bench.model_validate_json(path.read_text()) for path in found])
+    figure_files = sorted(folder.glob("*.json"))
+    return page.render([Bench.model_validate_json(path.read_text()) for path in figure_files])
 
 
 def _measure_one(home: Home, file: Path, folder: Path, run: str, environment: dict[str, str]) -> bool:

@@ -55,16 +55,16 @@ def last_run(tracking: Tracking, run_key: str | None = None) -> tuple[str, list[
 
 def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan = PLAN) -> Bench:
     """Load every validated engine and the eager baseline, and time them all in the same rounds."""
-    found = {(o.step, o.cell.key if o.cell else None): o for o in outputs}
-    keys = [key for key in cells(spec) if ("validate", key) in found and ("build", key) in found]
+    by_step = {(o.step, o.cell.key if o.cell else None): o for o in outputs}
+    keys = [key for key in cells(spec) if ("validate", key) in by_step and ("build", key) in by_step]
     test = data.load(spec).test
     threads = max(target.threads for target in spec.targets.values())
     eager = f"{spec.model.framework} eager FP32"
-    folders = {key: _folder(found["build", key], spec) for key in keys}
+    folders = {key: _folder(by_step["build", key], spec) for key in keys}
     memory = {key: peak_memory_mib(folder, test.inputs) for key, folder in folders.items()}
     models = {key: load_engine(folder) for key, folder in folders.items()}
     subjects = {key: single(model, test) for key, model in models.items()}
-    subjects[eager] = single(load_eager(_folder(found["retrain", None], spec), threads=threads), test)
+    subjects[eager] = single(load_eager(_folder(by_step["retrain", None], spec), threads=threads), test)
     comparison = latency.compare(
         subjects,
         len(test),
@@ -73,7 +73,7 @@ def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan 
         tails=tuple(subjects),
         progress=lambda d, t, _: log.info("round %d/%d", d, t),
     )
-    rows = {key: row_of(key, found["validate", key]) for key in keys}
+    rows = {key: row_of(key, by_step["validate", key]) for key in keys}
     crowded = comparison.crowded(threads)
 
     def ratio(subject: str, reference: str | None) -> Interval | None:

@@ -37,10 +37,10 @@ def _overview(bench: Bench) -> list[tuple[str, ...]]:
         here = [s for s in bench.subjects[1:] if cell_of(s.name).target == target]
         passed = [s for s in here if s.status == "passed"]
         best = min(passed, key=lambda s: s.latency.p50_ms, default=None)
-        shown = best or next((s for s in here if cell_of(s.name).recipe == BASELINE), None)
-        if shown is not None:
-            recipe = cell_of(shown.name).recipe + ("" if best or len(here) == 1 else " (no recipe passed)")
-            lines.append((bench.spec, wording.metric(bench.metric), f"{engine} ({target})", recipe, *_figures(shown)))
+        subject = best or next((s for s in here if cell_of(s.name).recipe == BASELINE), None)
+        if subject is not None:
+            recipe = cell_of(subject.name).recipe + ("" if best or len(here) == 1 else " (no recipe passed)")
+            lines.append((bench.spec, wording.metric(bench.metric), f"{engine} ({target})", recipe, *_figures(subject)))
     return lines
 
 

@@ -35,15 +35,15 @@ def init(home: Home, model: str, out: Path, *, data: str | None, architecture: s
     for name, value in (("--data", function_given), ("--architecture", architecture)):
         _require_function(name, value)
     beside = _data_file(out)
-    known = data is not None or files is not None
-    _require_absent([out, *([] if known else [beside])], force=force)
+    has_data = data is not None or files is not None
+    _require_absent([out, *([] if has_data else [beside])], force=force)
     plan = _plan(home, source_of(model), out, files or function_given, architecture)
     text = spec_text(plan)
     specs.parse(text, str(out))  # what is written is valid, or nothing is
     write_atomically(out, text)
-    if not known:
+    if not has_data:
         write_atomically(beside, data_text(plan, out.stem))
-    _tell(home, plan, out, None if known else beside)
+    _tell(home, plan, out, None if has_data else beside)
 
 
 def _data_file(out: Path) -> Path:
@@ -92,9 +92,9 @@ def _plan(
     notes: tuple[str, ...] = ()
     if source.kind == "registered":
         with tempfile.TemporaryDirectory() as folder:
-            found = registered.download(source.location, Path(folder), architecture)
-            facts = _look(home, found.question)
-        registry, size, notes, architecture = found.registry, found.size_bytes, found.notes, found.architecture
+            version = registered.download(source.location, Path(folder), architecture)
+            facts = _look(home, version.question)
+        registry, size, notes, architecture = version.registry, version.size_bytes, version.notes, version.architecture
     elif source.kind in ("function", "pickled"):
         architecture = source.location if source.kind == "function" else architecture
         if architecture is None:
@@ -138,10 +138,10 @@ def _look(home: Home, question: Question) -> Facts:
     python = home.require_python(environment, "looking at the model")
     command = [str(python), "-m", "slipstream.init.inspect", question.model_dump_json()]
     settings = os.environ | {"SLIPSTREAM_CODE": str(home.code), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=settings, check=False)
-    if done.returncode != 0 or not done.stdout.strip():
-        raise ModelError(f"{question.location}: looking at it failed (exit {done.returncode}); see above")
-    reply = Reply.model_validate_json(done.stdout.splitlines()[-1])
+    completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=settings, check=False)
+    if completed.returncode != 0 or not completed.stdout.strip():
+        raise ModelError(f"{question.location}: looking at it failed (exit {completed.returncode}); see above")
+    reply = Reply.model_validate_json(completed.stdout.splitlines()[-1])
     if reply.facts is None:
         raise ModelError(str(reply.error))
     return reply.facts

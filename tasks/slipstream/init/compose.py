@@ -48,13 +48,13 @@ class Plan:
     def unknown(self) -> tuple[str, ...]:
         """What could not be known, in sentences for a person."""
         metric, why = self.metric
-        found = [
+        sentences = [
             f"metric: {metric} is a guess: {why}",
             "max_drop: how much of the metric you may lose, in percentage points, and how fast is fast enough",
         ]
         if not self.data_known:
-            found.insert(0, f"data: {self.data} reads two files that you must write; see the comments there")
-        return (*found, *self.facts.notes, *self.notes)
+            sentences.insert(0, f"data: {self.data} reads two files that you must write; see the comments there")
+        return (*sentences, *self.facts.notes, *self.notes)
 
 
 def described(shape: tuple[int, ...]) -> str:

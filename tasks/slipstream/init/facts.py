@@ -19,8 +19,8 @@ class Facts(Document):
     @property
     def transformer(self) -> bool:
         """Whether it has attention: by name, or as products of matrices on both sides of a softmax."""
-        named = any("Attention" in kind for kind in self.layers)
-        return named or self.layers.get("MatMul", 0) >= 4 * self.layers.get("Softmax", 0) > 0
+        has_attention_layer = any("Attention" in kind for kind in self.layers)
+        return has_attention_layer or self.layers.get("MatMul", 0) >= 4 * self.layers.get("Softmax", 0) > 0
 
     @property
     def reads_tokens(self) -> bool:

@@ -50,18 +50,18 @@ def keras_file(question: Question) -> Facts:
     network = keras_files.load(keras_files.find(path) if path.is_dir() else path, None)
     if isinstance(network, keras_files.Served):
         function = network._function
-        given, answered = next(iter(function.structured_input_signature[1].values())), function.outputs[0]
+        input_tensor, output_tensor = next(iter(function.structured_input_signature[1].values())), function.outputs[0]
         layers = Counter(operation.type for operation in function.graph.get_operations())
         parameters = sum(int(v.shape.num_elements() or 0) for v in network.variables)
     else:
-        given, answered = network.inputs[0], network.outputs[0]
+        input_tensor, output_tensor = network.inputs[0], network.outputs[0]
         layers = Counter(type(layer).__name__ for layer in network.layers)
         parameters = network.count_params()
     return Facts(
         framework="keras",
-        input_shape=_dimensions(given.shape),
-        input_dtype=given.dtype.name,
-        output_shape=_dimensions(answered.shape),
+        input_shape=_dimensions(input_tensor.shape),
+        input_dtype=input_tensor.dtype.name,
+        output_shape=_dimensions(output_tensor.shape),
         parameters=parameters,
         layers=dict(layers),
     )

@@ -34,8 +34,10 @@ class Machine:
 
 def this_machine() -> Machine:
     """Look at this machine."""
-    found = hardware.describe()
-    return Machine(hardware.sentence(), int(found["cores"]), frozenset(found["cpu_features"].split()), _gpus())
+    description = hardware.describe()
+    return Machine(
+        hardware.sentence(), int(description["cores"]), frozenset(description["cpu_features"].split()), _gpus()
+    )
 
 
 def _gpus() -> tuple[str, ...]:
@@ -43,5 +45,9 @@ def _gpus() -> tuple[str, ...]:
     if shutil.which("nvidia-smi") is None:
         return ()
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip()) if done.returncode == 0 else ()
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (
+        tuple(line.strip() for line in completed.stdout.splitlines() if line.strip())
+        if completed.returncode == 0
+        else ()
+    )

@@ -37,19 +37,19 @@ def download(uri: str, folder: Path, architecture: str | None) -> Downloaded:
     addresses.reach_mlflow(Home.from_environment(), os.environ)
     mlflow.set_tracking_uri(os.environ[addresses.MLFLOW])
     with translated(f"downloading {uri}"):
-        found = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
-    named = REGISTERED.fullmatch(uri)
-    assert named is not None, "source_of has matched it"
+        path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+    match = REGISTERED.fullmatch(uri)
+    assert match is not None, "source_of has matched it"
     notes: tuple[str, ...] = ()
-    if named["version"]:
-        notes = (f"alias: set {named['name']}'s alias {SOURCE} to version {named['version']}",)
-    question, function = _question(uri, found, architecture)
-    alias = named["alias"] or SOURCE
+    if match["version"]:
+        notes = (f"alias: set {match['name']}'s alias {SOURCE} to version {match['version']}",)
+    question, function = _question(uri, path, architecture)
+    alias = match["alias"] or SOURCE
     if alias.lower() in RELEASE_ALIASES:
-        notes = (f"alias: slipstream moves {alias} itself; set {named['name']}'s alias {SOURCE} to its version",)
+        notes = (f"alias: slipstream moves {alias} itself; set {match['name']}'s alias {SOURCE} to its version",)
         alias = SOURCE
-    registry = f"models:/{named['name']}@{alias}"
-    return Downloaded(question, registry, folder_size(found), function, notes)
+    registry = f"models:/{match['name']}@{alias}"
+    return Downloaded(question, registry, folder_size(path), function, notes)
 
 
 def _question(uri: str, folder: Path, architecture: str | None) -> tuple[Question, str | None]:
@@ -57,16 +57,16 @@ def _question(uri: str, folder: Path, architecture: str | None) -> tuple[Questio
     if list(folder.rglob(ENGINE)):
         raise ModelError(f"{uri}: is an engine that was built already; name the version of the trained model")
     if manifests := sorted(folder.rglob(MANIFEST)):
-        given = read_manifest(manifests[0].parent).architecture
-        architecture = architecture or (given.function if given else None)
+        recorded = read_manifest(manifests[0].parent).architecture
+        architecture = architecture or (recorded.function if recorded else None)
     if list(folder.rglob(WEIGHTS)) and not list(folder.rglob("*.keras")):
         if architecture is None:
             raise ModelError(f"{uri}: holds weights alone; name the function that builds the network by --architecture")
         return Question(kind="function", location=architecture), architecture
     if any(list(folder.rglob(f"*{suffix}")) for suffix in KERAS) or list(folder.rglob(SAVED_MODEL)):
         return Question(kind="keras", location=str(folder)), None
-    if found := sorted(folder.rglob("*.onnx")):
-        return Question(kind="onnx", location=str(found[0].parent)), None
+    if files := sorted(folder.rglob("*.onnx")):
+        return Question(kind="onnx", location=str(files[0].parent)), None
     raise ModelError(
         f"{uri}: holds neither ONNX, nor a Keras model, nor {WEIGHTS}; a pickled model is never loaded, so log its "
         f"weights by safetensors.torch.save_file(model.state_dict(), '{WEIGHTS}'), and that file as the model"

@@ -35,12 +35,12 @@ class Source:
     def name(self) -> str:
         """What to call it, in a spec's words."""
         if registered := REGISTERED.fullmatch(self.location):
-            found = registered["name"]
+            label = registered["name"]
         elif self.kind == "function":
-            found = self.location.partition(":")[2]
+            label = self.location.partition(":")[2]
         else:
-            found = Path(self.location).resolve().stem
-        return name_of(found)
+            label = Path(self.location).resolve().stem
+        return name_of(label)
 
 
 def name_of(text: str) -> str:
@@ -102,8 +102,8 @@ def about_pickled(path: Path) -> str:
     if not code:
         what = "a pickled checkpoint of PyTorch"
     else:
-        shown = ", ".join(code[:NAMED]) + (", …" if len(code) > NAMED else "")
-        what = f"a TorchScript file ({constants} constants; code of {shown})"
+        modules = ", ".join(code[:NAMED]) + (", …" if len(code) > NAMED else "")
+        what = f"a TorchScript file ({constants} constants; code of {modules})"
     weights = path.with_suffix(WEIGHTS)
     return (
         f"{path}: {what}. It holds a pickle, which runs code when it is loaded, so only its list of files was read. "

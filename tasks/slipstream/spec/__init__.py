@@ -110,8 +110,8 @@ class Spec(Section):
         if unknown := sorted(set(self.quantize.schemes) - set(self.recipes)):
             raise ValueError(f"quantize.schemes.{unknown[0]}: not a recipe; known: {', '.join(self.recipes)}")
         if unknown := sorted(set(self.resources) - {"default", *STEPS}):
-            known = ", ".join(("default", *STEPS))
-            raise ValueError(f"resources.{unknown[0]}: not a step; known: {known}")
+            choices = ", ".join(("default", *STEPS))
+            raise ValueError(f"resources.{unknown[0]}: not a step; known: {choices}")
         return self
 
     @model_validator(mode="after")
@@ -147,11 +147,12 @@ class Spec(Section):
                     f"targets.{name}: engine {target.engine} builds models of framework {', '.join(builds)} only, not "
                     f"of {self.model.framework}; choose another engine"
                 )
-            schemes, wanted = ENGINES[target.engine].schemes, self.schemes
-            if wanted and schemes and not wanted & set(schemes):
+            schemes, requested = ENGINES[target.engine].schemes, self.schemes
+            if requested and schemes and not requested & set(schemes):
                 raise ValueError(
-                    f"targets.{name}: engine {target.engine} does not run quantize.scheme {', '.join(sorted(wanted))}, "
-                    f"only {', '.join(schemes)}; choose another scheme, or give that engine a spec of its own"
+                    f"targets.{name}: engine {target.engine} does not run quantize.scheme "
+                    f"{', '.join(sorted(requested))}, only {', '.join(schemes)}; choose another scheme, or "
+                    "give that engine a spec of its own"
                 )
         for recipe in self.recipes:
             if not any(self.runs(recipe, target) for target in self.targets):
@@ -186,8 +187,8 @@ class Spec(Section):
         `select` loads engines of all targets: it runs in their own environment where all share one.
         """
         targets = [self.targets[target]] if target else list(self.targets.values()) if step == "select" else []
-        found = {environment_of(step, self.model.framework, t.engine) for t in targets}
-        return found.pop() if len(found) == 1 else environment_of(step, self.model.framework)
+        environments = {environment_of(step, self.model.framework, t.engine) for t in targets}
+        return environments.pop() if len(environments) == 1 else environment_of(step, self.model.framework)
 
     @property
     def schemes(self) -> set[str]:

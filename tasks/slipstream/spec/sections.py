@@ -87,8 +87,8 @@ FILES, FUNCTION = "<files>", "<function>"
 
 def _data_kind(value: object) -> str:
     """Decides which of the two is meant, so that a mistake in one is not also reported as one in the other."""
-    given = value.keys() if isinstance(value, Mapping) else ()
-    files = isinstance(value, DataFiles) or ({"train", "test"} & set(given) and "function" not in given)
+    keys = value.keys() if isinstance(value, Mapping) else ()
+    files = isinstance(value, DataFiles) or ({"train", "test"} & set(keys) and "function" not in keys)
     return FILES if files else FUNCTION
 
 
@@ -127,8 +127,8 @@ class Objective(Section):
     engines take turns; of those that may be as fast as the fastest, the smallest is picked, then the first by name."""
 
 
-def _require_rate(optimizer: Optimizer, given: Collection[str]) -> None:
-    if optimizer == "adamw" and "learning_rate" not in given:
+def _require_rate(optimizer: Optimizer, fields: Collection[str]) -> None:
+    if optimizer == "adamw" and "learning_rate" not in fields:
         raise ValueError("learning_rate is missing: the default is for sgd; adamw takes rates of about 0.0005")
 
 
