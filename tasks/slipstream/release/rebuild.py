@@ -225,7 +225,7 @@ def _ask(home: Home, environment: str, action: str, argument: str) -> Finding:
     python = home.require_python(environment, "rebuild") if home.envs.is_dir() else Path(sys.executable)
     command = [str(python), "-m", "slipstream.release.rebuilt", action, argument]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=WITHIN_S)
-        return Finding.model_validate_json(done.stdout.strip().splitlines()[-1])
+        completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=WITHIN_S)
+        return Finding.model_validate_json(completed.stdout.strip().splitlines()[-1])
     except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
         raise Unavailable(f"rebuild: {action} in {python.parent.parent} ended without an answer: {error}") from error

@@ -71,9 +71,9 @@ def incumbent(registry: Registry, inputs: StepInput, winner: str) -> Incumbent:
 def serve(controller: TrafficController, who: Incumbent) -> None:
     """Deploy the incumbent and give it all traffic. Changes nothing when that is so already."""
     controller.deploy(who.release, fetch(who.artifact), who.artifact.sha256)
-    wanted = Routes(weights={who.release.name: 100})
-    if controller.routes(who.release.model) != wanted:
-        controller.set_routes(who.release.model, wanted)
+    routes = Routes(weights={who.release.name: 100})
+    if controller.routes(who.release.model) != routes:
+        controller.set_routes(who.release.model, routes)
 
 
 def keep_serving(registry: Registry, controller: TrafficController, who: Incumbent, by: str) -> None:

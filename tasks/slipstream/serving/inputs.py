@@ -56,8 +56,8 @@ class Inputs:
                 self._require_few(tensor)
                 return self._tokens(tensor) if kind["name"] == TEXT else self._values(tensor)
         expected = " or ".join(map(str, self.types()))
-        got = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
-        raise BadRequest(f"inputs[0]: {expected} is expected, where -1 is any size of at least 1; got {got}")
+        received = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+        raise BadRequest(f"inputs[0]: {expected} is expected, where -1 is any size of at least 1; got {received}")
 
     def _require_few(self, tensor: Tensor) -> None:
         if tensor.shape[0] > self.most_samples:

@@ -292,9 +292,10 @@ def serve(arguments: argparse.Namespace) -> None:
 
     Nothing of the folder is read before its digest is known to be that of the engine that was judged.
     """
-    if arguments.sha256 is not None and (found := digests.folder(arguments.engine)) != arguments.sha256:
+    if arguments.sha256 is not None and (engine_sha256 := digests.folder(arguments.engine)) != arguments.sha256:
         raise EngineError(
-            f"{arguments.engine}: sha256 {found[:12]}… is not {arguments.sha256[:12]}… that was judged; deploy it again"
+            f"{arguments.engine}: sha256 {engine_sha256[:12]}… is not {arguments.sha256[:12]}… that was judged; deploy "
+            "it again"
         )
     manifest = read_manifest(arguments.engine)
     runner = load_engine(arguments.engine)

@@ -16,5 +16,5 @@ def controller(home: Home) -> TrafficController:
     name = os.environ.get("SLIPSTREAM_TRAFFIC", "envoy")
     if name not in CONTROLLERS:
         raise InputError(f"SLIPSTREAM_TRAFFIC={name}: unknown; known: {', '.join(CONTROLLERS)}")
-    found: TrafficController = importlib.import_module(CONTROLLERS[name]).controller(home)
-    return found
+    instance: TrafficController = importlib.import_module(CONTROLLERS[name]).controller(home)
+    return instance

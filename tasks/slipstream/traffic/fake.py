@@ -91,11 +91,11 @@ class FakeController:
     def deploy(self, release: Release, engine: Path, sha256: str | None = None) -> None:
         """See the protocol."""
         require_judged(release, engine, sha256)
-        known = self._deployed.setdefault(release.model, {})
-        if release.name in known and known[release.name].engine != engine:
+        releases = self._deployed.setdefault(release.model, {})
+        if release.name in releases and releases[release.name].engine != engine:
             raise RegistryError(f"{release.key} is deployed with another engine; deploy this one under its own name")
         behaviour = self.behaviours.get(release.name, Behaviour())
-        known.setdefault(release.name, _Deployed(engine, behaviour))
+        releases.setdefault(release.name, _Deployed(engine, behaviour))
 
     def retire(self, release: Release) -> None:
         """See the protocol."""
@@ -125,10 +125,10 @@ class FakeController:
 
     def observe(self, release: Release) -> Observation:
         """See the protocol."""
-        found = self._deployed.get(release.model, {}).get(release.name)
-        if found is None:
+        deployed = self._deployed.get(release.model, {}).get(release.name)
+        if deployed is None:
             return Observation(0, 0, 0.0)
-        return Observation(found.requests, found.errors, found.behaviour.memory_mib)
+        return Observation(deployed.requests, deployed.errors, deployed.behaviour.memory_mib)
 
     def endpoint(self, model: str) -> Endpoint:
         """See the protocol."""

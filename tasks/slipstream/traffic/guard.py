@@ -126,26 +126,26 @@ class Guard:
 
     def end(self, records: Sequence[Record]) -> None:
         """The phase is over: keep what it showed."""
-        seen, own = self._stage.seen, self._own(list(records))
+        totals, own = self._stage.seen, self._own(list(records))
         self._count(list(records), last=True)
-        seen.champion_ms += own.champion_ms
-        seen.challenger_ms += own.challenger_ms
-        seen.peaks += own.peaks
-        seen.answered += own.answered
-        seen.requests += own.requests
-        seen.unanswered += own.unanswered
+        totals.champion_ms += own.champion_ms
+        totals.challenger_ms += own.challenger_ms
+        totals.peaks += own.peaks
+        totals.answered += own.answered
+        totals.requests += own.requests
+        totals.unanswered += own.unanswered
         if (crowd := self._stage.crowd(records)) is not None:
-            seen.crowds.append(crowd)
+            totals.crowds.append(crowd)
 
     def _look(self, records: list[Record], *, last: bool) -> Verdict | None:
         self._looks += 1
         memory = self._count(records, last=last)
         if memory.answer == "fail":
             return memory
-        found = self._errors(records)
-        if found is None and (last or self._looks % LOOKS_PER_LATENCY == 0):
-            found = self._slow(records)
-        return found
+        verdict = self._errors(records)
+        if verdict is None and (last or self._looks % LOOKS_PER_LATENCY == 0):
+            verdict = self._slow(records)
+        return verdict
 
     def _count(self, records: list[Record], *, last: bool) -> Verdict:
         stage = self._stage
@@ -155,7 +155,7 @@ class Guard:
             for release, before, after in zip((stage.champion, stage.challenger), self._before, now, strict=True)
         ]
         stage.seen.tally.add(counts[0], counts[1], last=last)
-        mib = [max(kept, o.memory_mib) for kept, o in zip(stage.seen.memory_mib, now, strict=True)]
+        mib = [max(peak, o.memory_mib) for peak, o in zip(stage.seen.memory_mib, now, strict=True)]
         stage.seen.memory_mib = (mib[0], mib[1])
         return stage.memory()
 
@@ -189,9 +189,9 @@ class Guard:
 
     def _swallowed(self, records: list[Record]) -> Verdict | None:
         """Requests without any answer are the challenger's where it certainly answers less than its share."""
-        seen = self._stage.seen
-        lost, sent = seen.unanswered + sum(_unanswered(r) for r in records), seen.requests + len(records)
-        answered = seen.answered + self._answered(records)
+        totals = self._stage.seen
+        lost, sent = totals.unanswered + sum(_unanswered(r) for r in records), totals.requests + len(records)
+        answered = totals.answered + self._answered(records)
         if not answered or lost <= self._limits.max_error_rate / 100 * sent:
             return None
         theirs, shares = np.array(answered).T

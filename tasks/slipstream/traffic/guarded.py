@@ -89,7 +89,7 @@ class Stage:
 
         It is also set where it seems to be so: what was written last may not be loaded yet. Raises Unavailable.
         """
-        for left in reversed(range(PUT_BACK_TRIES)):
+        for tries_left in reversed(range(PUT_BACK_TRIES)):
             try:
                 serving = set(self.controller.routes(self.model).weights)
                 if serving and not serving & {self.champion.name, self.challenger.name}:
@@ -97,7 +97,7 @@ class Stage:
                     return
                 self.controller.set_routes(self.model, self.weights(0))
             except Unavailable as error:
-                if not left:
+                if not tries_left:
                     raise
                 log.warning("traffic: %s cannot be put back yet: %s", self.model, error)
                 time.sleep(PUT_BACK_PAUSE_S)
@@ -114,8 +114,10 @@ class Stage:
         """
         while True:
             sent = self._send(f"probe-{self.slowdown}", PROBE, rate_per_s, lambda records: None)
-            seen = served_ms(sent.records)
-            keeps_up = not seen or np.quantile(seen, 0.9) < min(self.spec.guardrails.max_p99_ms / 5, QUEUE_MS)
+            latencies_ms = served_ms(sent.records)
+            keeps_up = not latencies_ms or np.quantile(latencies_ms, 0.9) < min(
+                self.spec.guardrails.max_p99_ms / 5, QUEUE_MS
+            )
             if keeps_up or self.slowdown >= SLOWEST:
                 break
             self.slowdown *= 2
@@ -159,9 +161,11 @@ class Stage:
 
     def outage(self) -> str | None:
         """That so many requests got no answer, or only the champion's failures, that nothing can be concluded."""
-        seen, least = self.seen, max(LOST, self.spec.guardrails.max_error_rate / 100)
-        if seen.requests and (seen.unanswered + seen.tally.outage) / seen.requests > least:
-            return f"an outage: {seen.unanswered + seen.tally.outage:,} of {seen.requests:,} requests got no answer"
+        totals, least = self.seen, max(LOST, self.spec.guardrails.max_error_rate / 100)
+        if totals.requests and (totals.unanswered + totals.tally.outage) / totals.requests > least:
+            return (
+                f"an outage: {totals.unanswered + totals.tally.outage:,} of {totals.requests:,} requests got no answer"
+            )
         return None
 
     def transient(self) -> str | None:

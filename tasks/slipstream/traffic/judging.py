@@ -45,7 +45,7 @@ class Evidence:
         drop = metrics.drop(self.metric, *self._records(), at_this_look, rng)
         differ = stats.wilson(self._different(), len(self._asked_once()), at_this_look)
         served = [r.served_ms for r in self.canary if r.release == stage.challenger.name and not r.failed]
-        found = [
+        verdicts = [
             stage.errors(),
             guardrails.disagreement(differ, limits.max_disagreement, at_this_look),
             guardrails.accuracy(drop, limits.max_accuracy_drop, at_this_look),
@@ -55,8 +55,8 @@ class Evidence:
         ]
         if objective.latency_p99_ms is not None:
             verdict = guardrails.p99_limit("latency", challenger_ms, objective.latency_p99_ms, sure)
-            found.append(stage.unless_crowded(verdict))
-        return tuple(found)
+            verdicts.append(stage.unless_crowded(verdict))
+        return tuple(verdicts)
 
     def figures(self) -> dict[str, Any]:
         """Numbers for the record."""

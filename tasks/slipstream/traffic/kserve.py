@@ -57,9 +57,11 @@ def controller(home: Home) -> "KServeController":
     releases = os.environ.get("SLIPSTREAM_RELEASES", "")
     if not releases:
         raise InputError("SLIPSTREAM_TRAFFIC=kserve needs SLIPSTREAM_RELEASES=s3://BUCKET/PREFIX for the engines")
-    found = settings.load(home)
-    namespace = found.kubernetes.serving.namespace or found.kubernetes.namespace
-    return KServeController(Api.connect(namespace), found, releases, os.environ.get("SLIPSTREAM_INGRESS") or None)
+    installation = settings.load(home)
+    namespace = installation.kubernetes.serving.namespace or installation.kubernetes.namespace
+    return KServeController(
+        Api.connect(namespace), installation, releases, os.environ.get("SLIPSTREAM_INGRESS") or None
+    )
 
 
 class KServeController:
@@ -141,11 +143,11 @@ class KServeController:
         service = self._find(release.model)
         pods = self._pods(service, release.name) if service is not None else []
         texts = [self._api.metrics(pod["metadata"]["name"], _metrics_port(pod)) for pod in pods]
-        found = [counters(text) for text in texts if text is not None]
+        observations = [counters(text) for text in texts if text is not None]
         return Observation(
-            requests=sum(o.requests for o in found),
-            errors=sum(o.errors for o in found),
-            memory_mib=max((o.memory_mib for o in found), default=0.0),
+            requests=sum(o.requests for o in observations),
+            errors=sum(o.errors for o in observations),
+            memory_mib=max((o.memory_mib for o in observations), default=0.0),
         )
 
     def endpoint(self, model: str) -> Endpoint:
@@ -210,16 +212,19 @@ class KServeController:
             raise RegistryError(f"{model}: {unknown} is not deployed; do that first")
         return service
 
-    def _wait(self, model: str, done: Callable[[Service], bool], seconds: float, what: str) -> Service:
-        """The model's InferenceService, as soon as `done`; when it never is, raises Unavailable with the conditions."""
+    def _wait(self, model: str, satisfied: Callable[[Service], bool], seconds: float, what: str) -> Service:
+        """The model's InferenceService, as soon as it is `satisfied`.
+
+        Raises Unavailable, with the conditions, when it never is.
+        """
         deadline = time.monotonic() + seconds
         while True:
             service = self._find(model)
-            if service is not None and done(service):
+            if service is not None and satisfied(service):
                 return service
             if time.monotonic() > deadline:
-                said = service.conditions() if service is not None else "it is gone"
-                raise Unavailable(f"InferenceService {self._api.namespace}/{self._name(model)}: {what}: {said}")
+                conditions = service.conditions() if service is not None else "it is gone"
+                raise Unavailable(f"InferenceService {self._api.namespace}/{self._name(model)}: {what}: {conditions}")
             time.sleep(POLL_S)
 
     # Writing
@@ -276,7 +281,7 @@ class KServeController:
         patience = self._settings.kubernetes.serving.ready_timeout_s
         failing: float | None = None
 
-        def done(service: Service) -> bool:
+        def is_serving(service: Service) -> bool:
             nonlocal failing
             if serving is not None and serving not in service.weights:
                 raise Unavailable(f"{release.key}: KServe moved the traffic from {serving} to {service.weights}")
@@ -290,7 +295,7 @@ class KServeController:
             return False
 
         try:
-            self._wait(release.model, done, patience, f"{release.name} is not ready within {patience} s")
+            self._wait(release.model, is_serving, patience, f"{release.name} is not ready within {patience} s")
         except SlipstreamError:
             self._give_up(release, serving)
             raise
@@ -327,7 +332,7 @@ class KServeController:
         self._api.change(self._name(model), lambda body: objects.shared(body, _percent(Service(body), weights)))
         self._wait(
             model,
-            lambda found: found.weights == weights and found.routed,
+            lambda service: service.weights == weights and service.routed,
             ROUTED_WITHIN_S,
             f"the traffic {weights} is not in force",
         )

@@ -61,20 +61,20 @@ class Api:
         """An InferenceService; None when there is none."""
         try:
             with self._calling(f"reading {name}"):
-                found: Json = self._objects.get_namespaced_custom_object(
+                service: Json = self._objects.get_namespaced_custom_object(
                     **self._place, name=name, _request_timeout=TIMEOUT_S
                 )
-                return found
+                return service
         except _Absent:
             return None
 
     def create(self, body: Json) -> Json:
         """Create an InferenceService. Raises Conflict when there is one already."""
         with self._calling(f"creating {body['metadata']['name']}"):
-            made: Json = self._objects.create_namespaced_custom_object(
+            service: Json = self._objects.create_namespaced_custom_object(
                 **self._place, body=body, _request_timeout=TIMEOUT_S
             )
-            return made
+            return service
 
     def change(self, name: str, mutate: Callable[[Json], Json]) -> Json:
         """Read, change and write, until nobody else wrote in between; nothing is written when nothing changes.
@@ -82,16 +82,16 @@ class Api:
         `mutate` gets a copy, and is called anew for each attempt. Raises Unavailable when the object is gone.
         """
         for _ in range(ATTEMPTS):
-            found = self.get(name)
-            if found is None:
+            current = self.get(name)
+            if current is None:
                 raise Unavailable(f"InferenceService {self.namespace}/{name} was deleted meanwhile")
-            wanted = mutate(copy.deepcopy(found))
-            if wanted == found:
-                return found
+            desired = mutate(copy.deepcopy(current))
+            if desired == current:
+                return current
             try:
                 with self._calling(f"writing {name}"):
                     written: Json = self._objects.replace_namespaced_custom_object(
-                        **self._place, name=name, body=wanted, _request_timeout=TIMEOUT_S
+                        **self._place, name=name, body=desired, _request_timeout=TIMEOUT_S
                     )
                     return written
             except Conflict:
@@ -112,8 +112,8 @@ class Api:
             answer = self._core.list_namespaced_pod(
                 self.namespace, label_selector=selector, _preload_content=False, _request_timeout=TIMEOUT_S
             )
-            found: list[Json] = json.loads(answer.data)["items"]
-            return found
+            items: list[Json] = json.loads(answer.data)["items"]
+            return items
 
     def metrics(self, pod: str, port: int) -> str | None:
         """What a pod's /metrics says, through the API server; None when the pod does not answer."""
@@ -134,16 +134,16 @@ class Api:
         try:
             yield
         except ApiException as error:
-            said = _message(error)
+            message = _message(error)
             if error.status == 404:
-                raise _Absent(f"{where}: {said}") from error
+                raise _Absent(f"{where}: {message}") from error
             if error.status == 409:
-                raise Conflict(f"{where}: {said}") from error
+                raise Conflict(f"{where}: {message}") from error
             if error.status in (401, 403):
-                raise InputError(f"{where}: not allowed: {said}; see ACCESS in traffic/kserve_api.py") from error
+                raise InputError(f"{where}: not allowed: {message}; see ACCESS in traffic/kserve_api.py") from error
             if error.status in (400, 422):
-                raise InputError(f"{where}: refused: {said}") from error
-            raise Unavailable(f"{where}: {error.status} {said}") from error
+                raise InputError(f"{where}: refused: {message}") from error
+            raise Unavailable(f"{where}: {error.status} {message}") from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise Unavailable(f"{where}: no answer: {error}") from error
 

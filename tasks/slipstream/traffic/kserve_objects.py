@@ -96,8 +96,8 @@ class Service:
     @property
     def status(self) -> Json:
         """What KServe says of the predictor."""
-        found: Json = self.body.get("status", {}).get("components", {}).get("predictor", {})
-        return found
+        component: Json = self.body.get("status", {}).get("components", {}).get("predictor", {})
+        return component
 
     @property
     def created(self) -> bool:
@@ -107,25 +107,25 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether the latest revision is of the predictor that is there now, and ready."""
-        found = self.status.get("latestReadyRevision")
-        return self._is_newer(found) and found == self.status.get("latestCreatedRevision")
+        latest = self.status.get("latestReadyRevision")
+        return self._is_newer(latest) and latest == self.status.get("latestCreatedRevision")
 
     @property
     def revisions(self) -> dict[str, int]:
         """Revision → share, as in force."""
-        found: dict[str, int] = {}
+        shares: dict[str, int] = {}
         for target in self.status.get("traffic", []):
-            found[target["revisionName"]] = found.get(target["revisionName"], 0) + int(target.get("percent") or 0)
-        return {revision: share for revision, share in found.items() if share}
+            shares[target["revisionName"]] = shares.get(target["revisionName"], 0) + int(target.get("percent") or 0)
+        return {revision: share for revision, share in shares.items() if share}
 
     @property
     def weights(self) -> dict[str, int]:
         """Release → share, as in force. A release may have two revisions, when it was put back."""
-        found: dict[str, int] = {}
+        shares: dict[str, int] = {}
         for revision, share in self.revisions.items():
             name = self.release_at(revision)
-            found[name] = found.get(name, 0) + share
-        return found
+            shares[name] = shares.get(name, 0) + share
+        return shares
 
     @property
     def serving(self) -> str | None:
@@ -144,14 +144,14 @@ class Service:
     @property
     def engines(self) -> dict[str, str]:
         """Release → digest of its engine, of the present predictor and the former one."""
-        known = [p for p in (self.history.former, self.predictor) if p]
-        return {str(release_of(p)): p.get("annotations", {}).get(ENGINE, "") for p in known}
+        predictors = [p for p in (self.history.former, self.predictor) if p]
+        return {str(release_of(p)): p.get("annotations", {}).get(ENGINE, "") for p in predictors}
 
     @property
     def url(self) -> str | None:
         """Where clients reach the model, once KServe has said it."""
-        found: str | None = self.body.get("status", {}).get("url")
-        return found
+        address: str | None = self.body.get("status", {}).get("url")
+        return address
 
     def tag_url(self, release: str) -> str | None:
         """Address of one release alone, by its tag; None when it has none."""
@@ -167,8 +167,8 @@ class Service:
     def mode(self) -> str | None:
         """KServe's deployment mode, as far as it is known."""
         annotated = self.body["metadata"].get("annotations", {}).get(MODE)
-        found: str | None = self.body.get("status", {}).get("deploymentMode") or annotated
-        return found
+        deployment_mode: str | None = self.body.get("status", {}).get("deploymentMode") or annotated
+        return deployment_mode
 
     def failure(self) -> str | None:
         """Why the latest revision is not ready, when KServe says that it failed."""
@@ -177,16 +177,16 @@ class Service:
         if model.get("transitionStatus") in ("InvalidSpec", "BlockedByFailedLoad"):
             return f"{info.get('reason', model['transitionStatus'])}: {info.get('message', 'no message')}"
         for kind in ("PredictorConfigurationReady", "PredictorReady"):
-            found = self._condition(kind)
-            if self.created and found.get("status") == "False":
-                return f"{kind}: {found.get('reason', '')}: {found.get('message', '')}"
+            condition = self._condition(kind)
+            if self.created and condition.get("status") == "False":
+                return f"{kind}: {condition.get('reason', '')}: {condition.get('message', '')}"
         return None
 
     def conditions(self) -> str:
         """All conditions in a line."""
-        found = self.body.get("status", {}).get("conditions", [])
-        said = (f"{c['type']}={c['status']} {c.get('reason', '')} {c.get('message', '')}".strip() for c in found)
-        return "; ".join(said) or "no conditions: is KServe's controller running?"
+        entries = self.body.get("status", {}).get("conditions", [])
+        texts = (f"{c['type']}={c['status']} {c.get('reason', '')} {c.get('message', '')}".strip() for c in entries)
+        return "; ".join(texts) or "no conditions: is KServe's controller running?"
 
     def release_at(self, revision: str) -> str:
         """The release of a revision; a revision that slipstream did not make goes by its own name."""
@@ -198,8 +198,8 @@ class Service:
         return revision is not None and _number(revision) > _number(self.history.after)
 
     def _condition(self, kind: str) -> Json:
-        found = self.body.get("status", {}).get("conditions", [])
-        return next((c for c in found if c["type"] == kind), {})
+        entries = self.body.get("status", {}).get("conditions", [])
+        return next((c for c in entries if c["type"] == kind), {})
 
 
 def object_name(model: str) -> str:
@@ -229,15 +229,15 @@ def new(name: str, namespace: str, model: str, predictor: Json) -> Json:
 def replaced(body: Json, predictor: Json) -> Json:
     """With another predictor that gets no traffic yet; who serves goes on serving."""
     service = Service(body)
-    known = dict(service.history.revisions)
+    revisions = dict(service.history.revisions)
     for revision in (service.status.get("latestReadyRevision"), service.status.get("latestCreatedRevision")):
         if revision is not None:
-            known.setdefault(revision, service.release_at(revision))
-    kept = sorted(known.items(), key=lambda item: _number(item[0]))[-KEPT:] if known else []
+            revisions.setdefault(revision, service.release_at(revision))
+    newest = sorted(revisions.items(), key=lambda item: _number(item[0]))[-KEPT:] if revisions else []
     serving = service.serving
     former = service.predictor if serving == service.release else service.history.former
     history = History(
-        revisions=dict(kept),
+        revisions=dict(newest),
         after=service.status.get("latestCreatedRevision") or service.history.after,
         former=former if serving is not None and former is not None and release_of(former) == serving else None,
     )
@@ -257,8 +257,8 @@ def shared(body: Json, percent: int) -> Json:
 
 def release_of(predictor: Json) -> str | None:
     """Release of a predictor; None when it is not slipstream's."""
-    found = predictor.get("labels", {}).get(RELEASE)
-    return None if found is None else str(found)
+    label = predictor.get("labels", {}).get(RELEASE)
+    return None if label is None else str(label)
 
 
 def predictor(release: Release, uri: str, sha256: str, settings: Settings, environment: str = SERVE) -> Json:
@@ -311,18 +311,18 @@ FORMATS = {
 
 def stock_layout(model: str, manifest: EngineManifest) -> dict[str, str]:
     """File of the engine folder → path in the uploaded folder. Raises InputError when no stock runtime fits."""
-    found = FORMATS.get(manifest.engine)
-    if found is None or not set(found.files) <= set(manifest.files):
+    layout = FORMATS.get(manifest.engine)
+    if layout is None or not set(layout.files) <= set(manifest.files):
         raise InputError(
             f"kubernetes.serving.runtime: stock: no runtime of KServe serves an engine of {manifest.engine} with the "
             f"files {', '.join(manifest.files)}; set `slipstream`"
         )
-    if not found.by_model and object_name(model) != model:
+    if not layout.by_model and object_name(model) != model:
         raise InputError(
             f"kubernetes.serving.runtime: stock: OpenVINO Model Server calls a model like its InferenceService, and "
             f"{model!r} is no name for one; rename the registered model, or set `slipstream`"
         )
-    return {file: f"{model}/{path}" if found.by_model else path for file, path in found.files.items()}
+    return {file: f"{model}/{path}" if layout.by_model else path for file, path in layout.files.items()}
 
 
 def stock_predictor(release: Release, uri: str, sha256: str, engine: str, settings: Settings) -> Json:
@@ -362,8 +362,8 @@ def _common(release: Release, sha256: str, settings: Settings) -> Json:
 def _requirements(resources: Resources) -> Json:
     requests: dict[str, Any] = {"cpu": resources.cpu and f"{resources.cpu:g}", "memory": resources.memory}
     limits: dict[str, Any] = {"memory": resources.memory, "nvidia.com/gpu": resources.gpu and str(resources.gpu)}
-    found = {"requests": requests, "limits": limits}
-    return {kind: {k: v for k, v in values.items() if v} for kind, values in found.items() if any(values.values())}
+    by_kind = {"requests": requests, "limits": limits}
+    return {kind: {k: v for k, v in values.items() if v} for kind, values in by_kind.items() if any(values.values())}
 
 
 def _number(revision: str | None) -> int:

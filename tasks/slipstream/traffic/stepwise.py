@@ -80,11 +80,11 @@ def _peaks(pairing: Pairing, phase: Phase) -> list[list[float]]:
 
 def _verdicts(stage: Stage) -> tuple[Verdict, ...]:
     """Errors, p99 and memory of the challenger beside the champion's, over all requests of the rollout so far."""
-    limits, sure, seen = stage.spec.guardrails, stage.spec.objective.confidence, stage.seen
+    limits, sure, totals = stage.spec.guardrails, stage.spec.objective.confidence, stage.seen
     verdicts = (
         stage.errors(),
-        stage.unless_crowded(guardrails.typical_ratio(sequential.Peaks.of(seen.peaks), limits.max_p99_ratio, sure)),
-        stage.unless_crowded(guardrails.p99_limit(CAP, seen.challenger_ms, limits.max_p99_ms, sure)),
+        stage.unless_crowded(guardrails.typical_ratio(sequential.Peaks.of(totals.peaks), limits.max_p99_ratio, sure)),
+        stage.unless_crowded(guardrails.p99_limit(CAP, totals.challenger_ms, limits.max_p99_ms, sure)),
         stage.memory(),
     )
     return waive(verdicts, limits.waivers, datetime.datetime.now(datetime.UTC).date())
