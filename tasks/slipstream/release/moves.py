@@ -180,11 +180,11 @@ class Move:
         self.update(state=state, lease_until=0.0)
 
     def _later(self) -> Entry | None:
-        found = newest(self.registry)
-        if found is None or found.token <= self.entry.token:
+        latest = newest(self.registry)
+        if latest is None or latest.token <= self.entry.token:
             return None
-        self._superseded_by = found
-        return found
+        self._superseded_by = latest
+        return latest
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):
@@ -215,9 +215,9 @@ class Move:
                     self.update(lease_until=0.0)
 
     def _forget_old(self) -> None:
-        known = entries(self.registry)
-        change = next((e for e in reversed(known) if e.changed_champion), None)
-        for old in known[:-KEEP]:
+        recorded = entries(self.registry)
+        change = next((e for e in reversed(recorded) if e.changed_champion), None)
+        for old in recorded[:-KEEP]:
             if old is not change:
                 self.registry.untag_model(PREFIX + old.token)
 
@@ -270,19 +270,19 @@ def _restore(mine: Move, later: Entry) -> None:
     registry, controller = mine.registry, mine.controller.unfenced
     champion, previous = later.decided
     name = later.back if champion is None else registry.release(champion).name
-    wanted = Routes(weights={name: 100})
+    routes = Routes(weights={name: 100})
     overwritten = {
         alias: version
         for alias, version, ours in ((CHAMPION, champion, mine.entry.to), (PREVIOUS, previous, mine.entry.champion))
         if version != ours and registry.alias(alias) == ours
     }
-    if not overwritten and controller.routes(registry.model) == wanted:
+    if not overwritten and controller.routes(registry.model) == routes:
         return
     with begin(registry, controller, "serve", mine.entry.by, name) as move:
         for alias, version in overwritten.items():
             move.set_alias(alias, version)
-        if registry.champion() == champion and controller.routes(registry.model) != wanted:
-            move.controller.set_routes(registry.model, wanted)
+        if registry.champion() == champion and controller.routes(registry.model) != routes:
+            move.controller.set_routes(registry.model, routes)
         move.update(champion=registry.champion(), previous=registry.alias(PREVIOUS))
         move.close("done")
     log.warning("traffic: %s: restored what the %s decided: %s serves", registry.model, later.kind, name)

@@ -80,10 +80,10 @@ def reject(registry: Registry, version: str, stage: str, reason: str, by: str) -
     except RegistryError as error:
         log.warning("the rejection of %s version %s is not recorded: %s", registry.model, version, error)
         return
-    known = {r.sha256: r for r in all_of(registry)}.get(sha256)
-    if known is None or known.lifted is not None:
-        earlier = (known.sentence()[:REASON_CHARACTERS], *known.earlier)[:EARLIER] if known else ()
-        known = Rejection(
+    rejection = {r.sha256: r for r in all_of(registry)}.get(sha256)
+    if rejection is None or rejection.lifted is not None:
+        earlier = (rejection.sentence()[:REASON_CHARACTERS], *rejection.earlier)[:EARLIER] if rejection else ()
+        rejection = Rejection(
             sha256=sha256,
             version=version,
             stage=stage,
@@ -92,9 +92,9 @@ def reject(registry: Registry, version: str, stage: str, reason: str, by: str) -
             at=now_iso(),
             earlier=earlier,
         )
-        records.write(registry, PREFIX + sha256[:DIGITS], known)
-        log.warning("%s: %s", registry.model, known.sentence())
-    mark(registry, known)
+        records.write(registry, PREFIX + sha256[:DIGITS], rejection)
+        log.warning("%s: %s", registry.model, rejection.sentence())
+    mark(registry, rejection)
 
 
 def mark(registry: Registry, rejection: Rejection) -> None:
@@ -137,19 +137,19 @@ def reasons(verdicts: tuple[Verdict, ...]) -> str:
 
 
 def _find(registry: Registry, what: str) -> Rejection:
-    known = all_of(registry)
+    rejections = all_of(registry)
     if len(what) < SHORT and what.isdigit():
         sha256 = registry.artifact(what).sha256
-        found = [r for r in known if r.sha256 == sha256]
+        matches = [r for r in rejections if r.sha256 == sha256]
     else:
-        found = [r for r in known if len(what) >= SHORT and r.sha256.startswith(what.lower())]
-    if len(found) != 1:
-        listed = ", ".join(f"{r.version} ({r.sha256[:12]})" for r in known if r.lifted is None) or "none"
+        matches = [r for r in rejections if len(what) >= SHORT and r.sha256.startswith(what.lower())]
+    if len(matches) != 1:
+        listed = ", ".join(f"{r.version} ({r.sha256[:12]})" for r in rejections if r.lifted is None) or "none"
         raise RegistryError(
             f"{registry.model}: {what} does not name one rejected engine; give a version, or {SHORT} or more digits of "
             f"a sha256; rejected now: {listed}"
         )
-    return found[0]
+    return matches[0]
 
 
 def _is_ours(part: str) -> bool:

@@ -187,16 +187,16 @@ def rollback_target(registry: Registry, leave: str, *also_refused: str) -> str |
     deleted, or whose engine slipstream did not sign, are no targets.
     """
     refused = {*rejections.active(registry), *also_refused, digest_of(registry, leave)}
-    queue, seen = [registry.alias(PREVIOUS), leave], {leave}
+    queue, visited = [registry.alias(PREVIOUS), leave], {leave}
     while queue:
         version = queue.pop(0)
         sha256 = digest_of(registry, version) if version else None
         if version is None or sha256 is None:
             continue
-        if version not in seen and sha256 not in refused:
+        if version not in visited and sha256 not in refused:
             return version
-        seen.add(version)
-        if (replaced := registry.tags(version).get(REPLACED)) not in seen:
+        visited.add(version)
+        if (replaced := registry.tags(version).get(REPLACED)) not in visited:
             queue.append(replaced)
     return None
 
@@ -219,9 +219,9 @@ def verify(move: Move) -> None:
     champion, _ = move.entry.decided
     assert champion is not None
     _require_champion(move, champion)
-    wanted = Routes(weights={move.registry.release(champion).name: 100})
-    if move.controller.routes(move.registry.model) != wanted:
-        move.controller.set_routes(move.registry.model, wanted)
+    routes = Routes(weights={move.registry.release(champion).name: 100})
+    if move.controller.routes(move.registry.model) != routes:
+        move.controller.set_routes(move.registry.model, routes)
     move.check()
 
 

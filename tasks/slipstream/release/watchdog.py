@@ -37,8 +37,8 @@ def look(
         settle.finish(registry, controller(), entry)
     except Superseded:
         return None
-    done = moves.newest(registry)
-    state = done.state if done is not None else "unknown"
+    latest = moves.newest(registry)
+    state = latest.state if latest is not None else "unknown"
     sentence = f"{model}: the {entry.kind} by {entry.by} stopped renewing its lease ({entry.state}); it is {state} now"
     log.warning("watchdog: %s", sentence)
     return sentence

@@ -51,18 +51,18 @@ class Configuration:
 
 def load(home: Home, environment: Mapping[str, str] = os.environ) -> Configuration:
     """Raises InputError, naming what is missing, when neither says it or when LISTEN is no address."""
-    found = _of_platform(home) | {name: environment[name] for name in VARIABLES if environment.get(name)}
-    missing = [name for name in VARIABLES if name not in found]
+    values = _of_platform(home) | {name: environment[name] for name in VARIABLES if environment.get(name)}
+    missing = [name for name in VARIABLES if name not in values]
     if missing:
         raise InputError(
             f"the receiver of webhooks is not told {', '.join(missing)}; set them, or start the embedded platform with "
             "`slipstream up`"
         )
     try:
-        urlsplit(f"//{found[LISTEN]}").port  # noqa: B018 (raises for what is no port)
+        urlsplit(f"//{values[LISTEN]}").port  # noqa: B018 (raises for what is no port)
     except ValueError as error:
-        raise InputError(f"{LISTEN}={found[LISTEN]}: {error}; give HOST:PORT") from error
-    return Configuration(*(found[name] for name in VARIABLES))
+        raise InputError(f"{LISTEN}={values[LISTEN]}: {error}; give HOST:PORT") from error
+    return Configuration(*(values[name] for name in VARIABLES))
 
 
 def _of_platform(home: Home) -> dict[str, str]:

@@ -37,12 +37,12 @@ def promoted_version(client: MlflowClient, model: str, alias: str) -> str | None
     Raises Unavailable when the registry does not answer.
     """
     try:
-        found = client.get_model_version_by_alias(model, alias)
+        version = client.get_model_version_by_alias(model, alias)
     except MlflowException as error:
         if error.error_code in ABSENT_CODES:
             return None
         raise Unavailable(f"MLflow registry: reading {model}@{alias}: {error}") from error
-    return None if PIPELINE_RUN in found.tags else str(found.version)
+    return None if PIPELINE_RUN in version.tags else str(version.version)
 
 
 def start(airflow: Runs, spec: Spec, version: str) -> bool:

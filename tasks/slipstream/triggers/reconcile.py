@@ -46,15 +46,15 @@ def report_drift(home: Home, client: MlflowClient, traffic: TrafficController) -
 
     Only reported: what was begun and not finished, the watchdog finishes or puts back (release/watchdog.py).
     """
-    found = []
+    sentences = []
     for model in models(home):
         try:
-            found += registry.drift(model, traffic, client)
+            sentences += registry.drift(model, traffic, client)
         except SlipstreamError as error:
             log.warning("%s: traffic not compared with the registry: %s", model, error)
-    for sentence in found:
+    for sentence in sentences:
         log.warning("drift: %s", sentence)
-    return found
+    return sentences
 
 
 def keep_reconciling(once: Callable[[], object], stop: threading.Event, interval_s: float = INTERVAL_S) -> None:

@@ -175,9 +175,9 @@ def knows_traffic(home: Home) -> bool:
 
 def ensure_webhook(client: MlflowClient, url: str, secret: str) -> None:
     """Register the webhook, or point the registered one here. MLflow does not tell secrets, so it is always set."""
-    known = [w for w in client.list_webhooks(max_results=100) if w.name == NAME]
-    if known:
-        client.update_webhook(known[0].webhook_id, url=url, events=[EVENT], secret=secret, status="ACTIVE")
+    webhooks = [w for w in client.list_webhooks(max_results=100) if w.name == NAME]
+    if webhooks:
+        client.update_webhook(webhooks[0].webhook_id, url=url, events=[EVENT], secret=secret, status="ACTIVE")
     else:
         client.create_webhook(NAME, url, [EVENT], "Starts slipstream when an alias moves", secret, "ACTIVE")
         log.info("registered the webhook %s", url)
@@ -211,18 +211,18 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     home = Home.from_environment()
     try:
-        found = configuration.load(home)
+        config = configuration.load(home)
     except SlipstreamError as error:
         sys.stderr.write(f"{error.headline}: {error}\n")
         sys.exit(error.exit_code)
     # MLflow's client would wait minutes for a server that is down; here the next round is the retry.
     retries = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    os.environ |= {configuration.MLFLOW: found.mlflow, **retries}
+    os.environ |= {configuration.MLFLOW: config.mlflow, **retries}
     addresses.reach_mlflow(home, os.environ)
-    airflow = AirflowApi(found.airflow, found.airflow_user, found.airflow_password)
-    app = create_app(home, MlflowClient(), airflow, found.url, found.secret)
+    airflow = AirflowApi(config.airflow, config.airflow_user, config.airflow_password)
+    app = create_app(home, MlflowClient(), airflow, config.url, config.secret)
     allow_files()
-    uvicorn.run(app, host=found.host, port=found.port, log_level="warning", http=Bounded)
+    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", http=Bounded)
 
 
 if __name__ == "__main__":
