@@ -106,30 +106,30 @@ def reach_mlflow(home: Home, variables: MutableMapping[str, str]) -> None:
 
     Raises Unavailable where they name none and none was started here.
     """
-    named = variables.get(MLFLOW)
-    if named and not home.addresses_file().exists():
+    server = variables.get(MLFLOW)
+    if server and not home.addresses_file().exists():
         return
-    found = load(home)
-    if named in (None, "", found.mlflow):
+    addresses = load(home)
+    if server in (None, "", addresses.mlflow):
         own = {k: v for k, v in variables.items() if v and k in (MLFLOW_USER, MLFLOW_PASSWORD)}
-        variables.update(mlflow_variables(found, load_secrets(home)) | own)
+        variables.update(mlflow_variables(addresses, load_secrets(home)) | own)
 
 
-def choose(home: Home, taken: set[int], profile: Profile = "local") -> Addresses:
-    """The remembered addresses, made and saved at the first call; ports in `taken` are replaced by free ones."""
-    known = load(home) if home.addresses_file().exists() else None
-    wanted = {n for n, f in Addresses.model_fields.items() if f.is_required()} | PROFILES[profile]
-    urls = {name: url for name, url in known.urls().items() if name in wanted} if known else {}
-    avoid = taken | {port_of(url) for url in urls.values()}
+def choose(home: Home, occupied: set[int], profile: Profile = "local") -> Addresses:
+    """The remembered addresses, made and saved at the first call; ports in `occupied` are replaced by free ones."""
+    remembered = load(home) if home.addresses_file().exists() else None
+    required = {n for n, f in Addresses.model_fields.items() if f.is_required()} | PROFILES[profile]
+    urls = {name: url for name, url in remembered.urls().items() if name in required} if remembered else {}
+    avoid = occupied | {port_of(url) for url in urls.values()}
     # Each home starts elsewhere, so that a stopped platform does not find its ports with another one.
     start = int.from_bytes(hashlib.sha256(str(home.root).encode()).digest()[:4]) % len(PORTS)
     candidates = (p for p in (*PORTS[start:], *PORTS[:start]) if p not in avoid and is_free(p))
-    for name in sorted(wanted):
-        if name not in urls or port_of(urls[name]) in taken:
+    for name in sorted(required):
+        if name not in urls or port_of(urls[name]) in occupied:
             scheme = "postgresql" if name == "postgresql" else "http"
             urls[name] = f"{scheme}://127.0.0.1:{next(candidates)}"
     chosen = Addresses.model_validate({**urls, "profile": profile})
-    if chosen != known:
+    if chosen != remembered:
         save(home, chosen)
     return chosen
 
@@ -159,8 +159,8 @@ def ensure_secrets(home: Home) -> Secrets:
     A home of an earlier version gets those that it lacks.
     """
     path = home.root / "secrets.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    made = {
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    generated = {
         "airflow_user": "admin",
         "airflow_password": secrets.token_urlsafe(12),
         "airflow_jwt_secret": secrets.token_urlsafe(48),
@@ -174,8 +174,8 @@ def ensure_secrets(home: Home) -> Secrets:
         "s3_access_key": "slipstream",
         "s3_secret_key": secrets.token_urlsafe(24),
     }
-    if made.keys() - known.keys():
-        write_atomically(path, Secrets(**(made | known)).model_dump_json(indent=2), mode=0o600)
+    if generated.keys() - stored.keys():
+        write_atomically(path, Secrets(**(generated | stored)).model_dump_json(indent=2), mode=0o600)
     return load_secrets(home)
 
 

@@ -85,7 +85,7 @@ def prepare(home: Home, environment: dict[str, str], secrets: Secrets) -> None:
         return
     for name in COMMANDS:  # an earlier version's processes must not come up while their database changes
         supervisor.stop(home, name)
-    done = subprocess.run(
+    completed = subprocess.run(
         [str(home.envs / "airflow" / "bin" / "airflow"), "db", "migrate"],
         env=base_environment(home) | environment,
         capture_output=True,
@@ -93,8 +93,8 @@ def prepare(home: Home, environment: dict[str, str], secrets: Secrets) -> None:
         check=False,
         umask=0o077,
     )
-    if done.returncode != 0:
-        raise Unavailable(f"`airflow db migrate` failed in {home.root}:\n{done.stderr[-3000:]}")
+    if completed.returncode != 0:
+        raise Unavailable(f"`airflow db migrate` failed in {home.root}:\n{completed.stderr[-3000:]}")
     write_atomically(stamp, version)
 
 
@@ -117,7 +117,7 @@ def _passwords_file(home: Home) -> Path:
 
 def _installed_version(home: Home) -> str:
     """Version of Airflow in its environment, from the name of its metadata folder."""
-    found = sorted((home.envs / "airflow").glob("lib/python3*/site-packages/apache_airflow_core-*.dist-info"))
-    if not found:
+    folders = sorted((home.envs / "airflow").glob("lib/python3*/site-packages/apache_airflow_core-*.dist-info"))
+    if not folders:
         raise Unavailable(f"{home.envs / 'airflow'}: no Airflow in this environment; run `make setup`")
-    return found[-1].name.removeprefix("apache_airflow_core-").removesuffix(".dist-info")
+    return folders[-1].name.removeprefix("apache_airflow_core-").removesuffix(".dist-info")

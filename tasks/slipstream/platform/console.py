@@ -24,31 +24,33 @@ WAITING_EVERY_S = 20
 def up(home: Home, *, new_ports: bool, profile: Profile | None = None) -> None:
     """Start the platform; progress on stderr, addresses and log-in on stdout."""
     with _Progress() as progress:
-        found = lifecycle.up(home, progress.show, new_ports=new_ports, profile=profile)
+        endpoints = lifecycle.up(home, progress.show, new_ports=new_ports, profile=profile)
     login = addresses.load_secrets(home)
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"Airflow  {found.airflow}  user {login.airflow_user}, password {login.airflow_password}")
-    console.print(f"MLflow   {found.mlflow}  user {login.mlflow_user}, password {login.mlflow_password}")
-    console.print(f"Models   {found.envoy}  Open Inference Protocol V2")
-    if found.s3:
-        console.print(f"Storage  {found.s3}  bucket {object_store.BUCKET}, credentials in {home.root / 'secrets.json'}")
+    console.print(f"Airflow  {endpoints.airflow}  user {login.airflow_user}, password {login.airflow_password}")
+    console.print(f"MLflow   {endpoints.mlflow}  user {login.mlflow_user}, password {login.mlflow_password}")
+    console.print(f"Models   {endpoints.envoy}  Open Inference Protocol V2")
+    if endpoints.s3:
+        console.print(
+            f"Storage  {endpoints.s3}  bucket {object_store.BUCKET}, credentials in {home.root / 'secrets.json'}"
+        )
 
 
 def environment(home: Home) -> None:
     """Print the variables by which MLflow and the store are reached, as a shell takes them. Raises Unavailable."""
-    found = addresses.load(home)
+    endpoints = addresses.load(home)
     login = addresses.load_secrets(home)
-    variables = addresses.mlflow_variables(found, login)
-    if found.s3:
-        variables |= object_store.environment(found.s3, login)
+    variables = addresses.mlflow_variables(endpoints, login)
+    if endpoints.s3:
+        variables |= object_store.environment(endpoints.s3, login)
     for name, value in variables.items():
         print(f"export {name}={shlex.quote(value)}")
 
 
 def down(home: Home) -> None:
     """Stop the platform and say so on stderr."""
-    left = lifecycle.down(home)
-    more = f"; {len(left)} left-over processes ended" if left else ""
+    leftovers = lifecycle.down(home)
+    more = f"; {len(leftovers)} left-over processes ended" if leftovers else ""
     Console(stderr=True).print(f"nothing of {home.root} runs any more{more}", highlight=False, soft_wrap=True)
 
 
@@ -69,12 +71,12 @@ def status(home: Home, *, as_json: bool) -> bool:
 
 def logs(home: Home, service: str | None, lines: int, follow: bool) -> None:
     """Become `tail` on one service's log, or on all. Raises InputError for an unknown service."""
-    known = sorted(p.stem for p in (home.root / "logs").glob("*.log"))
-    if service is not None and service not in known:
-        raise InputError(f"no log of {service!r} under {home.root / 'logs'}; known: {', '.join(known) or 'none'}")
-    if not known:
+    services = sorted(p.stem for p in (home.root / "logs").glob("*.log"))
+    if service is not None and service not in services:
+        raise InputError(f"no log of {service!r} under {home.root / 'logs'}; known: {', '.join(services) or 'none'}")
+    if not services:
         raise InputError(f"no logs under {home.root}; start the platform with `slipstream up`")
-    files = [str(programs.log_file(home, name)) for name in ([service] if service else known)]
+    files = [str(programs.log_file(home, name)) for name in ([service] if service else services)]
     # -F finds the new file after a rotation.
     os.execvp("tail", ["tail", "-n", str(lines), *(["-F"] if follow else []), *files])  # noqa: S606 (no shell needed)
 

@@ -58,11 +58,11 @@ def status(home: Home, addresses: Addresses) -> list[ServiceStatus]:
     states = supervisor.states(home)
     servers = _model_servers(home)
     # What is neither (a program of a user's own) is shown too.
-    wanted = expected(addresses) | {name: servers.get(name) for name in sorted((states | servers).keys())}
-    wanted |= expected(addresses)
+    services = expected(addresses) | {name: servers.get(name) for name in sorted((states | servers).keys())}
+    services |= expected(addresses)
     with httpx.Client(timeout=5) as client:
         probe = _Probe(home, addresses, client, _airflow_health(addresses), _ejected(home))
-        return [_one(name, address, states.get(name, ABSENT), probe) for name, address in wanted.items()]
+        return [_one(name, address, states.get(name, ABSENT), probe) for name, address in services.items()]
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class _Probe:
             return postgresql.healthy(self.home, address)
         if name == "envoy":
             return Admin(self.home.envoy).ready()
-        known = {
+        urls = {
             object_store.NAME: f"{address}{object_store.HEALTH}",
             "mlflow": f"{self.addresses.mlflow}/health",
             "triggers": f"{self.addresses.triggers}/health",
             airflow.API_SERVER: f"{self.addresses.airflow}/api/v2/monitor/health",
         }
-        url = known.get(name) or (f"{address}/v2/health/ready" if address else None)
+        url = urls.get(name) or (f"{address}/v2/health/ready" if address else None)
         return _answers(self.client, url) if url else None
 
 
@@ -142,10 +142,10 @@ def _answers(client: httpx.Client, url: str) -> bool:
 
 def _airflow_health(addresses: Addresses) -> Mapping[str, Any]:
     try:
-        found = httpx.get(f"{addresses.airflow}/api/v2/monitor/health", timeout=10).json()
+        answer = httpx.get(f"{addresses.airflow}/api/v2/monitor/health", timeout=10).json()
     except (httpx.HTTPError, ValueError):
         return {}
-    return found if isinstance(found, Mapping) else {}
+    return answer if isinstance(answer, Mapping) else {}
 
 
 def _beats(part: object, name: str, pid: int) -> bool:
@@ -158,7 +158,7 @@ def _beats(part: object, name: str, pid: int) -> bool:
 
 def _model_servers(home: Home) -> dict[str, str]:
     """Program name → base URL of the deployed releases (traffic/envoy.py writes the records)."""
-    found = {}
+    urls = {}
     for record in home.releases.glob("*/deployment.json"):
-        found[f"server-{record.parent.name}"] = f"http://127.0.0.1:{json.loads(record.read_text())['port']}"
-    return found
+        urls[f"server-{record.parent.name}"] = f"http://127.0.0.1:{json.loads(record.read_text())['port']}"
+    return urls

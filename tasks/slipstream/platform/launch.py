@@ -35,10 +35,10 @@ def main(description: str, record: str, log: str) -> None:
     _write_to(log)
     with open(description, encoding="utf-8") as file:  # noqa: PTH123 (pathlib would double the start time)
         program = json.load(file)
-    known = recorded(record)
-    if known is not None and known["description"] == os.environ[DESCRIPTION]:
-        watch(int(known["pid"]), program["stop_wait_s"])
-    stop(left_over(known), program["stop_wait_s"], signal.Signals[f"SIG{program['stop_signal']}"])
+    process = recorded(record)
+    if process is not None and process["description"] == os.environ[DESCRIPTION]:
+        watch(int(process["pid"]), program["stop_wait_s"])
+    stop(left_over(process), program["stop_wait_s"], signal.Signals[f"SIG{program['stop_signal']}"])
     command = program["command"]
     try:
         if program["directory"]:
@@ -54,10 +54,10 @@ def recorded(record: str) -> Record | None:
     """The recorded process if it lives; None when it has ended."""
     try:
         with open(record, encoding="utf-8") as file:  # noqa: PTH123
-            known: Record = json.load(file)
+            process: Record = json.load(file)
     except (OSError, ValueError):
         return None
-    return known if identity(int(known["pid"])) == known["identity"] else None
+    return process if identity(int(process["pid"])) == process["identity"] else None
 
 
 def identity(pid: int) -> str | None:
@@ -78,7 +78,7 @@ def marked(home: str) -> dict[int, str]:
     Both are of one look at a process: a second look would see processes that have started since.
     """
     mark, program = f"{MARK}={home}".encode(), f"{PROGRAM}=".encode()
-    found = {}
+    processes = {}
     for entry in os.listdir("/proc"):  # noqa: PTH208
         if entry.isdigit():
             try:
@@ -88,8 +88,8 @@ def marked(home: str) -> dict[int, str]:
                 continue
             if mark in variables:
                 names = [v.removeprefix(program).decode() for v in variables if v.startswith(program)]
-                found[int(entry)] = names[0] if names else ""
-    return found
+                processes[int(entry)] = names[0] if names else ""
+    return processes
 
 
 def of_program(home: str, program: str) -> set[int]:
@@ -97,23 +97,23 @@ def of_program(home: str, program: str) -> set[int]:
     return {pid for pid, name in marked(home).items() if name == program}
 
 
-def left_over(known: Record | None) -> set[int]:
+def left_over(process: Record | None) -> set[int]:
     """Processes of this program: those of its mark, and its recorded one, whose environment may not be readable."""
-    found = of_program(os.environ[MARK], os.environ[PROGRAM])
-    found |= {int(known["pid"])} if known is not None else set()
-    return found - {os.getpid()}
+    pids = of_program(os.environ[MARK], os.environ[PROGRAM])
+    pids |= {int(process["pid"])} if process is not None else set()
+    return pids - {os.getpid()}
 
 
 def stop(pids: set[int], wait_s: float, ask: int = signal.SIGTERM) -> None:
     """Stop processes: by the signal `ask`, and after `wait_s` by SIGKILL. Returns when they have ended."""
     living = {pid: name for pid in pids if (name := identity(pid)) is not None}
-    deadline, asked = time.monotonic() + wait_s, False
+    deadline, signaled = time.monotonic() + wait_s, False
     while living:
         late = time.monotonic() > deadline
-        if not asked or late:
+        if not signaled or late:
             for pid in living:
                 _signal(os.kill, pid, signal.SIGKILL if late else ask)
-            asked = True
+            signaled = True
         time.sleep(0.05)
         living = {pid: name for pid, name in living.items() if identity(pid) == name}
 
@@ -130,10 +130,10 @@ def watch(pid: int, stop_wait_s: int) -> None:
     if os.getppid() != parent:  # supervisord died before the call above
         sys.exit(1)
     group = os.getpgid(pid)
-    asked: list[int] = []
+    received: list[int] = []
 
     def hand_on(number: int, _: object) -> None:
-        asked.append(number)
+        received.append(number)
         _signal(os.killpg, group, number)
         signal.alarm(max(stop_wait_s - 1, 1))  # supervisord's own SIGKILL would reach this process alone
 
@@ -142,7 +142,7 @@ def watch(pid: int, stop_wait_s: int) -> None:
     signal.signal(signal.SIGALRM, lambda *_: _signal(os.killpg, group, signal.SIGKILL))
     print(f"process {pid} goes on under a new supervisord", flush=True)
     _await_end(pid)
-    sys.exit(0 if asked else 1)
+    sys.exit(0 if received else 1)
 
 
 def _await_end(pid: int) -> None:

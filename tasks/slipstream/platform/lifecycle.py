@@ -49,24 +49,24 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False, profile: Profile
         chosen = _profile(home, profile)
         if supervisor.running_pid(home) is None:
             _sort_out_orphans(home)
-        found = _addresses(home, new_ports, chosen)
+        endpoints = _addresses(home, new_ports, chosen)
         secrets = addresses.ensure_secrets(home)
-        environment = _environment(home, found, secrets)
-        with_airflow = environment | airflow.settings(home, found, secrets) | _database_access(home, found)
-        envoy.bootstrap(home, port_of(found.envoy))
-        _start_stores(home, found, secrets)
+        environment = _environment(home, endpoints, secrets)
+        with_airflow = environment | airflow.settings(home, endpoints, secrets) | _database_access(home, endpoints)
+        envoy.bootstrap(home, port_of(endpoints.envoy))
+        _start_stores(home, endpoints, secrets)
         # MLflow and Envoy come up while Airflow's database is made.
-        supervisor.start(home, mlflow_server.program(home, found, secrets, environment))
+        supervisor.start(home, mlflow_server.program(home, endpoints, secrets, environment))
         supervisor.start(home, envoy.program(home))
         airflow.prepare(home, with_airflow, secrets)
         for program in (*airflow.programs(home, with_airflow), _triggers(home, environment)):
             supervisor.start(home, program)
-        _await_healthy(home, found, watch)
+        _await_healthy(home, endpoints, watch)
         airflow.ensure_pools(home)
         lost = envoy.controller(home).bring_back()
         if lost:
             raise Unavailable("the platform is up, but not every release:\n" + "\n".join(lost.values()))
-        return found
+        return endpoints
 
 
 def _sort_out_orphans(home: Home) -> None:
@@ -77,9 +77,9 @@ def _sort_out_orphans(home: Home) -> None:
     orphaned = supervisor.states(home)
     if postgresql.NAME not in orphaned:
         postgresql.stop_left_over(home)
-    left = processes.stop_orphans(home, keep=programs.names(home))
-    if left:
-        log.info("stopped %d processes that a killed platform had left running", len(left))
+    stopped = processes.stop_orphans(home, keep=programs.names(home))
+    if stopped:
+        log.info("stopped %d processes that a killed platform had left running", len(stopped))
     if orphaned:
         log.info("taking over what a killed supervisord left running: %s", ", ".join(orphaned))
 
@@ -111,14 +111,14 @@ def down(home: Home) -> list[Process]:
         return processes.stop_orphans(home)
 
 
-def _profile(home: Home, wanted: Profile | None) -> Profile:
+def _profile(home: Home, requested: Profile | None) -> Profile:
     """The profile of this home: what was asked for, or what it has. Raises InputError, Unavailable."""
-    known = addresses.load(home).profile if home.addresses_file().exists() else None
-    chosen = wanted or known or "local"
-    if known not in (None, chosen) and any((home.root / path).exists() for path in DATA):
+    current = addresses.load(home).profile if home.addresses_file().exists() else None
+    chosen = requested or current or "local"
+    if current not in (None, chosen) and any((home.root / path).exists() for path in DATA):
         raise InputError(
-            f"{home.root} holds data of profile {known}, which profile {chosen} cannot read; choose another "
-            f"SLIPSTREAM_HOME for it, or start this one with `slipstream up --profile {known}`"
+            f"{home.root} holds data of profile {current}, which profile {chosen} cannot read; choose another "
+            f"SLIPSTREAM_HOME for it, or start this one with `slipstream up --profile {current}`"
         )
     if chosen == "server":  # what is not installed is said before anything is made
         postgresql.programs_folder(home)
@@ -128,11 +128,11 @@ def _profile(home: Home, wanted: Profile | None) -> Profile:
 
 def _addresses(home: Home, new_ports: bool, profile: Profile) -> Addresses:
     """The addresses, with no stranger on any of their ports. Raises Unavailable."""
-    found = addresses.choose(home, set(), profile)
+    endpoints = addresses.choose(home, set(), profile)
     ours = {p.pid for p in processes.supervised(home)}
     running = {name for name, state in supervisor.states(home).items() if state.state == "RUNNING"}
-    taken: dict[int, str] = {}
-    for name, url in found.urls().items():
+    conflicts: dict[int, str] = {}
+    for name, url in endpoints.urls().items():
         port = port_of(url)
         # PostgreSQL's process may be another user's, whose ports cannot be looked up.
         if addresses.is_free(port) or name in running & {postgresql.NAME}:
@@ -140,47 +140,48 @@ def _addresses(home: Home, new_ports: bool, profile: Profile) -> Addresses:
         owner = processes.listener(port)
         if owner is None or owner.pid not in ours:
             who = f"pid {owner.pid} ({owner.command[:100]})" if owner else "another user's process"
-            taken[port] = f"port {port}, where {name} listens, is taken by {who}"
-    if not taken:
-        return found
+            conflicts[port] = f"port {port}, where {name} listens, is taken by {who}"
+    if not conflicts:
+        return endpoints
     if not new_ports:
         raise Unavailable(
-            "\n".join(taken.values()) + "\nstop that process, or choose other ports with `slipstream up --new-ports`"
+            "\n".join(conflicts.values())
+            + "\nstop that process, or choose other ports with `slipstream up --new-ports`"
         )
-    return addresses.choose(home, set(taken), profile)
+    return addresses.choose(home, set(conflicts), profile)
 
 
-def _start_stores(home: Home, found: Addresses, secrets: Secrets) -> None:
+def _start_stores(home: Home, endpoints: Addresses, secrets: Secrets) -> None:
     """Of profile `server`: PostgreSQL and the object store come up before what keeps its data there."""
-    if found.postgresql is not None:
+    if endpoints.postgresql is not None:
         postgresql.prepare(home, secrets)
-        supervisor.start(home, postgresql.program(home, found.postgresql))
-    if found.s3 is not None:
+        supervisor.start(home, postgresql.program(home, endpoints.postgresql))
+    if endpoints.s3 is not None:
         object_store.prepare(home)
-        supervisor.start(home, object_store.program(home, found.s3, secrets))
-        object_store.await_ready(home, found.s3)
-        object_store.ensure_bucket(found.s3, secrets)
-    if found.postgresql is not None:
-        postgresql.await_ready(home, found.postgresql)
+        supervisor.start(home, object_store.program(home, endpoints.s3, secrets))
+        object_store.await_ready(home, endpoints.s3)
+        object_store.ensure_bucket(endpoints.s3, secrets)
+    if endpoints.postgresql is not None:
+        postgresql.await_ready(home, endpoints.postgresql)
         postgresql.ensure_databases(
-            home, found.postgresql, (postgresql.AIRFLOW, postgresql.MLFLOW, mlflow_server.USERS)
+            home, endpoints.postgresql, (postgresql.AIRFLOW, postgresql.MLFLOW, mlflow_server.USERS)
         )
 
 
-def _database_access(home: Home, found: Addresses) -> dict[str, str]:
+def _database_access(home: Home, endpoints: Addresses) -> dict[str, str]:
     """What Airflow and MLflow need to connect to their databases; steps do without."""
-    return {} if found.postgresql is None else postgresql.environment(home)
+    return {} if endpoints.postgresql is None else postgresql.environment(home)
 
 
-def _environment(home: Home, found: Addresses, secrets: Secrets) -> dict[str, str]:
+def _environment(home: Home, endpoints: Addresses, secrets: Secrets) -> dict[str, str]:
     """What every program and every step that it starts needs."""
-    return (object_store.environment(found.s3, secrets) if found.s3 else {}) | {
+    return (object_store.environment(endpoints.s3, secrets) if endpoints.s3 else {}) | {
         "SLIPSTREAM_HOME": str(home.root),
         "SLIPSTREAM_ENVS": str(home.envs),
         "SLIPSTREAM_CODE": str(home.code),
         "SLIPSTREAM_SPECS": home.specs,
         "SLIPSTREAM_RUNS": home.runs,
-        **addresses.mlflow_variables(found, secrets),
+        **addresses.mlflow_variables(endpoints, secrets),
         # Retries after 0, 2, 4, … s: a server that is away for a minute costs a step nothing but time.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "8",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -196,12 +197,12 @@ def _triggers(home: Home, environment: dict[str, str]) -> Program:
     return Program("triggers", command, environment)
 
 
-def _await_healthy(home: Home, found: Addresses, watch: Listener) -> None:
+def _await_healthy(home: Home, endpoints: Addresses, watch: Listener) -> None:
     """Wait as long as something moves, which on a busy machine may take many minutes. Raises Unavailable."""
-    wanted = health.expected(found)
+    required = health.expected(endpoints)
     patience = _Patience(home)
     while True:
-        now = [s for s in health.status(home, found) if s.name in wanted]
+        now = [s for s in health.status(home, endpoints) if s.name in required]
         watch(now)
         missing = [s for s in now if not s.healthy]
         if not missing:
@@ -222,9 +223,9 @@ class _Patience:
 
     def exhausted(self, missing: list[ServiceStatus], now_s: float) -> list[ServiceStatus]:
         """The services to give up; empty while there is hope. A service moves when its state or its log changes."""
-        seen = {s.name: (s.state, s.pid, self._log_bytes(s.name)) for s in missing}
-        if seen != self._seen:
-            self._seen, self._moved_s = seen, now_s
+        snapshot = {s.name: (s.state, s.pid, self._log_bytes(s.name)) for s in missing}
+        if snapshot != self._seen:
+            self._seen, self._moved_s = snapshot, now_s
         for s in missing:
             self._processes.setdefault(s.name, set()).update({s.pid} if s.pid else ())
         if now_s - self._moved_s > SILENT_FOR_S:

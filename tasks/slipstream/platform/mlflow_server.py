@@ -17,22 +17,22 @@ LOGIN_CACHED_S = 3600
 (quickest of 18, on two busy cores; 4.3 without a log-in). MLflow drops an entry when the password changes."""
 
 
-def program(home: Home, found: Addresses, secrets: Secrets, environment: dict[str, str]) -> Program:
+def program(home: Home, addresses: Addresses, secrets: Secrets, environment: dict[str, str]) -> Program:
     """The server under supervisord; its passwords are in its environment, which only this user can read."""
     folder = home.root / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     backend, artifacts = f"sqlite:///{folder}/mlflow.db", str(folder / "artifacts")
-    if found.postgresql is not None:
-        backend = postgresql.uri(found.postgresql, postgresql.MLFLOW)
+    if addresses.postgresql is not None:
+        backend = postgresql.uri(addresses.postgresql, postgresql.MLFLOW)
         environment = environment | postgresql.environment(home)
-    if found.s3 is not None:
+    if addresses.s3 is not None:
         artifacts = f"s3://{object_store.BUCKET}/mlflow"
     command = (
         *(str(home.envs / "airflow" / "bin" / "mlflow"), "server", "--app-name", "basic-auth"),
-        *("--host", "127.0.0.1", "--port", str(port_of(found.mlflow)), "--workers", "1"),
+        *("--host", "127.0.0.1", "--port", str(port_of(addresses.mlflow)), "--workers", "1"),
         *("--backend-store-uri", backend, "--artifacts-destination", artifacts),
     )
-    return Program(NAME, command, environment | _login(home, found, secrets) | _settings(secrets))
+    return Program(NAME, command, environment | _login(home, addresses, secrets) | _settings(secrets))
 
 
 def _settings(secrets: Secrets) -> dict[str, str]:
@@ -45,14 +45,14 @@ def _settings(secrets: Secrets) -> dict[str, str]:
     }
 
 
-def _login(home: Home, found: Addresses, secrets: Secrets) -> dict[str, str]:
+def _login(home: Home, addresses: Addresses, secrets: Secrets) -> dict[str, str]:
     """Write the log-in's configuration, and return the variables that go with it.
 
     People whom the administrator adds may read everything, and change nothing until they are given more.
     """
     users = f"sqlite:///{home.root / 'mlflow' / 'users.db'}"
-    if found.postgresql is not None:
-        users = postgresql.uri(found.postgresql, USERS)
+    if addresses.postgresql is not None:
+        users = postgresql.uri(addresses.postgresql, USERS)
     path = home.root / "mlflow" / "login.ini"
     text = (
         "[mlflow]\n"

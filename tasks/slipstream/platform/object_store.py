@@ -28,10 +28,10 @@ READY_WITHIN_S = 30
 
 def binary(home: Home) -> Path:
     """The gateway's program. Raises Unavailable when it is not installed."""
-    found = home.envs / "airflow" / "bin" / "juicefs"
-    if not found.exists():
-        raise Unavailable(f"{found}: the S3 gateway is not installed; `make setup` does so (extra `server`)")
-    return found
+    path = home.envs / "airflow" / "bin" / "juicefs"
+    if not path.exists():
+        raise Unavailable(f"{path}: the S3 gateway is not installed; `make setup` does so (extra `server`)")
+    return path
 
 
 def environment(url: str, secrets: Secrets) -> dict[str, str]:
@@ -55,9 +55,9 @@ def prepare(home: Home) -> None:
         *(str(binary(home)), "format", "--storage", "file", "--bucket", f"{folder}/data/"),
         *("--trash-days", "0", "--no-update", _metadata(folder), VOLUME),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, umask=0o077, timeout=60)
-    if done.returncode != 0:
-        raise Unavailable(f"{folder}: the object store cannot be made: {done.stderr[-2000:]}")
+    completed = subprocess.run(command, capture_output=True, text=True, check=False, umask=0o077, timeout=60)
+    if completed.returncode != 0:
+        raise Unavailable(f"{folder}: the object store cannot be made: {completed.stderr[-2000:]}")
     (folder / "formatted").touch()
 
 
@@ -99,7 +99,7 @@ def ensure_bucket(url: str, secrets: Secrets) -> None:
         config=Config(retries={"mode": "standard", "max_attempts": 5}),
     )
     try:
-        if BUCKET not in {found["Name"] for found in client.list_buckets()["Buckets"]}:
+        if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
             client.create_bucket(Bucket=BUCKET)
     except (BotoCoreError, ClientError) as error:
         raise Unavailable(f"the object store at {url} does not take the bucket {BUCKET}: {error}") from error

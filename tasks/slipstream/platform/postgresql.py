@@ -34,14 +34,14 @@ who may not walk through a private home, but may use a folder of its own that ro
 
 def programs_folder(home: Home) -> Path:
     """Where PostgreSQL's programs lie: the version that made this home's data, or the newest. Raises Unavailable."""
-    found = dict(_installed())
+    folders = dict(_installed())
     stamp = _folder(home) / "version"
-    wanted = int(stamp.read_text()) if stamp.exists() else max(found, default=0)
-    if wanted not in found:
-        package = f"{PACKAGE}-{wanted}" if wanted else PACKAGE
-        whose = f" {wanted}, which made the data in {_folder(home)}," if wanted else ""
+    version = int(stamp.read_text()) if stamp.exists() else max(folders, default=0)
+    if version not in folders:
+        package = f"{PACKAGE}-{version}" if version else PACKAGE
+        whose = f" {version}, which made the data in {_folder(home)}," if version else ""
         raise Unavailable(f"PostgreSQL{whose} is not installed; `apt-get install {package}` does so")
-    return found[wanted]
+    return folders[version]
 
 
 def prepare(home: Home, secrets: Secrets) -> None:
@@ -128,7 +128,7 @@ def _initdb(binaries: Path, data: Path, password: str) -> None:
         os.close(send)
         _give_away(receive)
         access = ["-U", ROLE, "-A", "scram-sha-256", "--pwfile", "/dev/stdin"]
-        done = subprocess.run(
+        completed = subprocess.run(
             [
                 *_as_its_user(data),
                 *(str(binaries / "initdb"), "-D", _named(data), *access, "-E", "UTF8", "--locale=C"),
@@ -142,13 +142,13 @@ def _initdb(binaries: Path, data: Path, password: str) -> None:
         )
     finally:
         os.close(receive)
-    if done.returncode != 0:
-        raise Unavailable(f"{data}: PostgreSQL's data folder cannot be made: {done.stderr[-2000:]}")
+    if completed.returncode != 0:
+        raise Unavailable(f"{data}: PostgreSQL's data folder cannot be made: {completed.stderr[-2000:]}")
 
 
 def _client(home: Home, url: str, name: str, *arguments: str) -> str:
     """Output of one of PostgreSQL's client programs. Raises Unavailable."""
-    done = subprocess.run(
+    completed = subprocess.run(
         [str(programs_folder(home) / name), "-h", "127.0.0.1", "-p", str(port_of(url)), "-U", ROLE, "-w", *arguments],
         env=os.environ | environment(home),
         capture_output=True,
@@ -156,23 +156,23 @@ def _client(home: Home, url: str, name: str, *arguments: str) -> str:
         check=False,
         timeout=60,
     )
-    if done.returncode != 0:
-        raise Unavailable(f"PostgreSQL at {url}: {name}: {done.stderr.strip()[-2000:]}")
-    return done.stdout
+    if completed.returncode != 0:
+        raise Unavailable(f"PostgreSQL at {url}: {name}: {completed.stderr.strip()[-2000:]}")
+    return completed.stdout
 
 
 def _installed() -> Iterator[tuple[int, Path]]:
     """Major versions and their programs' folders."""
     folders = {*Path("/usr/lib/postgresql").glob("*/bin")}
-    folders |= {Path(found).resolve().parent for name in ("postgres", "initdb") if (found := shutil.which(name))}
+    folders |= {Path(path).resolve().parent for name in ("postgres", "initdb") if (path := shutil.which(name))}
     for folder in folders:
         if (folder / "postgres").exists() and (folder / "initdb").exists():
             yield _version(folder), folder
 
 
 def _version(binaries: Path) -> int:
-    shown = subprocess.run([str(binaries / "postgres"), "-V"], capture_output=True, text=True, check=False).stdout
-    match = re.search(r"\) (\d+)", shown)
+    output = subprocess.run([str(binaries / "postgres"), "-V"], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"\) (\d+)", output)
     return int(match[1]) if match else 0
 
 

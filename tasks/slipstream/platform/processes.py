@@ -39,13 +39,13 @@ def stop_orphans(home: Home, wait_s: float = 15, *, keep: Collection[str] = ()) 
     """
     stopped: list[Process] = []
     asked_until = time.monotonic() + wait_s
-    while left := _orphans(home, keep):
+    while orphans := _orphans(home, keep):
         asking = time.monotonic() < asked_until
-        for process in left:
+        for process in orphans:
             if not asking or process not in stopped:
                 log.debug("stopping left-over process %d: %s", process.pid, process.command[:80])
                 _signal(process.pid, signal.SIGTERM if asking else signal.SIGKILL)
-        stopped += [p for p in left if p not in stopped]
+        stopped += [p for p in orphans if p not in stopped]
         time.sleep(0.1)
     return stopped
 
@@ -58,11 +58,11 @@ def _orphans(home: Home, keep: Collection[str]) -> list[Process]:
 def stop(pid: int, command: str, wait_s: float) -> None:
     """Stop a process, if its command line holds `command`: by SIGINT, and after `wait_s` by SIGKILL."""
     deadline = time.monotonic() + wait_s
-    asked = False
+    signaled = False
     while command in next((p.command for p in _all() if p.pid == pid), ""):
-        if not asked or time.monotonic() > deadline:
-            _signal(pid, signal.SIGKILL if asked else signal.SIGINT)
-            asked = True
+        if not signaled or time.monotonic() > deadline:
+            _signal(pid, signal.SIGKILL if signaled else signal.SIGINT)
+            signaled = True
         time.sleep(0.1)
 
 
@@ -118,24 +118,24 @@ def _parent(pid: int) -> int:
 
 
 def _lineage(pid: int) -> set[int]:
-    found: set[int] = set()
-    while pid and pid not in found:
-        found.add(pid)
+    pids: set[int] = set()
+    while pid and pid not in pids:
+        pids.add(pid)
         pid = _parent(pid)
-    return found
+    return pids
 
 
 def _descendants(pid: int) -> set[int]:
     children: dict[int, list[int]] = {}
     for process in _all():
         children.setdefault(process.parent, []).append(process.pid)
-    found: set[int] = set()
+    pids: set[int] = set()
     queue = [pid]
     while queue:
-        new = [c for c in children.get(queue.pop(), []) if c not in found]
-        found.update(new)
+        new = [c for c in children.get(queue.pop(), []) if c not in pids]
+        pids.update(new)
         queue += new
-    return found
+    return pids
 
 
 def _pss_kib(pid: int) -> int:
@@ -144,7 +144,7 @@ def _pss_kib(pid: int) -> int:
 
 
 def _listening_inodes(port: int) -> set[str]:
-    found = set()
+    inodes = set()
     for table in ("tcp", "tcp6"):
         try:
             rows = (PROC / "net" / table).read_text().splitlines()[1:]
@@ -154,8 +154,8 @@ def _listening_inodes(port: int) -> set[str]:
             fields = row.split()
             # local_address is HEXIP:HEXPORT, state 0A is LISTEN.
             if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
-                found.add(fields[9])
-    return found
+                inodes.add(fields[9])
+    return inodes
 
 
 def _open_files(pid: int) -> set[str]:

@@ -97,8 +97,8 @@ def base_environment(home: Home) -> dict[str, str]:
     """
     unwanted = ("AIRFLOW", "PYTHONDONTWRITEBYTECODE", "SUPERVISOR_", PROGRAM, DESCRIPTION)
     added = _added_environment(home)
-    kept = {k: v for k, v in os.environ.items() if k not in added and not k.startswith(unwanted)}
-    return kept | {
+    inherited = {k: v for k, v in os.environ.items() if k not in added and not k.startswith(unwanted)}
+    return inherited | {
         MARK: str(home.root),
         "SLIPSTREAM_HOME": str(home.root),
         "SLIPSTREAM_ENVS": str(home.envs),
@@ -115,8 +115,8 @@ def _added_environment(home: Home) -> dict[str, str]:
 def private_folder(path: Path) -> None:
     """Make a folder that only this user can enter. Raises Unavailable when somebody else's lies there."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise Unavailable(f"{path} must be a folder of this user, and is not; remove it")
     path.chmod(0o700)
 

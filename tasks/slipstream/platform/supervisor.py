@@ -82,14 +82,14 @@ def state(home: Home, name: str) -> ProcessState:
 def states(home: Home) -> dict[str, ProcessState]:
     """Every program that supervisord knows; when it is down, those that it left running."""
     if running_pid(home) is None:
-        left = {name: _recorded_pid(home, name) for name in programs.names(home)}
-        return {name: ProcessState(ORPHANED, pid) for name, pid in left.items() if pid is not None}
+        pids = {name: _recorded_pid(home, name) for name in programs.names(home)}
+        return {name: ProcessState(ORPHANED, pid) for name, pid in pids.items() if pid is not None}
     try:
         with _calls(home) as call:
-            found = {p["name"]: ProcessState(p["statename"], p["pid"] or None) for p in call.getAllProcessInfo()}
+            reported = {p["name"]: ProcessState(p["statename"], p["pid"] or None) for p in call.getAllProcessInfo()}
     except Unavailable:
         return {}
-    return {n: ProcessState(s.state, s.pid and (_recorded_pid(home, n) or s.pid)) for n, s in found.items()}
+    return {n: ProcessState(s.state, s.pid and (_recorded_pid(home, n) or s.pid)) for n, s in reported.items()}
 
 
 def ensure_running(home: Home) -> None:
@@ -149,7 +149,7 @@ def _ensure_running(home: Home) -> bool:
     programs.log_file(home, "supervisord").parent.mkdir(parents=True, exist_ok=True)
     config = programs.supervisor_folder(home) / "supervisord.ini"
     write_atomically(config, programs.render_daemon(home), programs.PRIVATE)
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)],
         env=programs.base_environment(home),
         cwd=home.root,
@@ -159,8 +159,9 @@ def _ensure_running(home: Home) -> bool:
         check=False,
         timeout=60,
     )
-    if done.returncode != 0 or running_pid(home) is None:
-        detail = (done.stderr.strip() or done.stdout.strip() or f"see {programs.log_file(home, 'supervisord')}")[-2000:]
+    if completed.returncode != 0 or running_pid(home) is None:
+        output = completed.stderr.strip() or completed.stdout.strip()
+        detail = (output or f"see {programs.log_file(home, 'supervisord')}")[-2000:]
         raise Unavailable(f"supervisord does not start in {home.root}: {detail}")
     return True
 
@@ -224,17 +225,17 @@ def _forget(home: Home, name: str) -> None:
     if running_pid(home) is not None:
         with _calls(home) as call:
             _remove(call, name)
-    left = launch.of_program(str(home.root), name)
+    pids = launch.of_program(str(home.root), name)
     if (pid := _recorded_pid(home, name)) is not None:
-        left.add(pid)
-    launch.stop(left, _FORGOTTEN_WAIT_S)
+        pids.add(pid)
+    launch.stop(pids, _FORGOTTEN_WAIT_S)
     programs.record_file(home, name).unlink(missing_ok=True)
 
 
 def _recorded_pid(home: Home, name: str) -> int | None:
     """The program's process, if it lives."""
-    known = launch.recorded(str(programs.record_file(home, name)))
-    return None if known is None else int(known["pid"])
+    process = launch.recorded(str(programs.record_file(home, name)))
+    return None if process is None else int(process["pid"])
 
 
 def _locked(home: Home) -> AbstractContextManager[None]:

@@ -70,13 +70,13 @@ def borrowed(key: str, name: str, make: Callable[[Path], None]) -> Iterator[Path
 
 def limit_bytes() -> float:
     """The size limit, SLIPSTREAM_CACHE_GB × 10⁹ bytes. Raises InputError."""
-    given = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT_GB))
+    text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT_GB))
     try:
-        limit = float(given)
+        limit = float(text)
     except ValueError:
         limit = -1
     if not limit >= 0:
-        raise InputError(f"{LIMIT_VARIABLE}={given}: the cache's size limit is a number of gigabytes, such as 20")
+        raise InputError(f"{LIMIT_VARIABLE}={text}: the cache's size limit is a number of gigabytes, such as 20")
     return limit * 1e9
 
 

@@ -56,14 +56,14 @@ def delete(uri: str) -> None:
 
 def entries(prefix: str) -> list[Entry]:
     """Files below a folder, at any depth."""
-    found = []
+    files = []
     for path in sorted(Path(prefix).rglob("*")):
         with suppress(OSError):  # removed while we look, or a link that leads nowhere or in a circle
             stat = path.stat()
             if S_ISREG(stat.st_mode):
                 version = f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}"
-                found.append(Entry(str(path), version, stat.st_mtime, stat.st_size))
-    return found
+                files.append(Entry(str(path), version, stat.st_mtime, stat.st_size))
+    return files
 
 
 def upload(path: Path, uri: str) -> str:

@@ -41,11 +41,11 @@ class Manifest(Document):
 
 def fetch(uri: str) -> Path:
     """A copy of an object."""
-    found = s3.require(uri)
+    stored = s3.require(uri)
     # Without a digest of ours, the store's own version of this very object tells it from all others.
-    key = found.sha256 or digest([s3.endpoint(), uri, found.etag, found.size_bytes])
-    is_intact = (lambda path: digests.file(path) == key) if found.sha256 else None
-    return cache.obtain(key, _name(uri), lambda path: s3.download(uri, path, found), is_intact)
+    key = stored.sha256 or digest([s3.endpoint(), uri, stored.etag, stored.size_bytes])
+    is_intact = (lambda path: digests.file(path) == key) if stored.sha256 else None
+    return cache.obtain(key, _name(uri), lambda path: s3.download(uri, path, stored), is_intact)
 
 
 def fetch_folder(uri: str) -> Path:
@@ -75,8 +75,8 @@ def read_entry(entry: Entry) -> bytes:
     """A listed object's bytes, from the cache where this version was read before."""
 
     def download(path: Path) -> None:
-        content, found = s3.read(entry.uri)
-        if found.etag != entry.version:
+        content, stored = s3.read(entry.uri)
+        if stored.etag != entry.version:
             raise _Replaced
         path.write_bytes(content)
 
@@ -140,12 +140,12 @@ def _manifest(uri: str) -> Manifest | None:
     if s3.stat(at) is None:
         return None
     try:
-        found = Manifest.model_validate_json(s3.read(at)[0])
+        manifest = Manifest.model_validate_json(s3.read(at)[0])
     except ValidationError as error:
         raise DataError(f"{at}: not a manifest of a folder: {error}") from error
-    if bad := [n for n in found.files if PurePosixPath(n).is_absolute() or ".." in PurePosixPath(n).parts]:
+    if bad := [n for n in manifest.files if PurePosixPath(n).is_absolute() or ".." in PurePosixPath(n).parts]:
         raise DataError(f"{at}: names files outside of the folder: {', '.join(bad)}")
-    return found
+    return manifest
 
 
 def _below(uri: str, name: str) -> str:

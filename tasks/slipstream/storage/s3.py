@@ -88,10 +88,10 @@ def stat(uri: str) -> Stat | None:
 
 def require(uri: str) -> Stat:
     """What the store says of an object. Raises DataError, also when there is none, and Unavailable."""
-    found = stat(uri)
-    if found is None:
+    stored = stat(uri)
+    if stored is None:
         raise DataError(f"{uri}: there is no such object")
-    return found
+    return stored
 
 
 def download(uri: str, path: Path, expected: Stat) -> None:
@@ -115,13 +115,13 @@ def read(uri: str) -> tuple[bytes, Stat]:
 
     def get() -> tuple[bytes, Stat]:
         try:
-            found = client().get_object(Bucket=where.bucket, Key=where.key)
+            response = client().get_object(Bucket=where.bucket, Key=where.key)
         except ClientError as error:
             if code_of(error) == "NoSuchBucket":
                 raise DataError(f"{uri}: there is no such bucket") from error
             raise
-        content: bytes = found["Body"].read()
-        stored = _stat(found)
+        content: bytes = response["Body"].read()
+        stored = _stat(response)
         stored.check(len(content), hashlib.sha256(content).hexdigest(), _md5(content))
         return content, stored
 
@@ -150,8 +150,8 @@ def upload(path: Path, uri: str) -> str:
         with path.open("rb") as stream, _noting(where, begun):
             _transfer(stream, where, sha256)
         begun[-1:] = []  # the last one was completed
-        found = _stat(client().head_object(Bucket=where.bucket, Key=where.key))
-        if found.size_bytes != size or found.sha256 not in (None, sha256):
+        stored = _stat(client().head_object(Bucket=where.bucket, Key=where.key))
+        if stored.size_bytes != size or stored.sha256 not in (None, sha256):
             raise Damaged("another object lies there right after the upload; somebody else writes to the same key")
 
     try:
@@ -175,16 +175,16 @@ def listing(prefix: str) -> list[Entry]:
         paginator = client().get_paginator("list_objects_v2")
         return [
             Entry(
-                f"s3://{where.bucket}/{found['Key']}",
-                found["ETag"].strip('"'),
-                found["LastModified"].timestamp(),
-                found["Size"],
+                f"s3://{where.bucket}/{item['Key']}",
+                item["ETag"].strip('"'),
+                item["LastModified"].timestamp(),
+                item["Size"],
             )
             for page in paginator.paginate(Bucket=where.bucket, Prefix=where.key)
-            for found in page.get("Contents", [])
+            for item in page.get("Contents", [])
         ]
 
-    return sorted(persistently(prefix, pages), key=lambda found: found.uri)
+    return sorted(persistently(prefix, pages), key=lambda entry: entry.uri)
 
 
 def client() -> Any:
