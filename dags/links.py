@@ -43,13 +43,13 @@ def _address(page: Callable[[str, str, str], str], model: str, run_key: str, tag
     if not server.startswith("http"):
         return ""
     user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
-    wanted = " and ".join(f"tags.`{k}` = '{v}'" for k, v in ({"slipstream.run_key": run_key} | tags).items())
+    tag_filter = " and ".join(f"tags.`{k}` = '{v}'" for k, v in ({"slipstream.run_key": run_key} | tags).items())
     try:
         with httpx.Client(base_url=server, timeout=TIMEOUT_S, auth=(user, password) if user else None) as client:
             name = quote(f"slipstream/{model}", safe="")
             answer = client.get(f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}").raise_for_status()
             experiment = answer.json()["experiment"]["experiment_id"]
-            query = {"experiment_ids": [experiment], "filter": wanted, "max_results": 1}
+            query = {"experiment_ids": [experiment], "filter": tag_filter, "max_results": 1}
             runs = client.post("/api/2.0/mlflow/runs/search", json=query).raise_for_status().json().get("runs", [])
     except (httpx.HTTPError, ValueError, KeyError):
         return ""

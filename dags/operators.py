@@ -152,13 +152,13 @@ def settle(context: Any) -> str:
     """
     run, ti = PipelineRun(context), context["ti"]
     states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[run.key]).get(run.key, {})
-    named = {flow.task_of(task_id).title: state for task_id, state in states.items() if task_id != ti.task_id}
+    by_title = {flow.task_of(task_id).title: state for task_id, state in states.items() if task_id != ti.task_id}
     chosen = spec.load(run.spec_uri) if storage.exists(run.spec_uri) else None
     validated = [t for t in flow.tasks(chosen, "accuracy_validation") if t.step == "validate"] if chosen else []
     judged = {o.cell.key for o in run.outputs(validated) if o.cell}
     problems = {
-        "failed": sorted(k for k, v in named.items() if v == "failed"),
-        "not reached": sorted(k for k, v in named.items() if v == "upstream_failed"),
+        "failed": sorted(k for k, v in by_title.items() if v == "failed"),
+        "not reached": sorted(k for k, v in by_title.items() if v == "upstream_failed"),
         "cells without evidence": [c for c in (flow.cells(chosen) if chosen else ()) if c not in judged],
     }
     if any(problems.values()):

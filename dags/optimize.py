@@ -188,20 +188,20 @@ def broken(name: str, error: SpecError) -> DAG:
     return dag
 
 
-def dag_of(name: str, found: Spec | SpecError) -> DAG:
+def dag_of(name: str, published: Spec | SpecError) -> DAG:
     """The DAG of a published spec. It never raises: that would take the other specs' DAGs away."""
-    if isinstance(found, SpecError):
-        return broken(name, found)
+    if isinstance(published, SpecError):
+        return broken(name, published)
     try:
-        dag = pipeline(found)
+        dag = pipeline(published)
         dag.validate()
     except Exception as error:
         return broken(name, SpecError(f"{name}: Airflow takes no DAG of it: {type(error).__name__}: {error}"))
     return dag
 
 
-wanted = get_parsing_context().dag_id  # a task process needs only its own DAG
-for spec_name, found in catalog.published(HOME):
-    if wanted in (None, catalog.dag_id(spec_name)):
-        made = dag_of(spec_name, found)
-        globals()[made.dag_id] = made
+requested_id = get_parsing_context().dag_id  # a task process needs only its own DAG
+for spec_name, parsed in catalog.published(HOME):
+    if requested_id in (None, catalog.dag_id(spec_name)):
+        spec_dag = dag_of(spec_name, parsed)
+        globals()[spec_dag.dag_id] = spec_dag

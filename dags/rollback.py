@@ -31,8 +31,8 @@ class RollbackOperator(StepOperator):
         uri = storage.join(flow.run_folder(home, "rollback", context["run_id"]), "spec.yaml")
         storage.write_text(uri, spec.dump(chosen))
         leave = context["params"]["version"]
-        given = StepInput(run_key=context["run_id"], params={"from": leave} if leave else {})
-        output = runtimes.run_step(self.task_id, uri, given, context)
+        inputs = StepInput(run_key=context["run_id"], params={"from": leave} if leave else {})
+        output = runtimes.run_step(self.task_id, uri, inputs, context)
         context["ti"].xcom_push(OUTPUT, output)
 
 

@@ -152,18 +152,18 @@ def _name(job: Job, context: Any) -> str:
     And another one for another home: runs that a schedule or a promotion starts are called the same in all of them.
     """
     ti, home = context["ti"], hashlib.sha256(str(job.home.root).encode()).hexdigest()[:8]
-    given = f"slipstream-{home}-{ti.dag_id}-{job.inputs.run_key}-{job.name}"
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "-" for c in given)
+    name = f"slipstream-{home}-{ti.dag_id}-{job.inputs.run_key}-{job.name}"
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "-" for c in name)
 
 
 def _environment(job: Job) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
-    kept |= {"SLIPSTREAM_HOME": str(job.home.root), "SLIPSTREAM_CODE": str(job.home.code), "PYTHONUNBUFFERED": "1"}
+    variables = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+    variables |= {"SLIPSTREAM_HOME": str(job.home.root), "SLIPSTREAM_CODE": str(job.home.code), "PYTHONUNBUFFERED": "1"}
     # Release steps tell this machine's supervisord what to start: a path on this machine.
-    kept["SLIPSTREAM_ENVS"] = str(job.home.envs)
+    variables["SLIPSTREAM_ENVS"] = str(job.home.envs)
     if job.home.addresses_file().exists():
-        addresses.reach_mlflow(job.home, kept)
-    return kept | job.settings.environment
+        addresses.reach_mlflow(job.home, variables)
+    return variables | job.settings.environment
 
 
 def _mount(text: str) -> Mount:

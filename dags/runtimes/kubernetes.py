@@ -86,10 +86,10 @@ def sweep(client: CoreV1Api, job: Job) -> None:
     settings = job.settings.kubernetes
     selector = ",".join(f"{k}={v}" for k, v in pods.LABELS.items())
     oldest = datetime.now(UTC) - timedelta(hours=settings.keep_failed_hours)
-    found = client.list_namespaced_pod(
+    failed_pods = client.list_namespaced_pod(
         settings.namespace, label_selector=selector, field_selector="status.phase=Failed"
     ).items
-    for pod in found:
+    for pod in failed_pods:
         ends = [s.state.terminated.finished_at for s in pod.status.container_statuses or [] if s.state.terminated]
         if max(ends, default=pod.metadata.creation_timestamp) < oldest:
             client.delete_namespaced_pod(pod.metadata.name, settings.namespace)

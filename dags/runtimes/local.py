@@ -102,9 +102,9 @@ def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
 def _environment(job: Job) -> dict[str, str]:
     """The step's environment: this one without Airflow's settings and secrets, and the platform's addresses."""
     home = job.home
-    kept = {k: v for k, v in os.environ.items() if not k.lstrip("_").startswith("AIRFLOW")}
-    kept |= {"SLIPSTREAM_HOME": str(home.root), "SLIPSTREAM_ENVS": str(home.envs), "SLIPSTREAM_CODE": str(home.code)}
-    kept |= {"PYTHONUNBUFFERED": "1"} | job.settings.environment
+    variables = {k: v for k, v in os.environ.items() if not k.lstrip("_").startswith("AIRFLOW")}
+    variables |= {"SLIPSTREAM_HOME": str(home.root), "SLIPSTREAM_ENVS": str(home.envs)}
+    variables |= {"SLIPSTREAM_CODE": str(home.code), "PYTHONUNBUFFERED": "1"} | job.settings.environment
     if home.addresses_file().exists():
-        addresses.reach_mlflow(home, kept)
-    return kept
+        addresses.reach_mlflow(home, variables)
+    return variables

@@ -103,20 +103,20 @@ def volumes(job: Job) -> tuple[list[k8s.V1Volume], list[k8s.V1VolumeMount]]:
     settings = job.settings.kubernetes
     claim = settings.cache_claim and k8s.V1PersistentVolumeClaimVolumeSource(claim_name=settings.cache_claim)
     folder = None if claim else k8s.V1EmptyDirVolumeSource()
-    found = [
+    pod_volumes = [
         k8s.V1Volume(name="home", empty_dir=folder, persistent_volume_claim=claim),
         k8s.V1Volume(name="tmp", empty_dir=k8s.V1EmptyDirVolumeSource()),
     ]
     mounts = [k8s.V1VolumeMount(name="home", mount_path=HOME), k8s.V1VolumeMount(name="tmp", mount_path="/tmp")]  # noqa: S108
     if settings.code_config_map:
         source = k8s.V1ConfigMapVolumeSource(name=settings.code_config_map)
-        found.append(k8s.V1Volume(name="code", config_map=source))
+        pod_volumes.append(k8s.V1Volume(name="code", config_map=source))
         mounts.append(k8s.V1VolumeMount(name="code", mount_path=CODE, read_only=True))
     if settings.settings_config_map and STEPS[job.step].moves_traffic:
         source = k8s.V1ConfigMapVolumeSource(name=settings.settings_config_map)
-        found.append(k8s.V1Volume(name="settings", config_map=source))
+        pod_volumes.append(k8s.V1Volume(name="settings", config_map=source))
         mounts.append(k8s.V1VolumeMount(name="settings", mount_path=SETTINGS, read_only=True))
-    return found, mounts
+    return pod_volumes, mounts
 
 
 def explain(job: Job, pod: k8s.V1Pod, container: str = "base") -> None:

@@ -115,12 +115,12 @@ class TrainJob:
         )
 
     def _read(self) -> dict[str, Any] | None:
-        found = _unless_gone(lambda: self._objects.get_namespaced_custom_object(*self._address))
-        return None if found is None else dict(found)
+        resource = _unless_gone(lambda: self._objects.get_namespaced_custom_object(*self._address))
+        return None if resource is None else dict(resource)
 
     def _conditions(self) -> dict[str, dict[str, Any]]:
-        found = (self._read() or {}).get("status", {}).get("conditions", [])
-        return {c["type"]: c for c in found if c["status"] == "True"}
+        entries = (self._read() or {}).get("status", {}).get("conditions", [])
+        return {c["type"]: c for c in entries if c["status"] == "True"}
 
     def _ended(self) -> str | None:
         """`Complete`, `Failed`, or None while it is under way or not there."""
@@ -133,8 +133,8 @@ class TrainJob:
     def _leader(self) -> Any:
         """Pod of process 0; None while there is none."""
         selector = f"{SET_NAME}={self.name},{INDEX}=0"
-        found = self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
-        return found[0] if found else None
+        leaders = self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
+        return leaders[0] if leaders else None
 
     def _follow_log(self) -> None:
         """Lines of process 0 that were not shown yet. A poll, since a stream would end with the connection."""
@@ -155,10 +155,10 @@ class TrainJob:
 
     def _failed_before(self, oldest: datetime) -> Iterator[str]:
         selector = ",".join(f"{k}={v}" for k, v in pods.LABELS.items())
-        found = self._objects.list_namespaced_custom_object(
+        listing = self._objects.list_namespaced_custom_object(
             GROUP, VERSION, self.namespace, PLURAL, label_selector=selector
         )
-        for item in found["items"]:
+        for item in listing["items"]:
             for condition in item.get("status", {}).get("conditions", []):
                 failed = condition["type"] == "Failed" and condition["status"] == "True"
                 if failed and datetime.fromisoformat(condition["lastTransitionTime"]) < oldest:

@@ -158,8 +158,10 @@ def _check(name: str, workers: int, environment: Mapping[str, Variable]) -> None
         )
     if workers < 2:
         raise SpecError(f"training.workers is {workers}; a TrainJob is for two or more, one is a pod of its own")
-    if taken := sorted(set(environment) & set(RESERVED)):
-        raise SpecError(f"environment: Kubeflow Trainer sets {', '.join(taken)} itself; leave it out of the settings")
+    if reserved := sorted(set(environment) & set(RESERVED)):
+        raise SpecError(
+            f"environment: Kubeflow Trainer sets {', '.join(reserved)} itself; leave it out of the settings"
+        )
 
 
 def _variable(name: str, value: Variable) -> Manifest:

@@ -49,7 +49,7 @@ def key_of(task: Task) -> str:
 def builds_on(task: Task, chosen: Spec, earlier: Mapping[str, Task]) -> list[str]:
     """Keys of the tasks whose outputs a task is given."""
     sources = flow.sources(task, chosen)
-    return [key for key, done in earlier.items() if done in sources]
+    return [key for key, producer in earlier.items() if producer in sources]
 
 
 @dataclass
@@ -74,11 +74,11 @@ class Compiler:
         document = self.chosen.model_dump_json()
 
         def run(spec: str = document) -> None:
-            made: dict[str, Any] = {}
+            artifacts: dict[str, Any] = {}
             for name, (needed, stage) in stages:
                 common = {"spec": spec, "run_key": dsl.PIPELINE_JOB_NAME_PLACEHOLDER}
-                group = stage(**common, **{k: made[k] for k in needed}).set_display_name(name)
-                made |= group.outputs
+                group = stage(**common, **{k: artifacts[k] for k in needed}).set_display_name(name)
+                artifacts |= group.outputs
 
         about = f"{self.chosen.model.name} (spec {catalog.fingerprint(self.chosen)})"
         return dsl.pipeline(name=catalog.dag_id(self.chosen.name), description=about)(run)
@@ -90,17 +90,19 @@ class Compiler:
         for key, task in own.items():
             needed[key] = builds_on(task, self.chosen, self.done)
             self.done[key] = task
-        given = list(dict.fromkeys(k for keys in needed.values() for k in keys if k not in own))
+        inputs = list(dict.fromkeys(k for keys in needed.values() for k in keys if k not in own))
 
         def body(spec: Any, run_key: Any, *documents: Any) -> Any:
-            made = dict(zip(given, documents, strict=True))
+            artifacts = dict(zip(inputs, documents, strict=True))
             for key, task in own.items():
-                made[key] = self._run(task, {"spec": spec, "run_key": run_key}, {k: made[k] for k in needed[key]})
-            return Outputs(**{k: made[k] for k in own})
+                artifacts[key] = self._run(
+                    task, {"spec": spec, "run_key": run_key}, {k: artifacts[k] for k in needed[key]}
+                )
+            return Outputs(**{k: artifacts[k] for k in own})
 
         # mypy wants the fields of a NamedTuple spelt out; these are the stage's tasks.
         Outputs = NamedTuple("Outputs", [(k, dsl.Artifact) for k in own])  # type: ignore[misc]
-        return given, dsl.pipeline(name=name.replace("_", "-"))(_with_signature(body, given, Outputs))
+        return inputs, dsl.pipeline(name=name.replace("_", "-"))(_with_signature(body, inputs, Outputs))
 
     def _run(self, task: Task, common: Mapping[str, Any], documents: Mapping[str, Any]) -> Any:
         """One step; its OUT document."""
@@ -162,11 +164,11 @@ class Compiler:
             ran.set_env_variable(name, value)
 
 
-def _with_signature(body: Callable[..., Any], given: list[str], outputs: Any) -> Callable[..., Any]:
+def _with_signature(body: Callable[..., Any], inputs: list[str], outputs: Any) -> Callable[..., Any]:
     """The SDK reads a pipeline's inputs and outputs off its signature; these depend on the spec."""
     keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, keyword, annotation=str) for name in ("spec", "run_key")]
-    parameters += [inspect.Parameter(k, keyword, annotation=dsl.Input[dsl.Artifact]) for k in given]
+    parameters += [inspect.Parameter(k, keyword, annotation=dsl.Input[dsl.Artifact]) for k in inputs]
     body.__signature__ = inspect.Signature(parameters, return_annotation=outputs)  # type: ignore[attr-defined]
     body.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": outputs}
     return body
@@ -175,8 +177,8 @@ def _with_signature(body: Callable[..., Any], given: list[str], outputs: Any) ->
 def package(path: Path, out: Path, stop_after: str = "none") -> None:
     """Compile the spec file at `path` into the package `out` (YAML). Raises SpecError, InputError."""
     chosen = specs.load(path)
-    made = Compiler(chosen, settings.load(Home.from_environment()))
-    compiler.Compiler().compile(made.pipeline(stop_after), str(out))
+    spec_compiler = Compiler(chosen, settings.load(Home.from_environment()))
+    compiler.Compiler().compile(spec_compiler.pipeline(stop_after), str(out))
 
 
 def main() -> None:
@@ -185,9 +187,9 @@ def main() -> None:
     parser.add_argument("spec", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--stop-after", default="none", choices=flow.STOP_AFTER)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        package(given.spec, given.out, given.stop_after)
+        package(arguments.spec, arguments.out, arguments.stop_after)
     except SlipstreamError as error:
         print(f"{error.headline}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
