@@ -176,13 +176,13 @@ def step(
     if (inputs is None) == (not run_key):
         raise InputError("a step is given either --inputs or --run-key, with --cell and --upstream as it needs them")
     chosen = specs.load(spec)
-    given = documents.read(inputs) if inputs else documents.gather(name, chosen, run_key, cell, upstream or [])
+    step_input = documents.read(inputs) if inputs else documents.gather(name, chosen, run_key, cell, upstream or [])
     for variable, value in STEPS[name].variables.items():
         os.environ.setdefault(variable, value)
     try:
-        output = run_step(name, chosen, given)
+        output = run_step(name, chosen, step_input)
     except ImportError as error:
-        if (wrong := wrong_environment(name, chosen, given.cell, error)) is not None:
+        if (wrong := wrong_environment(name, chosen, step_input.cell, error)) is not None:
             raise wrong from error
         raise
     if output is not None:
@@ -225,14 +225,14 @@ def rollback(
     from slipstream.home import Home
     from slipstream.steps.rollback import by_hand
 
-    done = by_hand(model, Home.from_environment(), leave=leave, reason=reason)
-    if "done" not in done:
-        typer.echo(f"{model}: version {done['champion']} serves again, instead of version {done['left']}")
+    details = by_hand(model, Home.from_environment(), leave=leave, reason=reason)
+    if "done" not in details:
+        typer.echo(f"{model}: version {details['champion']} serves again, instead of version {details['left']}")
         return
-    typer.echo(f"{model}: nothing to do: {done['done']}, and version {done['champion']} serves")
+    typer.echo(f"{model}: nothing to do: {details['done']}, and version {details['champion']} serves")
     if leave is None:
         typer.echo(
-            f"To leave version {done['champion']} as well: slipstream rollback {model} --from {done['champion']}"
+            f"To leave version {details['champion']} as well: slipstream rollback {model} --from {details['champion']}"
         )
 
 
@@ -244,13 +244,13 @@ def rejections(model: Model, as_json: Annotated[bool, typer.Option("--json", hel
     from slipstream.report.find import connect
     from slipstream.store.registry import Registry
 
-    found = records.all_of(Registry(model, connect(Home.from_environment())))
+    entries = records.all_of(Registry(model, connect(Home.from_environment())))
     if as_json:
-        typer.echo(json.dumps([r.model_dump(mode="json") for r in found], indent=2))
+        typer.echo(json.dumps([r.model_dump(mode="json") for r in entries], indent=2))
         return
-    for rejection in found:
+    for rejection in entries:
         typer.echo(f"{'rejected' if rejection.lifted is None else 'allowed '}  {rejection.sentence()}")
-    if not found:
+    if not entries:
         typer.echo(f"{model}: nothing was rejected")
 
 

@@ -75,10 +75,10 @@ class Data:
 
     def digests(self) -> dict[str, str]:
         """Digest of each split, and of the tokenizer where there is one."""
-        found = {"train": self.train.digest, "test": self.test.digest}
+        digest_of = {"train": self.train.digest, "test": self.test.digest}
         if self.tokenizer is not None:
-            found["tokenizer"] = hashlib.sha256(self.tokenizer.encode()).hexdigest()
-        return found
+            digest_of["tokenizer"] = hashlib.sha256(self.tokenizer.encode()).hexdigest()
+        return digest_of
 
     def calibration(self, samples: int, seed: int) -> npt.NDArray[np.intp]:
         """Indices into `train` of a calibration set of distinct samples, drawn at random, none of which is in `test`.
@@ -138,8 +138,8 @@ def _read(uri: str) -> Split:
             return Split(arrays["inputs"], arrays["labels"])
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         # NumPy's own advice is to allow pickles, which run code.
-        said = "it holds Python objects" if "pickle" in str(error) else str(error)
-        raise DataError(f"{uri}: not an .npz file with arrays `inputs` and `labels`: {said}") from error
+        reason = "it holds Python objects" if "pickle" in str(error) else str(error)
+        raise DataError(f"{uri}: not an .npz file with arrays `inputs` and `labels`: {reason}") from error
 
 
 def _check(name: str, split: Split) -> None:

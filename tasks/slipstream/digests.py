@@ -59,10 +59,10 @@ def source(*parts: str) -> str:
 
 def versions(*distributions: str) -> dict[str, str]:
     """Installed versions of distributions; `absent` for one that is not installed."""
-    found = {}
+    version_of = {}
     for name in distributions:
         try:
-            found[name] = importlib.metadata.version(name)
+            version_of[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            version_of[name] = "absent"
+    return version_of

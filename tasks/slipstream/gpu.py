@@ -74,12 +74,12 @@ class Usage:
 
     def metrics(self) -> dict[str, float]:
         """`gpu_memory_mib` (most in use, beyond what was before) and `gpu_utilization` (mean, %); none unmeasured."""
-        found = {}
+        figures = {}
         if self.memory_mib and self.before_mib is not None:
-            found["gpu_memory_mib"] = max(0.0, max(self.memory_mib) - self.before_mib)
+            figures["gpu_memory_mib"] = max(0.0, max(self.memory_mib) - self.before_mib)
         if self.utilization:
-            found["gpu_utilization"] = statistics.fmean(self.utilization)
-        return found
+            figures["gpu_utilization"] = statistics.fmean(self.utilization)
+        return figures
 
 
 @contextmanager
@@ -91,20 +91,20 @@ def watch(ordinal: int | None) -> Iterator[Usage]:
         yield usage
         return
     usage.before_mib = _memory_mib(handle)
-    done = threading.Event()
-    thread = threading.Thread(target=_sample, args=(handle, usage, done), daemon=True, name="gpu")
+    stop = threading.Event()
+    thread = threading.Thread(target=_sample, args=(handle, usage, stop), daemon=True, name="gpu")
     thread.start()
     try:
         yield usage
     finally:
-        done.set()
+        stop.set()
         thread.join()
 
 
-def _sample(handle: Any, usage: Usage, done: threading.Event) -> None:
+def _sample(handle: Any, usage: Usage, stop: threading.Event) -> None:
     import pynvml
 
-    while not done.wait(EVERY_S):
+    while not stop.wait(EVERY_S):
         usage.memory_mib.append(_memory_mib(handle))
         usage.utilization.append(float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu))
 

@@ -25,14 +25,14 @@ def describe() -> dict[str, str]:
             fields.setdefault(name.strip(), value.strip())
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = {
+    description = {
         "cpu": fields.get("model name", platform.processor() or platform.machine()),
         "cpu_features": " ".join(f for f in CPU_FEATURES if f in flags),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory_gib": str(round(memory / 2**30)),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    return found | ({"gpu": gpus} if (gpus := _gpus()) else {})
+    return description | ({"gpu": gpus} if (gpus := _gpus()) else {})
 
 
 def int8_sums() -> str:
@@ -44,16 +44,16 @@ def int8_sums() -> str:
 def _gpus(driver: Path = Path("/proc/driver/nvidia")) -> str:
     """NVIDIA GPUs and their driver's version, as the driver tells in /proc, so that no library is needed."""
     cards = [path.read_text(errors="replace") for path in sorted(driver.glob("gpus/*/information"))]
-    models = [found[1] for card in cards if (found := re.search(r"^Model:\s*(.+?)\s*$", card, re.MULTILINE))]
+    models = [match[1] for card in cards if (match := re.search(r"^Model:\s*(.+?)\s*$", card, re.MULTILINE))]
     version = driver / "version"
     if not models or not version.exists():
         return ", ".join(models)
-    found = re.search(r"\d+\.\d+(\.\d+)?", version.read_text())
-    return ", ".join(models) + (f" (driver {found[0]})" if found else "")
+    match = re.search(r"\d+\.\d+(\.\d+)?", version.read_text())
+    return ", ".join(models) + (f" (driver {match[0]})" if match else "")
 
 
 def sentence() -> str:
     """The same, for people: `AMD EPYC, 2 cores, avx512_vnni …`."""
     d = describe()
-    said = f"{d['cpu']}, {d['cores']} cores, {d['memory_gib']} GiB, {d['cpu_features'] or 'no vector extensions'}"
-    return f"{said}; {d['gpu']}" if "gpu" in d else said
+    machine = f"{d['cpu']}, {d['cores']} cores, {d['memory_gib']} GiB, {d['cpu_features'] or 'no vector extensions'}"
+    return f"{machine}; {d['gpu']}" if "gpu" in d else machine

@@ -122,8 +122,8 @@ def _plain(shape: Mapping[str, Any]) -> str:
 
 def _bounds(shape: Mapping[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    told = [f"{sign} {shape[key]:,}" for key, sign in signs.items() if key in shape]
-    return f" {', '.join(told)}" if told else ""
+    bounds = [f"{sign} {shape[key]:,}" for key, sign in signs.items() if key in shape]
+    return f" {', '.join(bounds)}" if bounds else ""
 
 
 def _cell(text: str) -> str:

@@ -79,15 +79,15 @@ class Tokenizer:
         self._padding = self._find_padding()
 
     def _find_padding(self) -> str:
-        told = self._tokenizer.padding
-        names = [told["pad_token"]] if told else PADDING_NAMES
-        found = {name: number for name in names if (number := self._tokenizer.token_to_id(name)) is not None}
-        if told:
-            found[told["pad_token"]] = told["pad_id"]
-        for name, number in found.items():
+        padding = self._tokenizer.padding
+        names = [padding["pad_token"]] if padding else PADDING_NAMES
+        ids = {name: number for name in names if (number := self._tokenizer.token_to_id(name)) is not None}
+        if padding:
+            ids[padding["pad_token"]] = padding["pad_id"]
+        for name, number in ids.items():
             if number == PAD:
                 return name
-        what = ", ".join(f"{name} is {number}" for name, number in found.items()) or "it has none"
+        what = ", ".join(f"{name} is {number}" for name, number in ids.items()) or "it has none"
         raise DataError(
             f"data.tokenizer: the padding token's id must be {PAD}, which is what batches are padded with ({what}); "
             "give the tokenizer another vocabulary order, or shift ids and embedding by one"
@@ -120,8 +120,8 @@ def require_consistent(document: str | None, *inputs: npt.NDArray[Any]) -> None:
     """Raise DataError unless a data set's token ids are some, and its tokenizer, where it has one, gives such ids."""
     if not all(is_token_ids(ids) for ids in inputs):
         if document is not None:
-            given = ", ".join(f"{ids.shape[1:]} {ids.dtype}" for ids in inputs)
-            raise DataError(f"data.tokenizer: inputs must be token ids, (N, T) int64, not (N, …) of {given}")
+            shapes = ", ".join(f"{ids.shape[1:]} {ids.dtype}" for ids in inputs)
+            raise DataError(f"data.tokenizer: inputs must be token ids, (N, T) int64, not (N, …) of {shapes}")
         return
     for ids in inputs:
         if ids.size and int(ids.min()) < 0:

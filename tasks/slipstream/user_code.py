@@ -88,8 +88,8 @@ def told(error: BaseException) -> str:
     elif isinstance(error, EOFError):
         what = f"EOFError: {error}; a step has no terminal to ask at"
     else:
-        said = error.msg if isinstance(error, SyntaxError) else str(error)
-        first = next((line for line in said.splitlines() if line.strip()), "")
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+        first = next((line for line in message.splitlines() if line.strip()), "")
         what = f"{type(error).__name__}: {shortened(first)}" if first else type(error).__name__
     return f"{place}: {what}" if place else what
 
@@ -141,25 +141,25 @@ def _code_of(call: Call) -> dict[str, Path]:
     function, code = user_function(call), Home.from_environment().code
     own = {call.function.partition(":")[0], function.__module__}
     waiting = {name: Path(file) for name in own if (file := getattr(sys.modules.get(name), "__file__", None))}
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     while waiting:
         name, path = waiting.popitem()
-        found[name] = path
-        reached = {n: _module_file(n, code) for n in _imports(name, path) if n not in found}
+        files[name] = path
+        reached = {n: _module_file(n, code) for n in _imports(name, path) if n not in files}
         waiting = {n: file for n, file in reached.items() if file is not None} | waiting
-    return found
+    return files
 
 
 def _imports(name: str, path: Path) -> set[str]:
     """Modules that the file of module `name` may import, and the packages that they and it are in."""
     package = name if path.stem == "__init__" else name.rpartition(".")[0]
-    found = {name}
+    modules = {name}
     try:
         for node in ast.walk(ast.parse(path.read_bytes())):
-            found.update(_imported(node, package))
+            modules.update(_imported(node, package))
     except (SyntaxError, ValueError):  # not this Python's, or compiled; its bytes count all the same
         pass
-    return {".".join(parts[: i + 1]) for parts in (module.split(".") for module in found) for i in range(len(parts))}
+    return {".".join(parts[: i + 1]) for parts in (module.split(".") for module in modules) for i in range(len(parts))}
 
 
 def _imported(node: ast.AST, package: str) -> Iterator[str]:

@@ -79,8 +79,8 @@ def published_at(home: Home, name: str) -> datetime:
 
 def naming(home: Home, model: str, alias: str) -> list[Spec]:
     """Published specs that start when `alias` of the registered `model` moves."""
-    found = [spec for _, spec in published(home) if isinstance(spec, Spec)]
-    return [spec for spec in found if (spec.model.name, spec.model.alias) == (model, alias)]
+    valid = [spec for _, spec in published(home) if isinstance(spec, Spec)]
+    return [spec for spec in valid if (spec.model.name, spec.model.alias) == (model, alias)]
 
 
 def _read(entry: Entry) -> Spec:
@@ -99,14 +99,14 @@ def _read(entry: Entry) -> Spec:
 
 def _listed(home: Home) -> dict[str, Entry]:
     """The specs' files by name, in order."""
-    at, found = _listings.get(home.specs, (-LISTED_FOR_S, {}))
+    at, listing = _listings.get(home.specs, (-LISTED_FOR_S, {}))
     if time.monotonic() - at >= LISTED_FOR_S:
         depth = uri(home, "any").count("/")
         files = [e for e in storage.entries(home.specs) if e.uri.endswith(".yaml") and e.uri.count("/") == depth]
-        found = {_name(entry): entry for entry in files}
+        listing = {_name(entry): entry for entry in files}
         if storage.is_remote(home.specs):
-            _listings[home.specs] = (time.monotonic(), found)
-    return found
+            _listings[home.specs] = (time.monotonic(), listing)
+    return listing
 
 
 def _name(entry: Entry) -> str:

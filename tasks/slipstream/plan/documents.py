@@ -29,8 +29,8 @@ def gather(step: str, spec: Spec, run_key: str, cell: str, outputs: Iterable[str
     Raises InputError when one is missing or none, DataError when this platform did not sign it.
     """
     chosen = _cell(spec, cell) if cell else None
-    found = [signing.require_signed(_read(uri, StepOutput, "OUT"), uri) for uri in outputs]
-    return StepInput(run_key=run_key, cell=chosen, upstream=flow.upstream(step, spec, chosen, found))
+    signed_outputs = [signing.require_signed(_read(uri, StepOutput, "OUT"), uri) for uri in outputs]
+    return StepInput(run_key=run_key, cell=chosen, upstream=flow.upstream(step, spec, chosen, signed_outputs))
 
 
 def _cell(spec: Spec, key: str) -> Cell:

@@ -94,8 +94,8 @@ def _used(name: str, task: Task, spec: Spec) -> Task:
     if name != CANDIDATE:
         return Task(name, task.cell)
     before = TECHNIQUES[: TECHNIQUES.index(task.step)] if task.step in TECHNIQUES else TECHNIQUES
-    done = [t for t in spec.techniques(task.cell.recipe) if t in before]
-    return Task(done[-1], Cell(recipe=task.cell.recipe)) if done else Task("retrain")
+    applied = [t for t in spec.techniques(task.cell.recipe) if t in before]
+    return Task(applied[-1], Cell(recipe=task.cell.recipe)) if applied else Task("retrain")
 
 
 def parents(task: Task, spec: Spec) -> list[Task]:
@@ -156,14 +156,14 @@ def upstream(step: str, spec: Spec, cell: Cell | None, outputs: Iterable[StepOut
     Raises InputError when one is missing: the step that should have made it failed, so there is nothing to work on. A
     step that judges the whole run takes what there is.
     """
-    found = {Task(o.step, o.cell): o for o in outputs}
+    by_task = {Task(o.step, o.cell): o for o in outputs}
     task = Task(step, cell)
     if STEPS[step].uses is None:
-        return tuple(found.values())
-    return tuple(_get(found, source, task) for source in sources(task, spec))
+        return tuple(by_task.values())
+    return tuple(_get(by_task, source, task) for source in sources(task, spec))
 
 
-def _get(found: Mapping[Task, StepOutput], source: Task, task: Task) -> StepOutput:
-    if source not in found:
+def _get(by_task: Mapping[Task, StepOutput], source: Task, task: Task) -> StepOutput:
+    if source not in by_task:
         raise InputError(f"{task.title}: nothing to work on, since {source.title} left no output; see its log")
-    return found[source]
+    return by_task[source]

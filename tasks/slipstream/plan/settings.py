@@ -100,12 +100,12 @@ class Settings(Section):
 
     def resources_of(self, step: str, spec: Spec) -> Resources:
         """Resources of a step, most specific first: spec's step, spec's default, settings' step, settings' default."""
-        found = Resources()
+        resources = Resources()
         for table in (self.resources, spec.resources):
             for key in ("default", step):
                 if key in table:
-                    found = table[key].over(found)
-        return found
+                    resources = table[key].over(resources)
+        return resources
 
     def resources_of_servers(self) -> Resources:
         """Resources of a model server on Kubernetes."""

@@ -65,8 +65,8 @@ class AirflowApi:
         self._ask_to_parse(dag_id)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            found = self.dag(dag_id)
-            if found and not found["is_stale"] and mark in (found["description"] or ""):
+            dag = self.dag(dag_id)
+            if dag and not dag["is_stale"] and mark in (dag["description"] or ""):
                 return
             time.sleep(0.5)
         raise Unavailable(
@@ -77,8 +77,8 @@ class AirflowApi:
     def _ask_to_parse(self, dag_id: str) -> None:
         """Have the DAG's file parsed now. All DAGs of that kind share it; the first of them waits for the interval."""
         kind = dag_id.partition("-")[0]
-        found = self._ask("GET", f"/dags?limit=1&dag_id_pattern={kind}-").json()["dags"]
-        for dag in found:
+        dags = self._ask("GET", f"/dags?limit=1&dag_id_pattern={kind}-").json()["dags"]
+        for dag in dags:
             self._ask("PUT", f"/parseDagFile/{dag['file_token']}", fine=(409,))
 
     def ensure_pool(self, name: str, slots: int, description: str) -> None:
@@ -118,13 +118,13 @@ class AirflowApi:
 
     def tasks(self, dag_id: str, run_id: str) -> list[TaskInstance]:
         """All task instances of a run."""
-        found: list[dict[str, Any]] = []
+        entries: list[dict[str, Any]] = []
         while True:
-            query = f"limit=100&offset={len(found)}"
+            query = f"limit=100&offset={len(entries)}"
             page = self._ask("GET", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances?{query}").json()
-            found += page["task_instances"]
-            if len(found) >= page["total_entries"] or not page["task_instances"]:
-                return [_task(entry) for entry in found]
+            entries += page["task_instances"]
+            if len(entries) >= page["total_entries"] or not page["task_instances"]:
+                return [_task(entry) for entry in entries]
 
     def error(self, dag_id: str, run_id: str, task: TaskInstance) -> str:
         """Message of the exception that ended a task's latest try, from its log; empty when the log has none."""

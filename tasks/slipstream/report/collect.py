@@ -100,8 +100,8 @@ def _rows(spec: Spec, upstream: Sequence[StepOutput], chosen: Selection) -> tupl
     """select's rows; when select said no, the same rows built from the evidence that it saw."""
     rows = list(chosen.rows)
     if not rows:
-        found = {_key(o): o for o in upstream if o.step == "validate"}
-        rows = [row_of(cell, found.get(cell)) for cell in flow.cells(spec)]
+        by_cell = {_key(o): o for o in upstream if o.step == "validate"}
+        rows = [row_of(cell, by_cell.get(cell)) for cell in flow.cells(spec)]
     return tuple(
         r.model_copy(update={"release": r.cell == chosen.winner, "comparison": _never_released(spec, r.cell)})
         for r in rows
@@ -123,9 +123,9 @@ def _latest_runs(track: Tracking, run_key: str) -> dict[tuple[str, str | None], 
     return latest
 
 
-def _failures(latest: dict[tuple[str, str | None], Run], done: set[tuple[str, str | None]]) -> Iterable[Failure]:
+def _failures(latest: dict[tuple[str, str | None], Run], finished: set[tuple[str, str | None]]) -> Iterable[Failure]:
     for (step, cell), run in sorted(latest.items(), key=lambda item: int(item[1].info.start_time or 0)):
-        if run.info.status in ("FAILED", "KILLED", "RUNNING") and (step, cell) not in done:
+        if run.info.status in ("FAILED", "KILLED", "RUNNING") and (step, cell) not in finished:
             lost = "the step ended without saying why; its log in Airflow may tell"
             reason = run.data.tags.get("slipstream.error", lost)
             yield Failure(step=step, cell=cell, reason=reason, run_id=run.info.run_id)
@@ -135,16 +135,16 @@ def _recorded_by_failed(
     track: Tracking, latest: dict[tuple[str, str | None], Run], upstream: Sequence[StepOutput]
 ) -> list[StepOutput]:
     """Outputs that a gating step recorded before it failed: the evidence for a no is evidence too."""
-    known = {(o.step, _key(o)) for o in upstream}
-    found = []
+    finished = {(o.step, _key(o)) for o in upstream}
+    outputs = []
     for (step, cell), run in latest.items():
-        if step in STEPS and STEPS[step].gates and run.info.status == "FAILED" and (step, cell) not in known:
+        if step in STEPS and STEPS[step].gates and run.info.status == "FAILED" and (step, cell) not in finished:
             try:
                 if any(f.path == tracking.OUTPUT for f in track.client.list_artifacts(run.info.run_id)):
-                    found.append(track.output(run.info.run_id))
+                    outputs.append(track.output(run.info.run_id))
             except (MlflowException, ValueError, DataError) as error:
                 log.warning("%s: its recorded output cannot be read: %s", step, error)
-    return found
+    return outputs
 
 
 def _made(output: StepOutput) -> Made:

@@ -53,12 +53,12 @@ def _pipeline_run(client: MlflowClient, reference: str) -> Run:
     if len(by_key) > 1:
         ids = ", ".join(f"{r.info.run_id} (spec {r.data.tags.get(tracking.SPEC)})" for r in by_key)
         raise InputError(f"{reference}: several runs have this key; name one by its MLflow run id: {ids}")
-    found = by_key or _search(client, tracking.SPEC, reference)
-    if not found:
+    runs = by_key or _search(client, tracking.SPEC, reference)
+    if not runs:
         raise InputError(
             f"{reference}: no such run; give a run key, an MLflow run id, or the name of a spec (for its latest run)"
         )
-    return found[0]
+    return runs[0]
 
 
 def _by_id(client: MlflowClient, run_id: str) -> Run:

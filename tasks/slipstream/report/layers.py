@@ -23,9 +23,9 @@ def collect(outputs: Iterable[StepOutput]) -> tuple[LayerTable, ...]:
     for output in outputs:
         if output.step == "build" and output.cell is not None and output.details.get("layers"):
             try:
-                found = mlflow.artifacts.load_dict(f"runs:/{output.run_id}/{LAYERS}")
-                rows = tuple(tuple(map(str, row)) for row in found["data"][:ROWS])
-                columns, total = tuple(found["columns"]), len(found["data"])
+                document = mlflow.artifacts.load_dict(f"runs:/{output.run_id}/{LAYERS}")
+                rows = tuple(tuple(map(str, row)) for row in document["data"][:ROWS])
+                columns, total = tuple(document["columns"]), len(document["data"])
                 tables.append(LayerTable(cell=output.cell.key, columns=columns, rows=rows, total=total))
             except (MlflowException, OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("build %s: its layers are left out of the report: %s", output.cell.key, error)
@@ -35,13 +35,13 @@ def collect(outputs: Iterable[StepOutput]) -> tuple[LayerTable, ...]:
 def section(tables: Iterable[LayerTable]) -> str:
     """A folded table for each engine; nothing without any."""
     drawn = "".join(_table(table) for table in tables)
-    said = "Which parts of the model each engine fused into one kernel, and the precision that it computes in."
-    return f"<h2>Layers</h2><p>{said}</p>{drawn}" if drawn else ""
+    caption = "Which parts of the model each engine fused into one kernel, and the precision that it computes in."
+    return f"<h2>Layers</h2><p>{caption}</p>{drawn}" if drawn else ""
 
 
 def _table(table: LayerTable) -> str:
-    shown = len(table.rows)
-    note = f"{shown} layers" if shown == table.total else f"{shown} of {table.total} layers; all are in the artefact"
+    count = len(table.rows)
+    note = f"{count} layers" if count == table.total else f"{count} of {table.total} layers; all are in the artefact"
     head = "".join(f'<th class="text">{escape(column)}</th>' for column in table.columns)
     body = "".join(
         '<tr class="lead">' + "".join(f'<td class="text wrap">{escape(cell)}</td>' for cell in row) + "</tr>"

@@ -66,11 +66,11 @@ def explanation(
         return _stage_reason("trial" if outcome == "stopped" else "rollout", outputs, failures)
     if outcome in ("rejected", "failed"):
         gates = Counter(v.gate for r in rows if r.status == "rejected" for v in r.verdicts if v.answer == "fail")
-        told = [f"{wording.count(n, 'engine')} failed the gate {gate}" for gate, n in gates.most_common()]
+        reasons = [f"{wording.count(n, 'engine')} failed the gate {gate}" for gate, n in gates.most_common()]
         unsure = sum(r.status == "inconclusive" for r in rows)
-        told += [f"{wording.count(unsure, 'engine')} stayed inconclusive, which is not a pass"] if unsure else []
-        told += [f"{f.where}: {f.reason}" for f in failures if f.step != "select"]
-        return _sentence("; ".join(told))
+        reasons += [f"{wording.count(unsure, 'engine')} stayed inconclusive, which is not a pass"] if unsure else []
+        reasons += [f"{f.where}: {f.reason}" for f in failures if f.step != "select"]
+        return _sentence("; ".join(reasons))
     if outcome == "held":
         return "Stages 2 or 3 were skipped, or not approved; the traffic is as it was."
     return ""

@@ -89,10 +89,10 @@ def tiles(report: Report) -> list[Figure]:
     if row is None or row.evidence is None:
         judged = [r for r in report.rows if r.status != "reference"]
         by_status = {s: sum(r.status == s for r in judged) for s in ("passed", "rejected", "inconclusive", "missing")}
-        shown = [Figure(name=s, value=str(n)) for s, n in by_status.items() if n or s in ("passed", "rejected")]
+        counts = [Figure(name=s, value=str(n)) for s, n in by_status.items() if n or s in ("passed", "rejected")]
         metric = wording.metric(report.objective.metric)
         allowed = Figure(name="allowed drop", value=f"{report.objective.max_drop:g} pt", note=metric)
-        return [Figure(name="engines judged", value=str(len(judged))), *shown, allowed]
+        return [Figure(name="engines judged", value=str(len(judged))), *counts, allowed]
     e = row.evidence
     drop = f"drop {wording.points(e.drop_pp.low)} to {wording.points(e.drop_pp.high)}"
     figures = [Figure(name=f"{wording.metric(e.metric)}, held-out", value=f"{e.engine_quality:.2f} %", note=drop)]
@@ -170,8 +170,8 @@ def _figures(e: EngineEvidence, allowed: float, span: tuple[float, float]) -> st
         wording.milliseconds(e.latency.p99_ms),
     ]
     for gain in (e.speedup_eager, e.speedup_reference):
-        told = f"{wording.ratio(gain.estimate)}<small>{wording.bounds(gain)}</small>" if gain else wording.DASH
-        cells.append(told)
+        speedup = f"{wording.ratio(gain.estimate)}<small>{wording.bounds(gain)}</small>" if gain else wording.DASH
+        cells.append(speedup)
     gzipped = f"<small>{wording.size(e.size_gzip_bytes)}</small>" if e.size_gzip_bytes is not None else ""
     arena = f"<small>arena {wording.size(e.arena_bytes)}</small>" if e.arena_bytes is not None else ""
     memory = wording.DASH if e.peak_memory_mib is None else f"{e.peak_memory_mib:.0f}"

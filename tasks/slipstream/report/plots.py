@@ -76,8 +76,8 @@ def _plain_log_ticks(axis: Any) -> None:
     """1, 2, 5 … 10 instead of powers of ten, or more where an axis is so short that it would show fewer than three."""
     low, high = axis.get_view_interval()
     places = [LogLocator(subs=subs) for subs in TICKS]
-    shown = [sum(low <= tick <= high for tick in place.tick_values(low, high)) for place in places]
-    axis.set_major_locator(next((p for p, n in zip(places, shown, strict=True) if n >= 3), places[-1]))
+    tick_counts = [sum(low <= tick <= high for tick in place.tick_values(low, high)) for place in places]
+    axis.set_major_locator(next((p for p, n in zip(places, tick_counts, strict=True) if n >= 3), places[-1]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
@@ -193,10 +193,12 @@ def _legend(axes: Any, palette: dict[str, str], rows: Sequence[Row]) -> None:
         return Line2D([], [], linestyle="", marker=marker, color=colour, label=label, markersize=size,
                       markerfacecolor=colour if fill is None else fill, markeredgewidth=1.4)  # fmt: skip
 
-    seen = {r.status for r in rows}
+    statuses = {r.status for r in rows}
     entries = [mark(target, colour) for target, colour in palette.items()]
-    entries += [mark("baseline", LIGHT["muted"], "D", size=6)] if "reference" in seen else []
-    entries += [mark("not passed", LIGHT["muted"], fill=LIGHT["paper"])] if seen & {"rejected", "inconclusive"} else []
+    entries += [mark("baseline", LIGHT["muted"], "D", size=6)] if "reference" in statuses else []
+    entries += (
+        [mark("not passed", LIGHT["muted"], fill=LIGHT["paper"])] if statuses & {"rejected", "inconclusive"} else []
+    )
     entries += [mark("picked", LIGHT["good"], fill="none", size=11)] if any(r.release for r in rows) else []
     axes.legend(handles=entries, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(entries), frameon=False,
                 handletextpad=0.3, columnspacing=1.4, borderaxespad=0.2)  # fmt: skip
@@ -205,8 +207,8 @@ def _legend(axes: Any, palette: dict[str, str], rows: Sequence[Row]) -> None:
 def _labels(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
     """Recipe names beside the points, each at the first of eight places in the plot where it covers nothing."""
     figure.canvas.draw()
-    left, right = axes.bbox.x0, axes.bbox.x1
-    taken = [_box(axes.transData.transform(_place(r)), 10, 10) for r in rows]
+    x_min, x_max = axes.bbox.x0, axes.bbox.x1
+    occupied = [_box(axes.transData.transform(_place(r)), 10, 10) for r in rows]
     scale = figure.dpi / 72
     for row in sorted(rows, key=lambda r: (not r.release, r.status != "passed")):
         x, y = axes.transData.transform(_place(row))
@@ -215,9 +217,9 @@ def _labels(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
         spots = [(half + 11, 0), (-half - 11, 0), (half + 8, 11), (-half - 8, 11), (half + 8, -11), (-half - 8, -11),
                  (0, 17), (0, -17)]  # fmt: skip
         boxes = [(dx, dy, _box((x + dx * 1.0, y + dy * scale), half, 6 * scale)) for dx, dy in spots]
-        inside = [b for b in boxes if left <= b[2][0] and b[2][2] <= right] or boxes
-        dx, dy, box = next((b for b in inside if not any(_overlap(b[2], t) for t in taken)), inside[0])
-        taken.append(box)
+        inside = [b for b in boxes if x_min <= b[2][0] and b[2][2] <= x_max] or boxes
+        dx, dy, box = next((b for b in inside if not any(_overlap(b[2], t) for t in occupied)), inside[0])
+        occupied.append(box)
         axes.annotate(text, _place(row), xytext=(dx / scale, dy), textcoords="offset points", ha="center",
                       va="center", fontsize=8.5, fontweight="bold" if row.release else "normal",
                       color=LIGHT["ink"] if row.status in ("passed", "reference") else LIGHT["muted"],

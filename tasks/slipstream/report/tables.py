@@ -79,8 +79,8 @@ def reasons(report: Report) -> list[Text]:
 
 
 def _reason(row: Row) -> Text:
-    told = "; ".join(f"{v.gate}: {v.reason}" for v in row.verdicts if not v.passed)
-    return Text.assemble((f"{wording.STATUS_GLYPH[row.status]} ", STYLES[row.status]), (row.cell, "bold"), f"  {told}")
+    text = "; ".join(f"{v.gate}: {v.reason}" for v in row.verdicts if not v.passed)
+    return Text.assemble((f"{wording.STATUS_GLYPH[row.status]} ", STYLES[row.status]), (row.cell, "bold"), f"  {text}")
 
 
 def summary(report: Report) -> RenderableType:
@@ -89,8 +89,8 @@ def summary(report: Report) -> RenderableType:
     parts: list[RenderableType] = [headline]
     parts += [Text(report.explanation)] if report.explanation else []
     parts += [Text(), engines(report)] if report.rows else []
-    told = reasons(report)
-    parts += [Text(), *told] if told else []
+    reason_lines = reasons(report)
+    parts += [Text(), *reason_lines] if reason_lines else []
     if best_of := wording.best_of(report.rows, report.objective.confidence):
         parts += [Text(), Text(best_of, "dim")]
     if any(r.evidence and r.evidence.noise.noisy for r in report.rows):
@@ -105,7 +105,7 @@ def curl(url: str, request: Path, classes: Path | None, *, labelled: bool = True
     Of a sample that is labelled with a class the answer holds one score for each; the label is that of the highest.
     """
     label = f"json.load(open({json.dumps(str(classes))}))[y.index(max(y))]" if classes else "y.index(max(y))"
-    part, shown = ("data", label) if labelled else ("shape", "y")
-    code = f'import json,sys; y=json.load(sys.stdin)["outputs"][0]["{part}"]; print({shown})'
+    part, expression = ("data", label) if labelled else ("shape", "y")
+    code = f'import json,sys; y=json.load(sys.stdin)["outputs"][0]["{part}"]; print({expression})'
     post = f"curl -s {url} -H content-type:application/json -d @{shlex.quote(str(request))}"
     return f"{post} | python3 -c {shlex.quote(code)}"

@@ -176,16 +176,16 @@ def identity(step: str, settings: Mapping[str, Any], inputs: StepInput) -> str:
 
     What a recipe is called decides nothing of what its techniques make: recipes that begin alike share that work.
     """
-    check, named = inputs.output_of("check"), step not in TECHNIQUES
+    check, name_matters = inputs.output_of("check"), step not in TECHNIQUES
     return digest(
         {
             "step": step,
-            "cell": inputs.cell.key if inputs.cell and named else None,
+            "cell": inputs.cell.key if inputs.cell and name_matters else None,
             "settings": settings,
             "code": digests.source(f"steps/{step}.py", *STEPS[step].sources),
             "data": check.details["data"] if check else None,
             "upstream": sorted(
-                (o.step, o.cell.key if o.cell and named else "", o.artifact.sha256)
+                (o.step, o.cell.key if o.cell and name_matters else "", o.artifact.sha256)
                 for o in inputs.upstream
                 if o.artifact
             ),
@@ -216,20 +216,20 @@ def _led(group: Group, module: StepModule, step: str, spec: Spec, inputs: StepIn
     tracking, settings, home = Tracking(spec), module.settings(spec, inputs), Home.from_environment()
     key = identity(step, settings, inputs)
 
-    def made() -> StepOutput:
+    def execute() -> StepOutput:
         run = tracking.start(inputs.run_key, step, inputs.cell, key)
-        given = inputs.model_copy(update={"pipeline_run_id": tracking.pipeline_run(inputs.run_key)})
-        return _recorded(module, settings, Context(spec, given, step, key, tracking, run, home, group))
+        complete_inputs = inputs.model_copy(update={"pipeline_run_id": tracking.pipeline_run(inputs.run_key)})
+        return _recorded(module, settings, Context(spec, complete_inputs, step, key, tracking, run, home, group))
 
     if not STEPS[step].cached:
-        return made()
+        return execute()
     lock = home.work / f"{step}-{key[:16]}.lock"
     with file_lock(lock, "another recipe begins alike"):
         if earlier := tracking.find(key):
             log.info("%s: unchanged, reusing MLflow run %s", step, earlier.run_id)
             output = tracking.reuse(inputs.run_key, earlier, inputs.cell)
         else:
-            output = made()
+            output = execute()
         lock.unlink(missing_ok=True)  # who waits for it, or makes it anew, finds the result
         return output
 
@@ -257,9 +257,9 @@ def _work(module: StepModule, context: Context, processes: int) -> StepOutput:
         log.info("%s: starting %d processes", context.step, processes)
         run = context.run
         task = _Task(context.step, context.spec, context.inputs, context.identity, run.run_id, run.experiment_id)
-        made = trainer_for(context.spec.model.framework).launch(processes, _member, task)
-        assert made is not None, "process 0 has the output"
-        return made
+        output = trainer_for(context.spec.model.framework).launch(processes, _member, task)
+        assert output is not None, "process 0 has the output"
+        return output
     with context.group.first_error_wins():
         return _never_exits(context.step, lambda: module.run(context))
 

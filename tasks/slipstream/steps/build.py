@@ -116,17 +116,17 @@ def check(candidate: Path, folder: Path, samples: npt.NDArray[Any]) -> dict[str,
     """
     expected = reference(candidate / ONNX, samples)
     runner = load_engine(folder)
-    got = runner.run(np.ascontiguousarray(samples))
+    actual = runner.run(np.ascontiguousarray(samples))
     manifest = read_manifest(folder)
     bound = bound_for(manifest.target.precision, quantized=manifest.quantized)
-    problem = explain_mismatch(expected, got, bound)
+    problem = explain_mismatch(expected, actual, bound)
     if problem is not None:
         where = first_departure(candidate, manifest.target, samples, bound)
         raise EngineError(
             f"the {manifest.engine} engine, compared with ONNX Runtime on {len(samples)} samples, {problem}; {where}"
         )
     record_answers(folder, runner, samples)
-    return measure(expected, got).metrics()
+    return measure(expected, actual).metrics()
 
 
 def _tokenizer(data: Data, target: Target) -> str | None:

@@ -102,12 +102,12 @@ def train_constrained(
     The checkpoint is named after the step.
     """
     framework = cast(Constraining, trainer_for(context.spec.model.framework))  # the spec refuses those that are not
-    made = framework.constrain(candidate, section, context.job, schedule)
-    framework.fit(made.network, context.job, schedule, context.step, soft)
-    figures, test = made.finish(), context.data.test
-    figures |= quality(context.spec, framework.logits(made.network, test.inputs), test)
+    constrained = framework.constrain(candidate, section, context.job, schedule)
+    framework.fit(constrained.network, context.job, schedule, context.step, soft)
+    figures, test = constrained.finish(), context.data.test
+    figures |= quality(context.spec, framework.logits(constrained.network, test.inputs), test)
     _log.info("%s: %s", context.step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    return made, figures
+    return constrained, figures
 
 
 def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> npt.NDArray[np.float32]:

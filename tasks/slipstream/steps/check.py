@@ -55,7 +55,9 @@ def run(context: Context) -> StepOutput:
         *_registry(spec, context.inputs, context.tracking.client),
     ]
     if not any(isinstance(p, SpecError) for p in problems):  # what cannot be imported cannot be tried either
-        buildable = {name: spec.targets[name] for name, found in findings.items() if found.asked and not found.problem}
+        buildable = {
+            name: spec.targets[name] for name, finding in findings.items() if finding.asked and not finding.problem
+        }
         problems += _networks_and_data(spec, context, buildable)
     if problems:
         raise _joined(problems)
@@ -66,7 +68,7 @@ def run(context: Context) -> StepOutput:
     log.info("%d training and %d test samples; %s", len(loaded.train), len(loaded.test), hardware.sentence())
     size, enough = sample_size.sentence(spec, len(loaded.test), sample_size.observed_percent(context.tracking))
     log.log(logging.INFO if enough else logging.WARNING, "%s", size)
-    build_only = {name: found.not_loadable for name, found in findings.items() if found.not_loadable is not None}
+    build_only = {name: finding.not_loadable for name, finding in findings.items() if finding.not_loadable is not None}
     for name, reason in build_only.items():
         log.warning("targets.%s: its engines are built, but neither measured nor released: %s", name, reason)
     return context.output(
@@ -135,11 +137,11 @@ def _networks_and_data(spec: Spec, context: Context, buildable: Mapping[str, Tar
         return
     data_problems = [*split_checks.problems(spec, loaded), *text_checks.data(spec, loaded), *_labels(spec, loaded)]
     yield from data_problems
-    shown: list[npt.NDArray[Any]] = []
+    answers: list[npt.NDArray[Any]] = []
     if any(isinstance(p, DataError) for p in data_problems):  # then the networks' answers say nothing
         return
-    yield from _networks(spec, context, framework, buildable, shown)
-    yield from second_load.problems(context.home, spec, loaded, shown[0] if shown else None, context.workdir)
+    yield from _networks(spec, context, framework, buildable, answers)
+    yield from second_load.problems(context.home, spec, loaded, answers[0] if answers else None, context.workdir)
 
 
 def _labels(spec: Spec, loaded: Data) -> Iterator[DataError]:
@@ -157,11 +159,11 @@ def _networks(
     context: Context,
     framework: Framework,
     buildable: Mapping[str, Target],
-    shown: list[npt.NDArray[Any]],
+    answers: list[npt.NDArray[Any]],
 ) -> Iterator[SlipstreamError]:
     """Networks that do not take the data, and engines that do not take the networks.
 
-    The answers of networks without a problem are added to `shown`.
+    The answers of networks without a problem are added to `answers`.
     """
     loaded = context.data
     networks: dict[str, tuple[str, Call | None, Callable[[], Any]]] = {}
@@ -181,7 +183,7 @@ def _networks(
             return  # a file of its weights has the same problems
         if not problems:
             yield from _pruning(spec, field, network, loaded)
-            shown.append(framework.logits(network, loaded.train.inputs[:2]))
+            answers.append(framework.logits(network, loaded.train.inputs[:2]))
             save = partial(framework.save, network, architecture, loaded.test)
             yield from rehearse(context.home, f"{field}: {name}", save, buildable, context.workdir)
 
@@ -212,8 +214,8 @@ def _network(
     except Unavailable:
         raise
     except SlipstreamError as error:
-        said = str(error)
-        return None, [type(error)(said if said.startswith(f"{field}: ") else f"{field}: {said}")]
+        message = str(error)
+        return None, [type(error)(message if message.startswith(f"{field}: ") else f"{field}: {message}")]
     except Exception as error:
         shape, dtype = loaded.train.inputs.shape[1:], loaded.train.inputs.dtype
         reason = told(error)
@@ -235,8 +237,8 @@ def _answers(spec: Spec, what: str, outputs: npt.NDArray[Any], loaded: Data) -> 
         for labels in (loaded.train.labels, loaded.test.labels):
             for start in range(0, len(labels), BATCH):  # the same answer beside each label
                 beside = labels[start : start + BATCH]
-                shown = np.broadcast_to(outputs[:1], (len(beside), *outputs.shape[1:]))
-                metric.check(shown, beside, what, ModelError)
+                repeated = np.broadcast_to(outputs[:1], (len(beside), *outputs.shape[1:]))
+                metric.check(repeated, beside, what, ModelError)
         metric.evaluate(outputs, loaded.train.labels[: len(outputs)])
     except SlipstreamError as error:
         yield error

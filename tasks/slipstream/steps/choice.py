@@ -70,13 +70,13 @@ class Choice:
 
     def reason(self, winner: str) -> str:
         """Why this engine, in a sentence."""
-        said = f"{winner} is the best of {len(self.entrants)} passing engines by {self.prefer}"
+        sentence = f"{winner} is the best of {len(self.entrants)} passing engines by {self.prefer}"
         if self.race is None or winner not in self.race.rounds_ms:
-            return said
+            return sentence
         raced = [c for c in self.entrants if c in self.race.rounds_ms]
         places = races.standings(self.race, raced, self.confidence)
-        said += f": {places[winner].ms:.3g} ms a request in one run with all of them"
+        sentence += f": {places[winner].ms:.3g} ms a request in one run with all of them"
         equal = [c for c in raced if c != winner and races.tied(places[c])]
         if self.prefer in ("latency", "throughput") and equal:
-            said += f"; {', '.join(equal)} may be as fast, and {'is' if len(equal) == 1 else 'are'} not smaller"
-        return said
+            sentence += f"; {', '.join(equal)} may be as fast, and {'is' if len(equal) == 1 else 'are'} not smaller"
+        return sentence

@@ -31,9 +31,9 @@ def run(context: Context) -> StepOutput:
     assert source.artifact is not None
     context.run.params(section.model_dump(mode="json"))
     schedule = Schedule(section.epochs, section.learning_rate)
-    made, metrics = candidates.train_constrained(context, context.fetch(source), section, schedule)
+    constrained, metrics = candidates.train_constrained(context, context.fetch(source), section, schedule)
     folder = candidates.fresh_folder(context)
-    made.save(folder, context.data.test)
+    constrained.save(folder, context.data.test)
     artifact = candidates.log(context, folder, "clustered", parents=[source.artifact.model_id])
     context.run.metrics(metrics)
     return context.output(artifact=artifact, metrics=metrics)

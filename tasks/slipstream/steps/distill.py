@@ -43,8 +43,8 @@ def run(context: Context) -> StepOutput:
     manifest = framework.save(student, section.student, data.test, folder)
     artifact = candidates.log(context, folder, "distilled", parents=[teacher.artifact.model_id])
     metrics = candidates.quality(spec, framework.logits(student, data.test.inputs), data.test)
-    known = [name for name in metrics if name in teacher.metrics]
-    metrics |= {name.replace("test_", "teacher_", 1): teacher.metrics[name] for name in known}
+    shared = [name for name in metrics if name in teacher.metrics]
+    metrics |= {name.replace("test_", "teacher_", 1): teacher.metrics[name] for name in shared}
     metrics["parameters"] = float(manifest.parameters)
     details = {"student": section.student.function, "teacher_sha256": teacher.artifact.sha256}
     return context.output(artifact=artifact, metrics=metrics, details=details)

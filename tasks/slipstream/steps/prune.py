@@ -52,8 +52,8 @@ def run(context: Context) -> StepOutput:
     context.run.params(spec.prune.model_dump(mode="json"))
     if spec.prune.method != "channels":
         return _single_weights(context, source)
-    made = context.run_on_all(train)
-    pruner, before, rounds = made.pruner, made.before, made.rounds
+    pruned = context.run_on_all(train)
+    pruner, before, rounds = pruned.pruner, pruned.before, pruned.rounds
     _require_smaller(before, rounds[-1], spec.prune)
     folder = candidates.fresh_folder(context)
     pruner.save(folder, context.data.test)
@@ -68,9 +68,9 @@ def _single_weights(context: Context, source: StepOutput) -> StepOutput:
     assert source.artifact is not None
     soft = _soft_targets(context, trainer_for(spec.model.framework), source.artifact)
     schedule = Schedule(prune.epochs, prune.learning_rate, optimizer=prune.optimizer)
-    made, metrics = candidates.train_constrained(context, context.fetch(source), prune, schedule, soft)
+    constrained, metrics = candidates.train_constrained(context, context.fetch(source), prune, schedule, soft)
     folder = candidates.fresh_folder(context)
-    made.save(folder, context.data.test)
+    constrained.save(folder, context.data.test)
     artifact = candidates.log(context, folder, "pruned", parents=[source.artifact.model_id])
     context.run.metrics(metrics)
     return context.output(artifact=artifact, metrics=metrics)

@@ -80,11 +80,11 @@ def _trained(context: Context, candidate: Path) -> tuple[Path, dict[str, float]]
     section = context.spec.quantize.of(context.cell.recipe)
     if not section.epochs:
         return candidate, {}
-    made, figures = candidates.train_constrained(
+    constrained, figures = candidates.train_constrained(
         context, candidate, section, Schedule(section.epochs, section.learning_rate)
     )
     folder = candidates.fresh_folder(context, "trained")
-    made.save(folder, context.data.test)
+    constrained.save(folder, context.data.test)
     return folder, figures
 
 
@@ -125,12 +125,12 @@ def require_unseen(samples: list[str], data: Data) -> None:
 
 def compare(before: onnx.ModelProto, after: onnx.ModelProto, samples: npt.NDArray[Any]) -> dict[str, float]:
     """How far two models' answers to the samples are apart. Raises ModelError when the second is broken."""
-    expected, got = Session(before).answers(samples), Session(after).answers(samples)
-    if (problem := explain_mismatch(expected, got, QUANTIZED)) is not None:
+    expected, actual = Session(before).answers(samples), Session(after).answers(samples)
+    if (problem := explain_mismatch(expected, actual, QUANTIZED)) is not None:
         raise ModelError(
             f"the quantized model, on its own calibration samples, {problem}; if it has attention, or normalisation "
             "written out as sums and products, set quantize.model_type to transformer, which leaves those in FP32, or "
             "choose another scheme, such as int8-weights"
         )
-    found = measure(expected, got).metrics()
-    return {f"calibration_{name}": figure for name, figure in found.items()}
+    distances = measure(expected, actual).metrics()
+    return {f"calibration_{name}": figure for name, figure in distances.items()}

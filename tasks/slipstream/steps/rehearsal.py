@@ -62,16 +62,16 @@ def _problem(candidate: Path, target: Target, folder: Path) -> str | None:
 def _problem_elsewhere(python: Path, candidate: Path, target: Target, folder: Path) -> str | None:
     command = [str(python), "-m", "slipstream.steps.rehearsal", str(candidate), target.model_dump_json(), str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
     except subprocess.TimeoutExpired:
         log.warning("%s: its build was not rehearsed to the end within %d s", target.engine, WITHIN_S)
         return None
-    if done.returncode == 0:
+    if completed.returncode == 0:
         return None
-    return done.stdout.strip() or f"{python} ended with {done.returncode}: {done.stderr.strip()[-500:]}"
+    return completed.stdout.strip() or f"{python} ended with {completed.returncode}: {completed.stderr.strip()[-500:]}"
 
 
 if __name__ == "__main__":
-    found = _problem(Path(sys.argv[1]), Target.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
-    print(found or "")
-    raise SystemExit(0 if found is None else 1)
+    problem = _problem(Path(sys.argv[1]), Target.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
+    print(problem or "")
+    raise SystemExit(0 if problem is None else 1)

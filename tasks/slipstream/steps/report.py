@@ -68,8 +68,8 @@ def held_out_sample(context: Context) -> tuple[Sample | None, bytes | None]:
         return None, None
     if label.ndim or not np.issubdtype(label.dtype, np.integer):
         return Sample(label="", classes=()), body
-    named = data.classes[label] if label < len(data.classes) else str(label)
-    return Sample(label=named, classes=data.classes), body
+    class_name = data.classes[label] if label < len(data.classes) else str(label)
+    return Sample(label=class_name, classes=data.classes), body
 
 
 def write(report: Report, folder: Path, body: bytes | None) -> None:
@@ -90,11 +90,11 @@ def write(report: Report, folder: Path, body: bytes | None) -> None:
 def figures(report: Report) -> dict[str, float]:
     """Metrics of the pipeline's run: how many engines passed, and what the picked one achieved."""
     judged = [r for r in report.rows if r.status != "reference"]
-    found: dict[str, float] = {"engines.judged": len(judged)}
-    found |= {f"engines.{s}": sum(r.status == s for r in judged) for s in ("passed", "rejected", "missing")}
+    metrics: dict[str, float] = {"engines.judged": len(judged)}
+    metrics |= {f"engines.{s}": sum(r.status == s for r in judged) for s in ("passed", "rejected", "missing")}
     row = report.winning_row
     if row is None or row.evidence is None:
-        return found
+        return metrics
     e = row.evidence
     winner = {
         "quality": e.engine_quality,
@@ -106,7 +106,7 @@ def figures(report: Report) -> dict[str, float]:
         "speedup_fp32": e.speedup_reference.estimate if e.speedup_reference else None,
         "size_bytes": e.size_bytes,
     }
-    return found | {f"winner.{name}": float(value) for name, value in winner.items() if value is not None}
+    return metrics | {f"winner.{name}": float(value) for name, value in winner.items() if value is not None}
 
 
 def _summarize(context: Context, parent: str, report: Report, metrics: dict[str, float]) -> None:

@@ -88,8 +88,8 @@ def version_to_load(spec: Spec, inputs: StepInput, client: MlflowClient) -> str 
 
     None when the model is to be trained, or to be taken from a file. Raises ModelError when there is no such version.
     """
-    if given := inputs.params.get("source_version"):
-        return str(given)
+    if requested := inputs.params.get("source_version"):
+        return str(requested)
     if spec.model.train is not None or spec.model.file is not None:
         return None
     version = Registry(spec.model.name, client).alias(spec.model.alias)
@@ -121,10 +121,10 @@ def from_file(spec: Spec, framework: Framework) -> Any:
     """The network in the file or folder that `model.file` names. Raises ModelError."""
     path = given_file(spec.model)
     try:
-        found = framework.find_model(path)
+        model_path = framework.find_model(path)
     except ModelError as error:
         raise ModelError(f"{spec.model.file}: {error}") from error
-    return framework.load_weights(found, spec.model.architecture)
+    return framework.load_weights(model_path, spec.model.architecture)
 
 
 def _digest(path: Path) -> str:
@@ -162,20 +162,20 @@ def _train(context: Context) -> Any:
 def _load(context: Context, framework: Framework, version: str) -> Any:
     """The network of a registered version. Raises ModelError unless it was logged as weights."""
     name = context.spec.model.name
-    found = require_version(context.tracking.client, name, version)
+    model_version = require_version(context.tracking.client, name, version)
     log.info("starting from %s version %s", name, version)
     context.run.params({"version": version})
     target = context.workdir / "registered"
     shutil.rmtree(target, ignore_errors=True)
     with translated(f"downloading {name} version {version}"):
         folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(target)))
-    return framework.load_weights(_weights(framework, folder, found), context.spec.model.architecture)
+    return framework.load_weights(_weights(framework, folder, model_version), context.spec.model.architecture)
 
 
-def _weights(framework: Framework, folder: Path, found: ModelVersion) -> Path:
+def _weights(framework: Framework, folder: Path, model_version: ModelVersion) -> Path:
     """The trained model of a downloaded version. Raises ModelError when there is none, or not the registered one."""
-    where = f"{found.name} version {found.version}"
-    candidate, expected = folder / "data" / "candidate", found.tags.get(SHA256)
+    where = f"{model_version.name} version {model_version.version}"
+    candidate, expected = folder / "data" / "candidate", model_version.tags.get(SHA256)
     if (candidate / MANIFEST).is_file():
         if expected is not None and folder_digest(candidate) != expected:
             raise ModelError(f"{where}: its files are not those that were registered (tag {SHA256})")
@@ -208,13 +208,13 @@ def register_checkpoint(
             tags = {KIND: CHECKPOINT, SHA256: artifact.sha256, PIPELINE_RUN: run_key}
             tags |= {FILE_SHA256: file_sha256} if file_sha256 is not None else {}
             source = f"models:/{artifact.model_id}"
-            made = client.create_model_version(model.name, source, tags=tags, model_id=artifact.model_id)
-            version = str(made.version)
+            model_version = client.create_model_version(model.name, source, tags=tags, model_id=artifact.model_id)
+            version = str(model_version.version)
     registry.set_alias(model.alias, version)
     return version
 
 
 def _registered(client: MlflowClient, name: str, tag: str, sha256: str) -> str | None:
     """The checkpoint with this digest under `tag`."""
-    found = client.search_model_versions(f"name = '{name}' and tags.`{tag}` = '{sha256}'")
-    return next((str(v.version) for v in found if v.tags.get(KIND) == CHECKPOINT), None)
+    versions = client.search_model_versions(f"name = '{name}' and tags.`{tag}` = '{sha256}'")
+    return next((str(v.version) for v in versions if v.tags.get(KIND) == CHECKPOINT), None)

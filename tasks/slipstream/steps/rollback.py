@@ -80,8 +80,8 @@ def rollback(
         for _ in range(ATTEMPTS):
             try:
                 settle.settle(registry, lambda: controller, preempt=("trial", "rollout", "rebuild", "serve"))
-                if (done := _done_before(registry, leave)) is not None:
-                    return done
+                if (details := _done_before(registry, leave)) is not None:
+                    return details
                 return _begun(registry, controller, by, reason)
             except Superseded as error:
                 log.info("rollback: %s", error)
@@ -115,7 +115,7 @@ def _done_before(registry: Registry, leave: str | None) -> dict[str, Any] | None
     rolled_back = last is not None and last.kind == "rollback" and last.to == champion
     if leave is None and not rolled_back:
         return None
-    done = f"version {leave} does not serve"
+    sentence = f"version {leave} does not serve"
     if last is not None and rolled_back and leave in (None, last.champion):
-        done = f"{last.by} rolled version {last.champion} back at {last.at}"
-    return {"champion": champion, "previous": registry.alias(PREVIOUS), "left": leave, "done": done}
+        sentence = f"{last.by} rolled version {last.champion} back at {last.at}"
+    return {"champion": champion, "previous": registry.alias(PREVIOUS), "left": leave, "done": sentence}

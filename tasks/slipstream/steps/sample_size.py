@@ -43,5 +43,5 @@ def _of(runs: Iterable[Run], parent: str | None) -> list[Run]:
 
 
 def _parent(run: Run) -> str | None:
-    found: str | None = run.data.tags.get("mlflow.parentRunId")
-    return found
+    parent_id: str | None = run.data.tags.get("mlflow.parentRunId")
+    return parent_id

@@ -143,8 +143,8 @@ def _record(context: Context, key: str, subject: Subject, records: Records) -> S
 def recorded(context: Context, artifact: Artifact) -> Scores | None:
     """The first scores of an engine on these samples, wherever they were measured; None without any."""
     for run in reversed(context.tracking.search_all({SCORED: _scored(context, artifact)})):
-        if run.info.status == "FINISHED" and (found := _believed(context, run.info.run_id, artifact)):
-            return found
+        if run.info.status == "FINISHED" and (earlier := _believed(context, run.info.run_id, artifact)):
+            return earlier
     return None
 
 

@@ -58,7 +58,7 @@ def problems(
             np.savez(Path(folder) / ANSWERS, answers)
         command = [str(python) if elsewhere else sys.executable, "-m", "slipstream.steps.second_load", folder]
         try:
-            done = subprocess.run(
+            completed = subprocess.run(
                 command, input=spec.model_dump_json(), text=True, capture_output=True, timeout=WITHIN_S, check=False
             )
         except subprocess.TimeoutExpired:
@@ -66,8 +66,10 @@ def problems(
             return
         reply = _read(Path(folder) / REPLY)
     if reply is None:
-        said = (done.stderr.strip() or done.stdout.strip())[-500:]
-        yield CodeError(f"data: a second load, in another process, ended with exit code {done.returncode}: {said}")
+        output = (completed.stderr.strip() or completed.stdout.strip())[-500:]
+        yield CodeError(
+            f"data: a second load, in another process, ended with exit code {completed.returncode}: {output}"
+        )
     elif reply.kind:
         error: type[SlipstreamError] = getattr(errors, reply.kind)
         if issubclass(error, Unavailable):
@@ -106,8 +108,8 @@ def _second_load(spec: Spec, folder: Path) -> Reply:
             with np.load(folder / ANSWERS) as arrays:
                 metric.evaluate(arrays["arr_0"], loaded.train.labels[: len(arrays["arr_0"])])
     except SlipstreamError as error:
-        said = str(error) if str(error).startswith("objective.metric") else f"objective.metric: {error}"
-        return Reply(kind=type(error).__name__, said=said)
+        message = str(error) if str(error).startswith("objective.metric") else f"objective.metric: {error}"
+        return Reply(kind=type(error).__name__, said=message)
     return Reply(digests=loaded.digests())
 
 

@@ -65,8 +65,8 @@ def run(context: Context) -> StepOutput:
     version, already = _register(registry, inputs, picked, champion)
     verdict = Verdict(gate="select", answer="pass", reason=choice.reason(winner), n=len(rows))
     best = {target: choice.best(choice.entrants_of(target)) for target in spec.targets}
-    found = {"version": version, "already_champion": already, "best_per_target": best}
-    return context.output(verdicts=(verdict,), details=selection.model_copy(update=found).document())
+    registration = {"version": version, "already_champion": already, "best_per_target": best}
+    return context.output(verdicts=(verdict,), details=selection.model_copy(update=registration).document())
 
 
 def _waived(spec: Spec, rows: Sequence[Row]) -> list[Row]:
@@ -83,8 +83,8 @@ def expected_cells(spec: Spec, inputs: StepInput) -> list[str]:
 
 def table(spec: Spec, inputs: StepInput) -> list[Row]:
     """A row for each expected cell, in the spec's order."""
-    found = {o.cell.key: o for o in inputs.upstream if o.step == "validate" and o.cell is not None}
-    rows = [row_of(cell, found.get(cell)) for cell in expected_cells(spec, inputs)]
+    by_cell = {o.cell.key: o for o in inputs.upstream if o.step == "validate" and o.cell is not None}
+    rows = [row_of(cell, by_cell.get(cell)) for cell in expected_cells(spec, inputs)]
     unreleased = comparison_only(spec, rows)
     return [r.model_copy(update={"comparison": r.cell in unreleased}) for r in rows]
 
@@ -105,9 +105,9 @@ def rejected_before(registry: Registry, inputs: StepInput, rows: Sequence[Row]) 
 
     def judge(row: Row) -> Row:
         built = inputs.output_of("build", flow.cell_of(row.cell))
-        if built is None or built.artifact is None or (known := active.get(built.artifact.sha256)) is None:
+        if built is None or built.artifact is None or (rejection := active.get(built.artifact.sha256)) is None:
             return row
-        return judged(row, Verdict(gate="rejection", answer="fail", reason=rejections.explain(registry, known)))
+        return judged(row, Verdict(gate="rejection", answer="fail", reason=rejections.explain(registry, rejection)))
 
     return [judge(row) for row in rows]
 

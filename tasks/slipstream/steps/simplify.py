@@ -79,14 +79,14 @@ def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Row]]:
     model = _bare(model)
     rows = [Row.of("before", model)]
     for number in range(1, ROUNDS + 1):
-        found = len(rows)
+        start = len(rows)
         for name in PASSES:
             model = _bare(_passed(model, name))
             rows.append(Row.of(name if number == 1 else f"{name}_{number}", model))
         if all(
-            (row.nodes, row.size_bytes) == (rows[found - 1].nodes, rows[found - 1].size_bytes) for row in rows[found:]
+            (row.nodes, row.size_bytes) == (rows[start - 1].nodes, rows[start - 1].size_bytes) for row in rows[start:]
         ):
-            del rows[found:]  # nothing was left to do
+            del rows[start:]  # nothing was left to do
             break
     try:
         onnx_graph.require_standard(model)
@@ -124,8 +124,8 @@ def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _metrics(rows: list[Row]) -> dict[str, float]:
-    found = {f"{what}_{row.after}": float(value) for row in rows for what, value in _figures(row)}
-    return found | {f"{what}_after": float(value) for what, value in _figures(rows[-1])}
+    by_pass = {f"{what}_{row.after}": float(value) for row in rows for what, value in _figures(row)}
+    return by_pass | {f"{what}_after": float(value) for what, value in _figures(rows[-1])}
 
 
 def _figures(row: Row) -> tuple[tuple[str, int], ...]:

@@ -24,10 +24,10 @@ def data(spec: Spec, loaded: Data) -> Iterator[SlipstreamError]:
         tokens.require_consistent(loaded.tokenizer, *inputs)
     except DataError as error:
         yield error
-    given = inputs[0]
+    train_inputs = inputs[0]
     for name, target in spec.targets.items():
         try:
-            require_varying(target.lengths, tokens.sample_shape(given), str(given.dtype))
+            require_varying(target.lengths, tokens.sample_shape(train_inputs), str(train_inputs.dtype))
         except EngineError as error:
             yield EngineError(f"targets.{name}.lengths: {error}")
             continue
@@ -38,7 +38,7 @@ def data(spec: Spec, loaded: Data) -> Iterator[SlipstreamError]:
                 f"{target.lengths[-1]}; add a greater one, or cut the texts"
             )
     pruned = [recipe for recipe, techniques in spec.recipes.items() if "prune" in techniques]
-    if pruned and tokens.is_token_ids(given):
+    if pruned and tokens.is_token_ids(train_inputs):
         yield SpecError(
             f"recipes.{pruned[0]}: channels of networks on token ids cannot be pruned; distil to fewer layers instead"
         )

@@ -162,13 +162,13 @@ def _scores(context: Context, engine: Runner, progress: _Progress) -> _Scores:
             context, _artifact(_built(context, context.cell)), f"engine {context.cell.key}", lambda folder: engine
         ),
     )
-    found = []
+    scored = []
     for subject in subjects:
-        found.append(scoring.scores(context, subject, metric, progress.batch))
-        progress.skip(0 if found[-1].measured else batches)
-    competing = max(found[-1].competing, context.spec.competing)
+        scored.append(scoring.scores(context, subject, metric, progress.batch))
+        progress.skip(0 if scored[-1].measured else batches)
+    competing = max(scored[-1].competing, context.spec.competing)
     confidence = gates.per_engine(context.spec.objective.confidence, competing)
-    return _Scores(metric, found[0].records, found[1].records, found[1].run_id, competing, confidence)
+    return _Scores(metric, scored[0].records, scored[1].records, scored[1].run_id, competing, confidence)
 
 
 def _timing(context: Context, engine: Runner, progress: _Progress) -> tuple[Comparison, Latency]:
@@ -219,14 +219,14 @@ class _Judgement:
         """accuracy; latency where the objective has a limit; speedup unless this is the baseline itself."""
         objective, noise = self.objective, self.timing.noise
         scores = self.scores
-        found = [gates.accuracy_of(scores.drop, objective.max_drop, scores.confidence, scores.competing)]
+        verdicts = [gates.accuracy_of(scores.drop, objective.max_drop, scores.confidence, scores.competing)]
         if objective.latency_p99_ms is not None:
             pooled = self.timing.pooled_ms(ENGINE)
-            found.append(gates.latency(pooled, objective.latency_p99_ms, objective.confidence, noise.noisy))
+            verdicts.append(gates.latency(pooled, objective.latency_p99_ms, objective.confidence, noise.noisy))
         if self.cell.recipe != BASELINE:
             ratio = self._ratio(REFERENCE)
-            found.append(gates.speedup(ratio, objective.confidence, crowded=self.crowded))
-        return tuple(self._with_noise(v) if v.gate != "accuracy" else v for v in found)
+            verdicts.append(gates.speedup(ratio, objective.confidence, crowded=self.crowded))
+        return tuple(self._with_noise(v) if v.gate != "accuracy" else v for v in verdicts)
 
     def _with_noise(self, verdict: Verdict) -> Verdict:
         noise = self.timing.noise
@@ -283,10 +283,10 @@ def interval(bounds: Bounds) -> Interval | None:
 
 
 def _required(bounds: Bounds) -> Interval:
-    known = interval(bounds)
-    if known is None:
+    drop_interval = interval(bounds)
+    if drop_interval is None:
         raise DataError(f"data: {bounds.n} test samples carry no bound for the drop; give more held-out data")
-    return known
+    return drop_interval
 
 
 def _metrics(evidence: EngineEvidence) -> dict[str, float]:

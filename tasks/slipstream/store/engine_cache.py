@@ -43,10 +43,10 @@ def restore(tracking: Tracking, path: Path) -> None:
         return
     for run in tracking.search_all({TAG: path.name}):
         try:
-            found = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/{FOLDER}/{path.name}")
+            local_path = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/{FOLDER}/{path.name}")
         except (MlflowException, OSError) as error:
             log.warning("%s of MLflow run %s cannot be fetched: %s", path.name, run.info.run_id, error)
             continue
-        write_atomically(path, Path(found).read_bytes())
+        write_atomically(path, Path(local_path).read_bytes())
         log.info("%s comes from MLflow run %s", path.name, run.info.run_id)
         return

@@ -73,10 +73,10 @@ class Registry:
 
     def expect_champion(self, version: str | None) -> None:
         """Raise RegistryError when the champion is not the version that the gates compared with."""
-        found = self.champion()
-        if found != version:
+        champion = self.champion()
+        if champion != version:
             raise RegistryError(
-                f"{self.model}@champion is {_said(found)}, but the gates compared with {_said(version)}; somebody "
+                f"{self.model}@champion is {_said(champion)}, but the gates compared with {_said(version)}; somebody "
                 "moved it meanwhile: start a new run, so that the evidence is about what serves now"
             )
 
@@ -110,8 +110,10 @@ class Registry:
                     **verdict_tags("validate", verdicts),
                 }
                 source = f"models:/{artifact.model_id}"
-                made = self._client.create_model_version(self.model, source, tags=tags, model_id=artifact.model_id)
-                version = str(made.version)
+                model_version = self._client.create_model_version(
+                    self.model, source, tags=tags, model_id=artifact.model_id
+                )
+                version = str(model_version.version)
         # Signed last: the signature names the version, so that no version's tags pass for another's.
         signature = signing.sign(signing.VERSION_ARTIFACT, self._signed(version, artifact))
         self.tag(version, {ARTIFACT: artifact.model_dump_json(), ARTIFACT_SIGNATURE: signature})
@@ -222,8 +224,8 @@ class Registry:
 
     def _registered(self, artifact: Artifact, pipeline_run_id: str) -> str | None:
         condition = f"name = '{self.model}' and tags.`{SHA256}` = '{artifact.sha256}'"
-        found = self._client.search_model_versions(condition)
-        return next((str(v.version) for v in found if v.tags.get(PIPELINE_RUN) == pipeline_run_id), None)
+        versions = self._client.search_model_versions(condition)
+        return next((str(v.version) for v in versions if v.tags.get(PIPELINE_RUN) == pipeline_run_id), None)
 
 
 def verdict_tags(stage: str, verdicts: tuple[Verdict, ...]) -> dict[str, str]:
@@ -235,22 +237,22 @@ def drift(model: str, controller: TrafficController, client: MlflowClient | None
     """Sentences that say where the champion alias and the real traffic disagree; none when they agree."""
     registry = Registry(model, client or MlflowClient())
     version, routes = registry.champion(), controller.routes(model)
-    named = {n for n in routes.weights if n.startswith("v")}
+    releases = {n for n in routes.weights if n.startswith("v")}
     if version is None:
-        if named:
+        if releases:
             return [f"{model}: there is no champion, but {_shares(routes.weights)} has traffic"]
         return []
     name = registry.release(version).name
-    found = []
+    disagreements = []
     if routes.weights != {name: 100}:
-        found.append(
+        disagreements.append(
             f"{model}: the champion is version {version}, but the traffic goes to "
             f"{_shares(routes.weights) or 'nobody'}; a test or rollout is under way, or one was killed and its next "
             "run puts this right"
         )
     if name not in controller.deployed(model):
-        found.append(f"{model}: the server of the champion, version {version}, is not ready")
-    return found
+        disagreements.append(f"{model}: the server of the champion, version {version}, is not ready")
+    return disagreements
 
 
 def _shares(weights: Mapping[str, int]) -> str:

@@ -36,8 +36,8 @@ def sign(purpose: str, document: Any) -> str:
 
 def verify(purpose: str, document: Any, signature: str) -> bool:
     """Whether `signature` was made by `sign` for this document and purpose; compared in constant time."""
-    given = signature.encode()  # compare_digest refuses text beyond ASCII
-    return any(hmac.compare_digest(_signature(key, purpose, document).encode(), given) for key in _keys())
+    encoded = signature.encode()  # compare_digest refuses text beyond ASCII
+    return any(hmac.compare_digest(_signature(key, purpose, document).encode(), encoded) for key in _keys())
 
 
 def signed_output(output: StepOutput) -> StepOutput:

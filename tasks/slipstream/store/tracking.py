@@ -95,8 +95,8 @@ class StepRun:
         if now - self._last_beat < 0.5 and done < total:
             return
         self._last_beat = now
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        log.info("%d/%d %s  %s", done, total, unit, shown)
+        figures_text = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        log.info("%d/%d %s  %s", done, total, unit, figures_text)
         self.tags({PROGRESS: json.dumps({"done": done, "total": total, "unit": unit, "figures": figures})})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
@@ -221,8 +221,8 @@ class Tracking:
         """The spec's experiment, created when it is not there."""
         if self._experiment_id is None:
             name = experiment_name(self.spec.model.name)
-            found = self.client.get_experiment_by_name(name)
-            self._experiment_id = found.experiment_id if found else self._make_experiment(name)
+            experiment = self.client.get_experiment_by_name(name)
+            self._experiment_id = experiment.experiment_id if experiment else self._make_experiment(name)
         return self._experiment_id
 
     def _make_experiment(self, name: str) -> str:
@@ -238,9 +238,9 @@ class Tracking:
 
     def pipeline_run(self, run_key: str) -> str:
         """The parent run of a pipeline run; created, with the spec as its artefact, by the first step that asks."""
-        found = self.search({RUN_KEY: run_key, STEP: "pipeline"})
-        if found:
-            return str(found[0].info.run_id)
+        runs = self.search({RUN_KEY: run_key, STEP: "pipeline"})
+        if runs:
+            return str(runs[0].info.run_id)
         tags = {RUN_KEY: run_key, STEP: "pipeline", SPEC: self.spec.name}
         run = self.client.create_run(self.experiment_id, tags=tags, run_name=run_key)
         self.client.log_text(run.info.run_id, dump(self.spec), "spec.yaml")
@@ -297,9 +297,9 @@ class Tracking:
         """The child run for a step: a new one, or the one that a killed attempt left behind."""
         parent = self.pipeline_run(run_key)
         sought = {WORK: identity, RUN_KEY: run_key} | ({CELL: cell.key} if cell else {})
-        left = [r for r in self.search(sought) if IDENTITY not in r.data.tags]
-        if left:
-            run_id = left[0].info.run_id
+        unfinished = [r for r in self.search(sought) if IDENTITY not in r.data.tags]
+        if unfinished:
+            run_id = unfinished[0].info.run_id
             self.client.update_run(run_id, status="RUNNING")
             log.info("resuming MLflow run %s", run_id)
         else:
@@ -348,14 +348,14 @@ def fetch(artifact: Artifact) -> Path:
 
     def download(to: Path) -> None:
         with tempfile.TemporaryDirectory(dir=to.parent) as aside:
-            got = Path(mlflow.artifacts.download_artifacts(source, dst_path=aside))
-            found = digests.folder(got)
-            if found != artifact.sha256:
+            folder = Path(mlflow.artifacts.download_artifacts(source, dst_path=aside))
+            sha256 = digests.folder(folder)
+            if sha256 != artifact.sha256:
                 raise ModelError(
-                    f"{source}: sha256 {found[:12]}… is not {artifact.sha256[:12]}… that was logged; the artefact "
+                    f"{source}: sha256 {sha256[:12]}… is not {artifact.sha256[:12]}… that was logged; the artefact "
                     "store is damaged or was tampered with"
                 )
-            got.rename(to)
+            folder.rename(to)
 
     def is_intact(path: Path) -> bool:
         return digests.folder(path) == artifact.sha256

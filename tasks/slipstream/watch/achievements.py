@@ -30,12 +30,12 @@ def _candidate(metrics: Mapping[str, float]) -> list[str]:
 
 def _validated(metrics: Mapping[str, float]) -> list[str]:
     """Of an engine: drop, latency and gains; what was not measured is left out."""
-    said = []
+    parts = []
     if "drop_pp" in metrics:
-        said.append(f"drop {wording.points(metrics['drop_pp'])} (at most {wording.points(metrics['drop_pp_high'])})")
+        parts.append(f"drop {wording.points(metrics['drop_pp'])} (at most {wording.points(metrics['drop_pp_high'])})")
     if "p50_ms" in metrics:
-        said.append(f"{wording.milliseconds(metrics['p50_ms'])} ms")
+        parts.append(f"{wording.milliseconds(metrics['p50_ms'])} ms")
     for name, reference in (("speedup_eager", "eager"), ("speedup_reference", "FP32")):
         if name in metrics:
-            said.append(f"{wording.ratio(metrics[name])} {reference}")
-    return said
+            parts.append(f"{wording.ratio(metrics[name])} {reference}")
+    return parts

@@ -48,11 +48,11 @@ def follow(home: Home, run: Started, console: Console) -> int:
     airflow_page = urls.airflow_run(places.airflow, run.dag_id, run.run_id)
     console.print(f"[dim]{airflow_page}[/]", highlight=False, soft_wrap=True)
     try:
-        with view(console) as shown:
+        with view(console) as display:
             while not (watch.due(time.monotonic()) and watch.look()):
-                shown.show(watch.new_lines(), under_way(watch.tasks, watch.notes), watch.footer())
+                display.show(watch.new_lines(), under_way(watch.tasks, watch.notes), watch.footer())
                 time.sleep(POLL_S)
-            shown.show([*watch.new_lines(), *not_reached(watch.tasks)], (), "")
+            display.show([*watch.new_lines(), *not_reached(watch.tasks)], (), "")
     except KeyboardInterrupt:
         console.print(f"\nThe run goes on; follow it again with: slipstream watch {run.spec.name} {run.run_id}")
         return 0
@@ -114,11 +114,11 @@ class _Watch:
     def look(self) -> bool:
         """Ask Airflow, then MLflow; whether the run is over. The last look at the tasks comes after the run's end."""
         try:
-            found = self._airflow.run(self._run.dag_id, self._run.run_id)
-            if found is None:
+            dag_run = self._airflow.run(self._run.dag_id, self._run.run_id)
+            if dag_run is None:
                 raise InputError(f"{self._run.dag_id} has no run {self._run.run_id}")
-            self.state = str(found["state"])
-            self._began, self._ended = found["start_date"], found["end_date"]
+            self.state = str(dag_run["state"])
+            self._began, self._ended = dag_run["start_date"], dag_run["end_date"]
             self.tasks = self._airflow.tasks(self._run.dag_id, self._run.run_id)
             self._ask_for_reasons()
             self._heard, self._silent = time.monotonic(), ""
@@ -146,5 +146,5 @@ class _Watch:
     def footer(self) -> str:
         """One quiet line: how far, how long, and what is silent."""
         over = sum(t.state in OVER for t in self.tasks)
-        known = [self._run.run_id, f"{over} of {len(self.tasks)} tasks", duration(self.seconds), self._silent]
-        return "  ".join(part for part in (self.state if self.state == "queued" else "", *known) if part)
+        facts = [self._run.run_id, f"{over} of {len(self.tasks)} tasks", duration(self.seconds), self._silent]
+        return "  ".join(part for part in (self.state if self.state == "queued" else "", *facts) if part)

@@ -63,12 +63,12 @@ class Journal:
                 continue
             self._said.add(key)
             note, reason = notes.get((task.step, task.cell)), reasons.get((task.id, task.tries), "")
-            told = list(_told(task, note, state, reason))
+            task_lines = list(_told(task, note, state, reason))
             stage = flow.stage_of(task.step)
-            if told and stage != self._stage:
+            if task_lines and stage != self._stage:
                 self._stage = stage
                 new.append(Line("stage", stage.replace("_", " ").capitalize()))
-            new += told
+            new += task_lines
         return new
 
 
@@ -137,8 +137,8 @@ def _told(task: TaskInstance, note: Note | None, state: str, reason: str) -> Ite
     elif state == "success":
         if task.step != "outcome":
             reused = ("unchanged, reused",) if note and note.reused else ()
-            said = (text, *reused, *achieved(task.step, note.metrics if note else {}))
-            yield Line(_outcome(note), "  ".join(said), took)
+            parts = (text, *reused, *achieved(task.step, note.metrics if note else {}))
+            yield Line(_outcome(note), "  ".join(parts), took)
             yield from _verdicts(note, with_passed=not task.cell)
     elif state == "failed" and task.step != "outcome":  # whose message repeats what was told
         yield Line("failed", text, took)
@@ -162,6 +162,6 @@ def _error(note: Note | None, reason: str) -> Iterable[Line]:
     """The first lines of a step's error, as MLflow has it or else Airflow, unless its verdicts said it."""
     if note and any(answer != "pass" for _, answer, _ in note.verdicts):
         return
-    said = note.error if note and note.status == "FAILED" else ""
-    for line in (said or reason).splitlines()[:12]:
+    message = note.error if note and note.status == "FAILED" else ""
+    for line in (message or reason).splitlines()[:12]:
         yield Line("detail", line)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipstream import spec
+from slipstream import spec as specs
 from slipstream.errors import InputError, SpecError, Unavailable
 from slipstream.home import Home
 from slipstream.plan import catalog, flow
@@ -65,23 +65,23 @@ def check_choices(wanted: Spec, chosen: Mapping[str, Any]) -> None:
 
 def start(home: Home, path: Path, chosen: Mapping[str, Any]) -> Started:
     """Publish the spec and start a run of it. Raises SpecError, InputError, Unavailable."""
-    wanted = spec.load(path)
-    check_choices(wanted, chosen)
+    spec = specs.load(path)
+    check_choices(spec, chosen)
     airflow = AirflowApi.of(home)
-    require_same_graph(home, wanted, airflow)
-    promoted = None if chosen else _promotion(home, wanted, airflow)
+    require_same_graph(home, spec, airflow)
+    promoted = None if chosen else _promotion(home, spec, airflow)
     catalog.publish(home, path)
-    dag_id = catalog.dag_id(wanted.name)
-    airflow.wait_for_dag(dag_id, catalog.fingerprint(wanted))
+    dag_id = catalog.dag_id(spec.name)
+    airflow.wait_for_dag(dag_id, catalog.fingerprint(spec))
     airflow.unpause(dag_id)
     if promoted:
         run_id, conf = promoted
         airflow.trigger(dag_id, run_id, conf)  # when the reconciler was faster, its run is the one to follow
-        return Started(wanted, dag_id, run_id)
+        return Started(spec, dag_id, run_id)
     run_id = f"run-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
     if not airflow.trigger(dag_id, run_id, chosen):
         raise Unavailable(f"{dag_id} has a run {run_id} already, started this very second; try again")
-    return Started(wanted, dag_id, run_id)
+    return Started(spec, dag_id, run_id)
 
 
 def require_same_graph(home: Home, wanted: Spec, airflow: AirflowApi) -> None:
@@ -103,25 +103,25 @@ def require_same_graph(home: Home, wanted: Spec, airflow: AirflowApi) -> None:
         )
 
 
-def _graph(wanted: Spec) -> set[flow.Task]:
-    return {task for stage in flow.STAGES for task in flow.tasks(wanted, stage)}
+def _graph(spec: Spec) -> set[flow.Task]:
+    return {task for stage in flow.STAGES for task in flow.tasks(spec, stage)}
 
 
-def _promotion(home: Home, wanted: Spec, airflow: AirflowApi) -> tuple[str, dict[str, Any]] | None:
+def _promotion(home: Home, spec: Spec, airflow: AirflowApi) -> tuple[str, dict[str, Any]] | None:
     """Run id and conf of the run that the alias asks for, if it is still to come.
 
     Publishing a spec whose alias points at a version makes the reconciler start that version's run; taking its id
     here means one run instead of two. A spec that trains is asked to train.
     """
-    if wanted.model.train is not None:
+    if spec.model.train is not None:
         return None
     from slipstream.report.find import connect
     from slipstream.triggers import promotion
 
-    version = promotion.promoted_version(connect(home), wanted.model.name, wanted.model.alias)
+    version = promotion.promoted_version(connect(home), spec.model.name, spec.model.alias)
     if version is None:
         return None
-    run_id = promotion.run_id(wanted.model.alias, version)
-    if airflow.run(catalog.dag_id(wanted.name), run_id) is not None:
+    run_id = promotion.run_id(spec.model.alias, version)
+    if airflow.run(catalog.dag_id(spec.name), run_id) is not None:
         return None
     return run_id, {"source_version": version}

@@ -112,10 +112,10 @@ class PlainView:
             right = f"  ({line.right})" if line.right else ""
             self._say(" " * indent + f"{mark} {line.text}{right}".strip())
         for task in now:
-            said_s, said = self._last.get((task.task, task.name), (float("-inf"), ""))
+            last_s, last_text = self._last.get((task.task, task.name), (float("-inf"), ""))
             waits = "waits for an answer in Airflow" if task.waits_for_answer else _figures(task)
             text = f"  … {task.task:<9} {task.name}  {waits}".rstrip()
-            if text != said and time.monotonic() - said_s >= PROGRESS_EVERY_S:
+            if text != last_text and time.monotonic() - last_s >= PROGRESS_EVERY_S:
                 self._last[task.task, task.name] = (time.monotonic(), text)
                 self._say(text)
 
