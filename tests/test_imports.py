@@ -1,13 +1,18 @@
-"""The core loads no framework, so that `--help` and DAG parsing stay quick; ruff's TID253 is the other half."""
+"""What imports what. The core loads no framework, so that `--help` and DAG parsing stay quick (ruff's TID253 is the
+other half), and the rooms of the package import each other in no circle."""
 
+import ast
 import subprocess
 import sys
 import time
 import tomllib
 import warnings
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "tasks" / "slipstream"
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BANNED = set(SETTINGS["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-module-level-imports"])
 ALSO_SLOW = {"airflow", "boto3", "mlflow", "numpy", "pandas", "scipy"}
@@ -69,3 +74,37 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found.add(node.module.partition(".")[0])
     return found
+
+
+KNOTS = {"agreement": "models", "engines": "models", "frameworks": "models", "measure": "models"} | {
+    "platform": "machine",
+    "traffic": "machine",
+}
+"""Rooms that still import each other: each group counts as one."""
+
+
+def rooms_imported_by(path: Path) -> Iterator[str]:
+    """Rooms that a module imports, also within functions; not what only the type checker reads."""
+    tree = ast.parse(path.read_text())
+    only_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or id(node) in only_types or node.module is None:
+            continue
+        parts = node.module.split(".")
+        if parts[0] == "slipstream":
+            yield from (parts[1:2] if len(parts) > 1 else [alias.name for alias in node.names])
+
+
+def test_rooms_do_not_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        imported = {KNOTS.get(other, other) for other in rooms_imported_by(path)}
+        graph.setdefault(KNOTS.get(room, room), set()).update(imported - {KNOTS.get(room, room)})
+    assert len(graph) > 20
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle

@@ -167,9 +167,9 @@ def step(
     """Run one step: the same command in a virtual environment, a container or a pod."""
     from slipstream import spec as specs
     from slipstream import storage
-    from slipstream.plan import documents
     from slipstream.plugins import STEPS
     from slipstream.steps.base import run_step, wrong_environment
+    from slipstream.store import documents
 
     if name not in STEPS:
         raise InputError(f"unknown step {name!r}; known: {', '.join(STEPS)}")

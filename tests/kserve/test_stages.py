@@ -12,10 +12,10 @@ from tests.traffic.contract import load
 
 from slipstream.contract import StepOutput
 from slipstream.errors import GateFailed
+from slipstream.release.releases import drift
 from slipstream.steps.rollback import rollback
 from slipstream.steps.rollout import full_rollout
 from slipstream.steps.trial import small_scale_test
-from slipstream.store.registry import drift
 from slipstream.store.tracking import fetch
 from slipstream.traffic.base import Routes
 from slipstream.traffic.guarded import PROBE

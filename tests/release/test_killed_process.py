@@ -11,9 +11,9 @@ from tests.traffic.conftest import TOY_SERVER
 
 from slipstream.home import Home
 from slipstream.release import rejections, watchdog
+from slipstream.release.releases import drift
 from slipstream.steps.rollback import rollback
 from slipstream.steps.rollout import full_rollout
-from slipstream.store.registry import drift
 from slipstream.traffic.base import Routes
 from slipstream.traffic.envoy import EnvoyController
 

@@ -25,11 +25,11 @@ from slipstream.engines.openvino import IR
 from slipstream.errors import GateFailed
 from slipstream.home import Home, write_atomically
 from slipstream.platform import addresses, supervisor
+from slipstream.release.releases import drift
 from slipstream.spec import Target
 from slipstream.steps.rollback import rollback
 from slipstream.steps.rollout import full_rollout
 from slipstream.steps.trial import small_scale_test
-from slipstream.store.registry import drift
 from slipstream.traffic import envoy
 from slipstream.traffic.base import Routes
 from slipstream.traffic.envoy import EnvoyController

@@ -7,10 +7,9 @@ from tests.steps.stages import World, failing
 from slipstream import traffic
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.release import moves, rejections
-from slipstream.release.releases import traffic_lock
+from slipstream.release.releases import drift, traffic_lock
 from slipstream.steps import rollback as step
 from slipstream.steps.rollback import by_hand, rollback
-from slipstream.store.registry import drift
 from slipstream.store.tracking import fetch
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController

@@ -9,7 +9,8 @@ from tests.steps.stages import FAIL, PASS, World, fake, world, world_maker  # no
 
 from slipstream.contract import Release
 from slipstream.errors import RegistryError, Unavailable
-from slipstream.store.registry import Registry, drift
+from slipstream.release.releases import drift
+from slipstream.store.registry import Registry
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import FakeController
 

@@ -13,8 +13,7 @@ from slipstream import spec as specs
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict
 from slipstream.errors import DataError, InputError
 from slipstream.home import Home
-from slipstream.plan import documents
-from slipstream.store import signing
+from slipstream.store import documents, signing
 
 OUTPUT = StepOutput(
     step="build",

@@ -1,9 +1,11 @@
 """Which release serves now, and keeping servers and traffic in line with the registry."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from mlflow import MlflowClient
 
 from slipstream.contract import Artifact, Cell, Release, StepInput
 from slipstream.contract.handover import Selection
@@ -96,3 +98,29 @@ def sweep(controller: TrafficController, registry: Registry, *also: Release) -> 
     for name in sorted(controller.releases(registry.model) - keep):
         controller.retire(Release(model=registry.model, name=name))
         log.info("traffic: %s %s is retired", registry.model, name)
+
+
+def drift(model: str, controller: TrafficController, client: MlflowClient | None = None) -> list[str]:
+    """Sentences that say where the champion alias and the real traffic disagree; none when they agree."""
+    registry = Registry(model, client or MlflowClient())
+    version, routes = registry.champion(), controller.routes(model)
+    releases = {n for n in routes.weights if n.startswith("v")}
+    if version is None:
+        if releases:
+            return [f"{model}: there is no champion, but {_shares(routes.weights)} has traffic"]
+        return []
+    name = registry.release(version).name
+    disagreements = []
+    if routes.weights != {name: 100}:
+        disagreements.append(
+            f"{model}: the champion is version {version}, but the traffic goes to "
+            f"{_shares(routes.weights) or 'nobody'}; a test or rollout is under way, or one was killed and its next "
+            "run puts this right"
+        )
+    if name not in controller.deployed(model):
+        disagreements.append(f"{model}: the server of the champion, version {version}, is not ready")
+    return disagreements
+
+
+def _shares(weights: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({share} %)" for name, share in sorted(weights.items()))

@@ -19,7 +19,6 @@ from slipstream.contract import Artifact, Release, Verdict
 from slipstream.errors import RegistryError, SlipstreamError, Unavailable
 from slipstream.spec.fields import RELEASE_ALIASES
 from slipstream.store import signing
-from slipstream.traffic.base import TrafficController
 
 log = logging.getLogger(__name__)
 
@@ -231,32 +230,6 @@ class Registry:
 def verdict_tags(stage: str, verdicts: tuple[Verdict, ...]) -> dict[str, str]:
     """Audit tags: each verdict of a stage with its reason, within MLflow's limit of 5,000 characters."""
     return {f"slipstream.{stage}.{v.gate}": f"{v.answer}: {v.reason}"[:4900] for v in verdicts}
-
-
-def drift(model: str, controller: TrafficController, client: MlflowClient | None = None) -> list[str]:
-    """Sentences that say where the champion alias and the real traffic disagree; none when they agree."""
-    registry = Registry(model, client or MlflowClient())
-    version, routes = registry.champion(), controller.routes(model)
-    releases = {n for n in routes.weights if n.startswith("v")}
-    if version is None:
-        if releases:
-            return [f"{model}: there is no champion, but {_shares(routes.weights)} has traffic"]
-        return []
-    name = registry.release(version).name
-    disagreements = []
-    if routes.weights != {name: 100}:
-        disagreements.append(
-            f"{model}: the champion is version {version}, but the traffic goes to "
-            f"{_shares(routes.weights) or 'nobody'}; a test or rollout is under way, or one was killed and its next "
-            "run puts this right"
-        )
-    if name not in controller.deployed(model):
-        disagreements.append(f"{model}: the server of the champion, version {version}, is not ready")
-    return disagreements
-
-
-def _shares(weights: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} ({share} %)" for name, share in sorted(weights.items()))
 
 
 def _said(version: str | None) -> str:

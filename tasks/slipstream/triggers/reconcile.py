@@ -9,8 +9,8 @@ from mlflow import MlflowClient
 from slipstream.errors import SlipstreamError
 from slipstream.home import Home
 from slipstream.plan import catalog
+from slipstream.release import releases
 from slipstream.spec import Spec
-from slipstream.store import registry
 from slipstream.traffic.base import TrafficController
 from slipstream.triggers import promotion
 
@@ -49,7 +49,7 @@ def report_drift(home: Home, client: MlflowClient, traffic: TrafficController) -
     sentences = []
     for model in models(home):
         try:
-            sentences += registry.drift(model, traffic, client)
+            sentences += releases.drift(model, traffic, client)
         except SlipstreamError as error:
             log.warning("%s: traffic not compared with the registry: %s", model, error)
     for sentence in sentences:
