@@ -7,7 +7,7 @@ import pytest
 from tests.report import sample
 
 from slipstream import spec as specs
-from slipstream.contract import StepOutput
+from slipstream.contract import StepOutput, Verdict
 from slipstream.contract.evidence import Row, row_of
 from slipstream.report import outcome
 from slipstream.report.document import Failure
@@ -72,6 +72,19 @@ def test_the_headline_says_the_gain_and_the_drop() -> None:
         r"0\.44 points below the baseline's top1",
         said,
     )
+
+
+def test_a_test_without_an_answer_is_not_told_as_a_refusal() -> None:
+    open_, broken = (
+        StepOutput(
+            step="trial", identity="t", run_id="r", verdicts=(Verdict(gate="p99_cap", answer=answer, reason="x"),)
+        )
+        for answer in ("inconclusive", "fail")
+    )
+    assert outcome.undecided(open_, None) and not outcome.undecided(broken, None)
+    winner = next(r for r in rows() if r.cell == "pruned-int8@server")
+    said = outcome.headline(SPEC, "stopped", winner, "2", rows(), undecided=True)
+    assert said.endswith("the small-scale test of fashion-resnet v2 (pruned-int8@server) came to no answer")
 
 
 def test_the_explanation_counts_gates_and_names_failed_steps() -> None:

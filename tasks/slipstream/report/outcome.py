@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from slipstream.contract import StepOutput, Verdict
+from slipstream.contract import StepOutput, Verdict, combine
 from slipstream.contract.evidence import Row
 from slipstream.contract.handover import Rollout, Selection
 from slipstream.report import wording
@@ -39,7 +39,20 @@ def is_ok(outcome: Outcome, skipped: Sequence[str], missing: Sequence[str]) -> b
     return outcome in ("released", "unchanged") or (outcome == "held" and bool(skipped))
 
 
-def headline(spec: Spec, outcome: Outcome, winner: Row | None, version: str | None, rows: Sequence[Row]) -> str:
+def undecided(*stages: StepOutput | None) -> bool:
+    """Whether a test or rollout ended without an answer, as on a machine that others keep busy."""
+    return any(stage is not None and combine(stage.verdicts) == "inconclusive" for stage in stages)
+
+
+def headline(
+    spec: Spec,
+    outcome: Outcome,
+    winner: Row | None,
+    version: str | None,
+    rows: Sequence[Row],
+    *,
+    undecided: bool = False,
+) -> str:
     """One sentence: what was released, or that nothing was."""
     name = f"{spec.model.name} v{version}" if version else spec.model.name
     engine = f" ({winner.cell})" if winner else ""
@@ -50,8 +63,11 @@ def headline(spec: Spec, outcome: Outcome, winner: Row | None, version: str | No
         "unchanged": f"{name}{engine} already serves and is still the best",
         "held": f"{name}{engine} passed its gates, and was not rolled out",
         "rejected": f"Nothing was released: {_none_passed(len(judged))}",
-        "stopped": f"Nothing was released: {name}{engine} did not pass the small-scale test",
-        "rolled_back": f"Nothing was released: the rollout of {name}{engine} was aborted",
+        "stopped": f"Nothing was released: the small-scale test of {name}{engine} came to no answer"
+        if undecided
+        else f"Nothing was released: {name}{engine} did not pass the small-scale test",
+        "rolled_back": f"Nothing was released: the rollout of {name}{engine} "
+        + ("came to no answer" if undecided else "was aborted"),
         "failed": f"Nothing was released: {absent} of {wording.count(len(judged), 'engine')} left no evidence"
         if 0 < absent < len(judged)
         else "Nothing was released: the run failed before the gates could judge",
