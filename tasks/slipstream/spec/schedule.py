@@ -39,7 +39,13 @@ def schedule(value: str) -> str:
     days, months = (_values(value, index, parts[index]) for index in (2, 3))
     for index in (0, 1, 4):
         _values(value, index, parts[index])
-    # Where both are restricted, either day will do.
+    weekdays = parts[WEEKDAY].split(",")
+    if all(_NTH.fullmatch(item) for item in weekdays):
+        lengths = {DAYS[m - 1] for m in months} | ({28} if 2 in months else set())
+        last = "L" in parts[LAST_DAY].split(",")
+        if not any((days | {n} if last else days) & _possible(weekdays, n) for n in lengths):
+            raise ValueError(f"{value!r} never comes due: no {parts[WEEKDAY]} is a day {parts[LAST_DAY]} of that month")
+    # Where both are restricted otherwise, either day will do.
     if parts[WEEKDAY] == "*" and days and min(days) > max(DAYS[m - 1] for m in months):
         raise ValueError(f"{value!r} never comes due: no day {min(days)} in that month")
     return value
@@ -65,6 +71,18 @@ def _values(expression: str, index: int, text: str) -> set[int]:
             if number is not None and not least <= number <= greatest:
                 raise ValueError(f"{expression!r}: the {name} {item!r} is not within {least}-{greatest}")
         matched |= _range(first, last, least, greatest, int(parsed["step"]) if parsed["step"] else None)
+    return matched
+
+
+def _possible(weekdays: list[str], length: int) -> set[int]:
+    """Days of a month of this length on which an nth or last weekday (`1#2`, `L5`) can fall."""
+    matched: set[int] = set()
+    for item in weekdays:
+        if item[0] in "Ll":
+            matched |= set(range(length - 6, length + 1))
+        else:
+            nth = int(item.partition("#")[2])
+            matched |= set(range(7 * nth - 6, min(7 * nth, length) + 1))
     return matched
 
 
