@@ -199,6 +199,16 @@ def test_processes_that_find_the_same_damage_make_it_again_once(home: Path) -> N
     assert len(calls) == 1
 
 
+def test_threads_of_a_process_close_each_lock_once(home: Path) -> None:
+    """What is closed twice may by then be another file's descriptor."""
+    key, root = "0" * 64, home / "cache"
+    (root / cache._LOCKS).mkdir(parents=True)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(200):
+            cache._lock(root, key, "use").unlink(missing_ok=True)  # as if another process had removed the entry
+            list(pool.map(lambda _: cache._hold(root, key), range(8)))
+
+
 def forget(path: Path) -> None:
     """As a new process would see it."""
     cache._verified.discard(path)

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ _verified: set[Path] = set()
 """Entries that this process has found or made intact."""
 _held: dict[Path, int] = {}
 """Descriptors of the `.use` locks that this process holds."""
+_guard = threading.Lock()
+"""Over `_held`: a descriptor that two threads close may by then be another file's."""
 
 
 def obtain(key: str, name: str, make: Callable[[Path], None], is_intact: Callable[[Path], bool] | None = None) -> Path:
@@ -65,7 +68,8 @@ def borrowed(key: str, name: str, make: Callable[[Path], None]) -> Iterator[Path
     try:
         yield path
     finally:
-        os.close(_held.pop(_lock(path.parent.parent, key, "use")))
+        with _guard:
+            os.close(_held.pop(_lock(path.parent.parent, key, "use")))
 
 
 def limit_bytes() -> float:
@@ -182,17 +186,20 @@ def _lock(root: Path, key: str, purpose: str) -> Path:
 def _hold(root: Path, key: str) -> None:
     """Keep this process's shared lock on an entry."""
     path = _lock(root, key, "use")
-    if path in _held and _is(_held[path], path):
-        return
+    with _guard:
+        if path in _held and _is(_held[path], path):
+            return
     while True:
         descriptor = _open(path)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if _is(descriptor, path):
             break
         os.close(descriptor)  # removed, with its entry, between the two calls
-    if path in _held:
-        os.close(_held[path])
-    _held[path] = descriptor
+    with _guard:
+        previous = _held.get(path)
+        _held[path] = descriptor
+        if previous is not None:
+            os.close(previous)
 
 
 @contextmanager
