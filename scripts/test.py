@@ -136,12 +136,12 @@ def count(reports: list[Path]) -> dict[str, int]:
 
 def failures(reports: list[Path]) -> list[str]:
     """Names of the tests that failed, each as `path::test`, for whoever reads only the end of a long output."""
-    found = []
+    names = []
     for report in reports:
         for case in ElementTree.parse(report).getroot().iter("testcase"):  # noqa: S314 (written by pytest just now)
             if case.find("failure") is not None or case.find("error") is not None:
-                found.append(f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}")
-    return found
+                names.append(f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}")
+    return names
 
 
 def main() -> None:

@@ -186,7 +186,7 @@ class StepInfo:
     retried: bool = True
     """Whether it is tried again where exit codes tell nothing: nobody may ask a gate until it says yes."""
     moves_traffic: bool = False
-    """Whether it deploys releases and splits their traffic: one at a time for each model, with the rights to do so."""
+    """Whether it deploys releases and splits their traffic: one at a time, with the rights to do so."""
     measures: bool = False
     """Whether it measures time: it gets the whole machine, and others are to keep quiet."""
 

@@ -81,10 +81,10 @@ def test_a_test_without_an_answer_is_not_told_as_a_refusal() -> None:
         )
         for answer in ("inconclusive", "fail")
     )
-    assert outcome.undecided(open_, None) and not outcome.undecided(broken, None)
+    assert outcome.without_answer(open_, None) and not outcome.without_answer(broken, None)
     winner = next(r for r in rows() if r.cell == "pruned-int8@server")
-    said = outcome.headline(SPEC, "stopped", winner, "2", rows(), undecided=True)
-    assert said.endswith("the small-scale test of fashion-resnet v2 (pruned-int8@server) came to no answer")
+    headline = outcome.headline(SPEC, "stopped", winner, "2", rows(), undecided=True)
+    assert headline.endswith("the small-scale test of fashion-resnet v2 (pruned-int8@server) came to no answer")
 
 
 def test_the_explanation_counts_gates_and_names_failed_steps() -> None:

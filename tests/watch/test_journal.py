@@ -93,8 +93,8 @@ def test_a_retry_and_a_failure_give_their_reason_from_mlflow_or_from_airflow() -
 def test_a_try_that_stayed_open_says_what_could_not_be_judged() -> None:
     verdicts = (("errors", "pass", "0 of 900"), ("p99_cap", "inconclusive", "the processors were waited for"))
     note = Note("FAILED", verdicts=verdicts, error="Not decided")
-    told = Journal().lines([task("rollout", "up_for_retry")], {("rollout", ""): note}, {})
-    assert said(told)[1:] == [
+    new = Journal().lines([task("rollout", "up_for_retry")], {("rollout", ""): note}, {})
+    assert said(new)[1:] == [
         "retry|rollout  try 1 failed, will be tried again",
         "inconclusive|p99_cap: the processors were waited for",
     ]

@@ -2,7 +2,7 @@
 
 `load FOLDER` says why an engine folder cannot be loaded in this environment, if so. `build REQUEST` (JSON) builds the
 same target from the same candidate, and compares the answers with those that the old engine recorded. `log REQUEST`
-logs the new engine to MLflow. Each prints one JSON document as its last line; errors carry their exit code.
+logs the new engine to MLflow. Each prints one JSON document as its last line.
 """
 
 import sys
@@ -39,30 +39,18 @@ class Finding(Document):
 
     problem: str = ""
     """Why the engine cannot be loaded or built; empty when it can."""
-    exit_code: int = 0
     artifact: Artifact | None = None
     verdict: Verdict | None = None
 
 
 def load(folder: Path) -> Finding:
     """Whether an engine loads here, and repeats its recorded answers where the facts of its build differ."""
-    try:
-        load_engine(folder)
-    except SlipstreamError as error:
-        return Finding(problem=str(error), exit_code=error.exit_code)
+    load_engine(folder)
     return Finding()
 
 
 def build(request: Request) -> Finding:
-    """Build, and compare the answers with those on record."""
-    try:
-        return Finding(verdict=_build(request))
-    except SlipstreamError as error:
-        return Finding(problem=str(error), exit_code=error.exit_code)
-
-
-def _build(request: Request) -> Verdict:
-    """Whether the new engine, now in its folder, answers as the old one recorded."""
+    """Build, and say whether the new engine, now in its folder, answers as the old one recorded."""
     old, tokenizer = read_manifest(request.engine), request.engine / tokens.TOKENIZER
     samples, expected = recorded.read(request.engine)
     build_engine(request.candidate, old.target, request.folder, tokenizer.read_text() if tokenizer.exists() else None)
@@ -70,42 +58,42 @@ def _build(request: Request) -> Verdict:
     answers = recorded.answer(runner, samples)
     problem = explain_mismatch(expected, answers, repeated(old.target.precision, quantized=old.quantized))
     if problem is not None:
-        return Verdict(gate=GATE, answer="fail", reason=f"the rebuilt engine {problem}", n=len(samples))
+        return Finding(
+            verdict=Verdict(gate=GATE, answer="fail", reason=f"the rebuilt engine {problem}", n=len(samples))
+        )
     record_answers(request.folder, runner, samples)
     largest = measure(expected, answers).max_abs_diff
     reason = f"the answers to {len(samples)} samples are those of the old engine, largest difference {largest:.2g}"
-    return Verdict(gate=GATE, answer="pass", reason=reason, n=len(samples))
+    return Finding(verdict=Verdict(gate=GATE, answer="pass", reason=reason, n=len(samples)))
 
 
 def log(request: Request) -> Finding:
     """Log the engine that was built, as a model of MLflow."""
-    try:
-        return Finding(artifact=_log(request))
-    except SlipstreamError as error:
-        return Finding(problem=str(error), exit_code=error.exit_code)
-
-
-def _log(request: Request) -> Artifact:
     from slipstream.store.signature import signature
     from slipstream.store.tracking import StepRun, connected
 
     manifest = read_manifest(request.folder)
-    return StepRun(connected(), request.run_id, request.experiment_id).log_model(
+    artifact = StepRun(connected(), request.run_id, request.experiment_id).log_model(
         request.folder,
         request.cell,
         signature(manifest.input_shape, manifest.input_dtype, manifest.output_shape),
         parents=[request.parent],
         metadata={"fingerprint": manifest.fingerprint, "candidate_sha256": manifest.candidate_sha256},
     )
+    return Finding(artifact=artifact)
+
+
+def _on(action: str, request: Request) -> Finding:
+    return build(request) if action == "build" else log(request)
 
 
 def main(action: str, argument: str) -> None:
     """Print the finding."""
     log_lines.configure()
-    if action == "load":
-        finding = load(Path(argument))
-    else:
-        finding = {"build": build, "log": log}[action](Request.model_validate_json(argument))
+    try:
+        finding = load(Path(argument)) if action == "load" else _on(action, Request.model_validate_json(argument))
+    except SlipstreamError as error:
+        finding = Finding(problem=str(error))
     sys.stdout.write(f"\n{finding.model_dump_json()}\n")
 
 

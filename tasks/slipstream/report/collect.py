@@ -49,7 +49,7 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         outcome=result,
         headline=outcomes.headline(
-            spec, result, winning, version, rows, undecided=outcomes.undecided(single.get("trial"), rollout)
+            spec, result, winning, version, rows, undecided=outcomes.without_answer(single.get("trial"), rollout)
         ),
         explanation=outcomes.explanation(result, single, failures, rows),
         ok=outcomes.is_ok(result, skipped, missing),

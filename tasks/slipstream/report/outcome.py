@@ -39,7 +39,7 @@ def is_ok(outcome: Outcome, skipped: Sequence[str], missing: Sequence[str]) -> b
     return outcome in ("released", "unchanged") or (outcome == "held" and bool(skipped))
 
 
-def undecided(*stages: StepOutput | None) -> bool:
+def without_answer(*stages: StepOutput | None) -> bool:
     """Whether a test or rollout ended without an answer, as on a machine that others keep busy."""
     return any(stage is not None and combine(stage.verdicts) == "inconclusive" for stage in stages)
 
