@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 from slipstream.home import Home
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist; the same arrays, other gzip bytes

@@ -27,7 +27,7 @@ from scipy.signal import lfilter
 
 from slipstream import spec as specs
 from slipstream.contract import Release, combine
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.spec import Spec
 from slipstream.traffic import guarded, small_scale, stepwise
 from slipstream.traffic.base import Endpoint, Observation, Routes

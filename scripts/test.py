@@ -20,21 +20,22 @@ ROOT = Path(__file__).parent.parent
 STAGES = tuple(f"tests/steps/test_{step}.py" for step in ("trial", "rollout", "rollback", "report"))
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "e2e": (".venv", ("tests/e2e",)),
-    "steps": (".envs/torch", ("tests/steps", "tests/quantization", "tests/measure", "tests/measure/metrics")),
+    "steps": (".envs/torch", ("tests/steps", "tests/onnx/quantize", "tests/measure", "tests/measure/metrics")),
     "stages": (".envs/serve", ("tests/kserve", "tests/release", "tests/store/test_registry.py", *STAGES)),
     "core": (
         ".venv",
         (
             "tests",
             "tests/store",  # before what points MLflow's client, which is one for the process, at a platform's server
-            "tests/bench",
             "tests/containers/test_dockerfiles.py",
+            "tests/data",
             "tests/helm",
-            "tests/init",
             "tests/plan",
             "tests/platform",
             "tests/storage",
-            "tests/watch",
+            "tests/orchestrate/watch",
+            "tests/tools/bench",
+            "tests/tools/init",
         ),
     ),
     "serve": (".envs/serve", ("tests/serving", "tests/traffic", "tests/report")),
@@ -42,11 +43,11 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
         ".envs/torch",
         (
             "tests/frameworks",
-            "tests/agreement",
+            "tests/onnx",
             "tests/engines",
-            "tests/init/test_written.py",
+            "tests/tools/init/test_written.py",
             "tests/examples",
-            "tests/test_tokens.py",
+            "tests/data/test_tokens.py",
         ),
     ),
     "tensorflow": (
@@ -58,11 +59,11 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
             "tests/engines/test_litert.py",
         ),
     ),
-    "airflow": (".envs/airflow", ("tests/dags", "tests/triggers")),
-    "kubeflow": (".envs/kubeflow", ("tests/kubeflow",)),
+    "airflow": (".envs/airflow", ("tests/dags", "tests/orchestrate/triggers")),
+    "kubeflow": (".envs/kubeflow", ("tests/orchestrate/kubeflow",)),
     "images": (".venv", ("tests/containers/test_images.py",)),
     "docker": (".envs/airflow", ("tests/dags/test_docker.py",)),
-    "kfp": (".envs/kubeflow", ("tests/kubeflow/test_local_runner.py",)),
+    "kfp": (".envs/kubeflow", ("tests/orchestrate/kubeflow/test_local_runner.py",)),
     "k8s": (".envs/airflow", ("tests/dags/test_cluster.py",)),
 }
 """Part → its environment and its test files; a folder stands for the test files right in it. A file that one part

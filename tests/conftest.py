@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    from slipstream import gpu
     from slipstream.errors import EngineError
+    from slipstream.measure import gpu
 
     try:
         gpu.find(0)

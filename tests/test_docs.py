@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from slipstream import spec as specs
-from slipstream.reference import markdown, settings_markdown
+from slipstream.tools.docs import markdown, settings_markdown
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

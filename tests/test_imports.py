@@ -76,7 +76,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-KNOTS = {"agreement": "models", "engines": "models", "frameworks": "models", "measure": "models"} | {
+KNOTS = {"engines": "models", "frameworks": "models", "measure": "models", "onnx": "models"} | {
     "platform": "machine",
     "traffic": "machine",
 }

@@ -12,7 +12,7 @@ from slipstream.errors import InputError, SlipstreamError, of_system
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs
     from slipstream.home import Home
-    from slipstream.watch.start import Started
+    from slipstream.orchestrate.watch.start import Started
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed (a retry may help), 2 bad input (a retry will not help), 3 a gate said no."
 
@@ -63,7 +63,7 @@ def init(
 ) -> None:
     """Look at a model and at this machine, and write a spec to start from; says what it could not know."""
     from slipstream.home import Home
-    from slipstream.init import command
+    from slipstream.tools.init import command
 
     command.init(Home.from_environment(), model, out, data=data, architecture=architecture, force=force)
 
@@ -74,9 +74,9 @@ def schema(
     settings: Annotated[bool, typer.Option("--settings", help="Of the installation's settings instead.")] = False,
 ) -> None:
     """Print the JSON Schema of the spec."""
-    from slipstream import reference
     from slipstream.plan.settings import Settings
     from slipstream.spec import json_schema
+    from slipstream.tools import docs as reference
 
     if markdown:
         typer.echo(reference.settings_markdown() if settings else reference.markdown(), nl=False)
@@ -109,7 +109,7 @@ def run(
 ) -> None:
     """Publish a spec and start a run of it in Airflow; prints the run's id."""
     from slipstream.home import Home
-    from slipstream.watch import start
+    from slipstream.orchestrate.watch import start
 
     home = Home.from_environment()
     started = start.start(home, spec, start.choices(param or []))
@@ -125,8 +125,8 @@ def watch(
 ) -> None:
     """Show a run live until it ends; ends with the run's exit code."""
     from slipstream.home import Home
+    from slipstream.orchestrate.watch.start import Started
     from slipstream.plan import catalog
-    from slipstream.watch.start import Started
 
     home = Home.from_environment()
     _follow(home, Started(catalog.read(home, name), catalog.dag_id(name), run_id))
@@ -135,7 +135,7 @@ def watch(
 def _follow(home: "Home", started: "Started") -> None:
     from rich.console import Console
 
-    from slipstream.watch.follow import follow
+    from slipstream.orchestrate.watch.follow import follow
 
     if code := follow(home, started, Console()):
         raise typer.Exit(code)
@@ -148,7 +148,7 @@ def bench(
     run: Annotated[str, typer.Option(help="Run key; `latest` is the newest with validated engines.")] = "latest",
 ) -> None:
     """Measure all engines of a run and the eager baseline in one interleaved run; print the table."""
-    from slipstream.bench import command
+    from slipstream.tools.bench import command
 
     typer.echo(command.measure(specs, out, run))
 
@@ -203,7 +203,7 @@ def compile_(
     if not kfp.absolute().parent.is_dir():
         raise InputError(f"--kfp {kfp}: there is no folder {kfp.parent}")
     python = Home.from_environment().require_python("kubeflow", "`slipstream compile`")
-    command = [str(python), "-m", "slipstream.kubeflow", str(spec), str(kfp), "--stop-after", stop_after]
+    command = [str(python), "-m", "slipstream.orchestrate.kubeflow", str(spec), str(kfp), "--stop-after", stop_after]
     if code := subprocess.run(command, check=False).returncode:
         raise typer.Exit(code)
     typer.echo(f"{kfp}: written; upload it in the Kubeflow Pipelines UI, or run it with the kfp SDK")

@@ -112,10 +112,10 @@ FRAMEWORKS: dict[str, FrameworkInfo] = {
 # Quantization schemes
 
 SCHEMES = {
-    "int8": "slipstream.quantization.static",
-    "int8-dynamic": "slipstream.quantization.dynamic",
-    "int8-weights": "slipstream.quantization.weights",
-    "int4-weights": "slipstream.quantization.weights",
+    "int8": "slipstream.onnx.quantize.static",
+    "int8-dynamic": "slipstream.onnx.quantize.dynamic",
+    "int8-weights": "slipstream.onnx.quantize.weights",
+    "int4-weights": "slipstream.onnx.quantize.weights",
 }
 """`quantize.scheme` → module. Nothing is imported until it is used."""
 
@@ -196,7 +196,9 @@ class StepInfo:
         return self.variables is TRAINING
 
 
-MAKES_CANDIDATES = ("frameworks", "agreement", "steps/candidates.py", "data.py", "tokens.py")
+DATA = ("data/splits.py", "data/tokens.py")
+ONNX = ("onnx/graph.py", "onnx/session.py", "onnx/agreement")
+MAKES_CANDIDATES = ("frameworks", *ONNX, "steps/candidates.py", *DATA)
 
 
 def _technique(*sources: str, uses: str = CANDIDATE, trains: bool = False) -> StepInfo:
@@ -213,16 +215,16 @@ STEPS: dict[str, StepInfo] = {
     "prune": _technique(trains=True),
     "cluster": _technique(trains=True),
     "simplify": _technique(),
-    "quantize": _technique("quantization"),
+    "quantize": _technique("onnx/quantize"),
     "build": StepInfo(
-        FRAMEWORK, "optimize", "cell", ("check", CANDIDATE), ("engines", "frameworks", "agreement", "tokens.py")
+        FRAMEWORK, "optimize", "cell", ("check", CANDIDATE), ("engines", "frameworks", *ONNX, "data/tokens.py")
     ),
     "validate": StepInfo(
         FRAMEWORK,
         "accuracy_validation",
         "cell",
         ("check", "retrain", "build", BASELINE_ENGINE),
-        ("engines", "frameworks", "measure", "data.py", "tokens.py"),
+        ("engines", "frameworks", *ONNX, "measure", *DATA),
         gates=True,
         measures=True,
     ),

@@ -17,8 +17,8 @@ from tests.engines.images import CLASSES, samples
 from slipstream.serving import client
 
 IMPORTS = {
-    "airflow": "airflow, mlflow.server, airflow.providers.docker.operators.docker, slipstream.triggers.server, "
-    "airflow.providers.cncf.kubernetes.operators.pod",
+    "airflow": "airflow, mlflow.server, airflow.providers.docker.operators.docker, "
+    "airflow.providers.cncf.kubernetes.operators.pod, slipstream.orchestrate.triggers.server",
     "torch": "torch, nncf, onnx, onnxruntime, onnxscript, openvino, torch_pruning, mlperf_loadgen, matplotlib.pyplot, "
     "pandas, sklearn, scipy.stats, safetensors, mlflow, slipstream.steps.quantize, slipstream.measure.loadgen",
     "tensorflow": "tensorflow, tf_keras, tensorflow_model_optimization, tf2onnx, ai_edge_litert.interpreter, nncf, "

@@ -7,9 +7,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tests.engines.images import CLASSES
 
-from slipstream import gpu
 from slipstream.errors import EngineError
 from slipstream.frameworks.base import INPUT, MANIFEST, ONNX, OUTPUT, CandidateManifest
+from slipstream.measure import gpu
 from slipstream.spec import Target
 
 

@@ -75,7 +75,7 @@ def projections() -> onnx.ModelProto:
 
 def quantized(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same network with Q/DQ nodes, as steps/quantize.py makes them."""
-    from slipstream.quantization import Request, static
+    from slipstream.onnx.quantize import Request, static
     from slipstream.spec import Quantize
 
     return static.quantize(model, Request(Quantize(), samples(32, seed=2), on_sample=lambda done: None))

@@ -11,12 +11,12 @@ from tests.engines.candidates import write as write_images
 from tests.engines.text_networks import write
 from tests.engines.texts import LENGTH, document, samples
 
-from slipstream import tokens
-from slipstream.agreement.reference import reference
+from slipstream.data import tokens
 from slipstream.engines.base import build_engine, load_engine, read_manifest
 from slipstream.engines.lengths import Bucketed
 from slipstream.errors import DataError, EngineError
 from slipstream.frameworks.base import ONNX
+from slipstream.onnx.agreement.reference import reference
 from slipstream.spec import Target
 
 

@@ -4,7 +4,7 @@ from onnx import TensorProto, helper
 from tests.engines.contract import EngineContract, fp32, int8  # noqa: F401 (fixtures)
 from tests.engines.images import samples
 
-from slipstream.data import INPUT_DTYPES
+from slipstream.data.splits import INPUT_DTYPES
 from slipstream.engines.base import build_engine
 from slipstream.engines.onnxruntime import DTYPES, ENGINE, OPTIMISED
 from slipstream.engines.peak import peak_memory_mib

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from slipstream.agreement.bounds import repeated
 from slipstream.engines import recorded
 from slipstream.errors import EngineError
+from slipstream.onnx.agreement.bounds import repeated
 
 
 class Doubling:

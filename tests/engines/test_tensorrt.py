@@ -14,7 +14,6 @@ from tests.engines.candidates import network, quantized, write
 from tests.engines.contract import EngineContract, fp32, int8  # noqa: F401 (fixtures)
 from tests.engines.images import CLASSES, SHAPE
 
-from slipstream import gpu
 from slipstream.engines.base import build_engine, engine_for, load_engine, read_manifest, why_not_loadable
 from slipstream.engines.tensorrt import ENGINE, PLAN
 from slipstream.engines.tensorrt_api import MESSAGES, trt
@@ -23,6 +22,7 @@ from slipstream.engines.tensorrt_layers import from_json
 from slipstream.engines.tensorrt_options import options_of
 from slipstream.errors import EngineError
 from slipstream.frameworks.base import INPUT, ONNX, OUTPUT
+from slipstream.measure import gpu
 from slipstream.spec import Target
 
 no_gpu = pytest.mark.skipif(has_gpu(), reason="this machine has an NVIDIA GPU")

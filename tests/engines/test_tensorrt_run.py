@@ -13,13 +13,13 @@ from tests.engines.candidates import network, write
 from tests.engines.cuda_stand_in import Cuda, Engine
 from tests.engines.images import SHAPE, samples
 
-from slipstream.agreement.reference import reference
 from slipstream.engines import tensorrt_run
 from slipstream.engines.tensorrt_api import trt
 from slipstream.engines.tensorrt_options import TensorRTOptions
 from slipstream.engines.tensorrt_run import TensorRTRunner, chunks, usual_shapes
 from slipstream.errors import DataError
 from slipstream.frameworks.base import ONNX
+from slipstream.onnx.agreement.reference import reference
 from slipstream.spec import Target
 
 

@@ -9,13 +9,13 @@ from tests.engines.candidates import network, quantized, write
 from tests.engines.contract import EngineContract
 from tests.engines.images import samples
 
-from slipstream.agreement.reference import reference
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.engines.base import build_engine, load_engine
 from slipstream.engines.torch import ENGINE, PACKAGE, SCRIPT
 from slipstream.errors import EngineError
 from slipstream.frameworks.base import ONNX, WEIGHTS
 from slipstream.frameworks.torch import FRAMEWORK
+from slipstream.onnx.agreement.reference import reference
 from slipstream.spec import Call, Target
 
 torch.set_num_threads(1)

@@ -11,12 +11,12 @@ import torch
 from tests.engines.texts import WORDS, document, samples
 from torch import nn
 
+from slipstream.data.tokens import Tokenizer
 from slipstream.engines.base import build_engine
 from slipstream.frameworks.base import Job
 from slipstream.frameworks.torch import FRAMEWORK
 from slipstream.frameworks.torch_training import Training
 from slipstream.spec import Call, Target
-from slipstream.tokens import Tokenizer
 
 WIDTH = 16
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 
 LENGTH = 12
 WORDS = ("[PAD]", "[UNK]", "good", "bad", "a", "the", "film", "plot", "was", "and", "very", "long", "with", "music")

@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="needs the environment torch")
 import torch
 from examples import scenes
 
-from slipstream.data import Data
+from slipstream.data.splits import Data
 from slipstream.frameworks import torch_pruner, torch_training
 from slipstream.frameworks.base import framework_for, read_manifest
 from slipstream.measure.metrics.base import metric_for, value

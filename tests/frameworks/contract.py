@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import INPUT, ONNX, OUTPUT, WEIGHTS, Job, Schedule, Trainer, read_manifest
 from slipstream.spec import Call

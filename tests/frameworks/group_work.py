@@ -10,7 +10,7 @@ import torch
 from tests.frameworks.contract import Recorder, Stopped, Stopping, squares
 from torch.nn import functional
 
-from slipstream.data import Data
+from slipstream.data.splits import Data
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import Group, Job, Schedule, SoftTargets
 from slipstream.frameworks.torch import FRAMEWORK

@@ -12,7 +12,7 @@ import openvino as ov
 import pytest
 from tests.frameworks.contract import FrameworkContract, Recorder, Stopped, Stopping, channels_last, squares
 
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 from slipstream.errors import ModelError, SpecError
 from slipstream.frameworks import keras_compression, keras_files
 from slipstream.frameworks.base import ONNX, CandidateManifest, Job, Schedule, SoftTargets, read_manifest

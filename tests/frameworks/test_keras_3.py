@@ -11,8 +11,8 @@ from slipstream.errors import ModelError
 from slipstream.frameworks import keras_3, keras_files
 from slipstream.frameworks.keras_runtime import keras as keras_2
 from slipstream.frameworks.keras_training import outputs
-from slipstream.init.facts import Question
-from slipstream.init.inspect import reply_to
+from slipstream.tools.init.facts import Question
+from slipstream.tools.init.inspect import reply_to
 
 import keras  # isort: skip # Keras 3, after the settings of keras_runtime
 

@@ -9,14 +9,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tests.engines.candidates import network
 from tests.engines.images import CLASSES, SHAPE, samples
-from tests.quantization.models import attention, ids
+from tests.onnx.quantize.models import attention, ids
 
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.errors import ModelError
-from slipstream.frameworks import onnx_graph
 from slipstream.frameworks.base import INPUT, ONNX, OUTPUT, read_manifest, trainer_for
 from slipstream.frameworks.onnx import FRAMEWORK
-from slipstream.frameworks.onnx_session import Session
+from slipstream.onnx import graph as onnx_graph
+from slipstream.onnx.session import Session
 
 
 def split(inputs: np.ndarray) -> Split:

@@ -8,12 +8,12 @@ import safetensors.torch
 import torch
 from tests.frameworks.contract import ChannelPruningContract, Recorder, squares
 
-from slipstream.agreement.reference import reference
 from slipstream.errors import DataError, ModelError
 from slipstream.frameworks import torch_training
 from slipstream.frameworks.base import ONNX, WEIGHTS, Job, Schedule
 from slipstream.frameworks.torch import FRAMEWORK
 from slipstream.frameworks.torch_training import Checkpoint, Training
+from slipstream.onnx.agreement.reference import reference
 from slipstream.spec import Call
 
 torch.set_num_threads(1)
@@ -103,7 +103,7 @@ def test_checkpoint_is_whole_or_absent(tmp_path: Path) -> None:
 
 
 def test_training_counts_its_fits(tmp_path: Path) -> None:
-    from slipstream.data import Data
+    from slipstream.data.splits import Data
 
     recorder = Recorder()
     training = Training(Job(Data(squares(64, 1), squares(8, 2)), 0, tmp_path, recorder))

@@ -12,7 +12,7 @@ pytest.importorskip("torch", reason="needs the environment torch")
 import torch
 from torch.nn import functional
 
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 from slipstream.frameworks.base import Job, Schedule, SoftTargets
 from slipstream.frameworks.torch_losses import cross_entropy, distillation_loss, loss_of, regression_loss
 from slipstream.frameworks.torch_training import fit

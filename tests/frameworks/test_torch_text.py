@@ -11,11 +11,11 @@ from tests.engines.text_networks import encoder, trained
 from tests.engines.texts import LENGTH, data
 from tests.frameworks.contract import Recorder
 
-from slipstream import tokens
-from slipstream.agreement.reference import reference
+from slipstream.data import tokens
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import ONNX, Job, Schedule
 from slipstream.frameworks.torch import FRAMEWORK
+from slipstream.onnx.agreement.reference import reference
 from slipstream.spec import Call
 
 torch.set_num_threads(1)

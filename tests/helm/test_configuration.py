@@ -169,9 +169,9 @@ def _installed(path: str) -> str:
 
 
 def test_the_receiver_is_told_everything(home: Path) -> None:
-    """The variables of its Deployment are all that it asks for (triggers/configuration.py)."""
+    """The variables of its Deployment are all that it asks for (orchestrate/triggers/configuration.py)."""
+    from slipstream.orchestrate.triggers import configuration
     from slipstream.store import signing
-    from slipstream.triggers import configuration
 
     objects = render({"airflow.url": "https://airflow.example.org", "webhook.url": "https://hooks.example.org"})
     [container] = pick(objects, "Deployment", "slipstream-webhook")["spec"]["template"]["spec"]["containers"]

@@ -14,9 +14,9 @@ import pytest
 from tests.conftest import ROOT, free_port, wait_for
 from tests.engines.texts import WORDS, document, samples
 
+from slipstream.data.tokens import Tokenizer
 from slipstream.engines.base import load_engine
 from slipstream.serving import client
-from slipstream.tokens import Tokenizer
 
 MODEL = "reviews"
 LENGTHS = (4, 8)

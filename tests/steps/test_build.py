@@ -100,7 +100,7 @@ def inputs_of(cell: Cell):
 
 
 @pytest.mark.parametrize("step", ["build", "validate"])
-@pytest.mark.parametrize("module", ["frameworks/onnx_graph.py", "frameworks/torch.py", "engines/onnxruntime_graph.py"])
+@pytest.mark.parametrize("module", ["onnx/graph.py", "frameworks/torch.py", "engines/onnxruntime_graph.py"])
 def test_other_code_behind_an_engine_or_its_baseline_is_another_result(step, module, tmp_path, monkeypatch):
     """Engines are built by way of the frameworks' modules, and the baseline runs in its own."""
     shutil.copytree(digests.PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))

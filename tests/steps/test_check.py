@@ -133,7 +133,7 @@ def test_an_operator_that_an_engine_lacks_is_found(tmp_path: Path, monkeypatch: 
 
 DETECTION = """
 import numpy as np
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 
 def data(kinds=3):
     labels = np.full((40, 2, 5), -1, np.float32)

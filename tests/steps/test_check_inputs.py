@@ -31,7 +31,7 @@ def checked(written: dict[str, Any]) -> None:
 LOADER = """
 import sys
 import numpy as np
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 
 NAMES = ("a", "b", "c")
 
@@ -256,7 +256,7 @@ def test_what_is_sound_or_tolerated_is_accepted(written: dict[str, Any], changes
 
 
 def test_calibration_samples_are_distinct() -> None:
-    from slipstream.data import Data, Split
+    from slipstream.data.splits import Data, Split
 
     inputs = np.repeat(np.arange(40, dtype=np.float32), 3).reshape(-1, 1)
     test = Split(np.arange(30, 50, dtype=np.float32).reshape(-1, 1), np.zeros(20, np.int64))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tests.engines.texts import LENGTH, WORDS, data, document
 
-from slipstream.data import Data
+from slipstream.data.splits import Data
 from slipstream.errors import SlipstreamError
 from slipstream.frameworks.base import framework_for
 from slipstream.spec import Call, Spec

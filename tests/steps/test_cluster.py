@@ -15,7 +15,7 @@ from tests.steps.killed import Attempts
 from tests.steps.training import RUN_KEY, spec_of, step
 
 from slipstream.contract import Cell, StepInput, StepOutput
-from slipstream.data import load
+from slipstream.data.splits import load
 from slipstream.engines.base import load_engine
 from slipstream.errors import SpecError
 from slipstream.frameworks.base import ONNX, framework_for, read_manifest

@@ -7,11 +7,11 @@ from mlflow import MlflowClient
 from mlflow.artifacts import load_dict
 from tests.engines.candidates import network, quantized, write
 from tests.engines.images import samples
-from tests.quantization.models import CLASSES, attention, ids
+from tests.onnx.quantize.models import CLASSES, attention, ids
 from tests.steps.pipeline import inputs, logged, small_spec
 
-from slipstream import data
 from slipstream.contract import Cell
+from slipstream.data import splits
 from slipstream.errors import DataError, ModelError
 from slipstream.frameworks.base import MANIFEST, ONNX, CandidateManifest, read_manifest
 from slipstream.plugins import FRAMEWORKS
@@ -39,8 +39,8 @@ def test_the_step_makes_an_int8_candidate_and_records_its_calibration(mlflow_ser
     assert output.artifact.size_bytes < source.artifact.size_bytes
 
     calibration = load_dict(f"runs:/{output.run_id}/calibration.json")
-    splits = data.load(spec)
-    drawn = splits.train.take(np.array(calibration["indices"]))
+    dataset = splits.load(spec)
+    drawn = dataset.train.take(np.array(calibration["indices"]))
     assert calibration["samples"] == [d.hex() for d in drawn.sample_digests()]
     assert len(set(calibration["indices"])) == 32
     assert output.details["calibration"]["sha256"] == calibration["sha256"]
@@ -74,11 +74,11 @@ def test_samples_that_are_also_in_the_test_split_never_calibrate(mlflow_server, 
 
 
 def test_a_leak_is_an_error_even_if_the_draw_lets_it_through(home, tmp_path):
-    splits = data.load(small_spec(tmp_path, "leak"))
-    leaked = [splits.test.sample_digests()[3].hex()]
+    dataset = splits.load(small_spec(tmp_path, "leak"))
+    leaked = [dataset.test.sample_digests()[3].hex()]
     with pytest.raises(DataError, match=leaked[0]):
-        quantize.require_unseen(leaked, splits)
-    quantize.require_unseen([d.hex() for d in splits.train.sample_digests()], splits)
+        quantize.require_unseen(leaked, dataset)
+    quantize.require_unseen([d.hex() for d in dataset.train.sample_digests()], dataset)
 
 
 def test_the_candidate_of_the_technique_before_is_wanted_not_an_earlier_one(mlflow_server, home, tmp_path):
@@ -141,7 +141,7 @@ def test_what_engines_convert_from_is_kept_with_the_samples(mlflow_server, home,
     assert (folder / "original" / "graph").read_text() == "as it was"
     with np.load(folder / "calibration.npz") as arrays:
         drawn = load_dict(f"runs:/{output.run_id}/calibration.json")["indices"]
-        np.testing.assert_array_equal(arrays["inputs"], data.load(spec).train.inputs[drawn])
+        np.testing.assert_array_equal(arrays["inputs"], splits.load(spec).train.inputs[drawn])
 
 
 def text_spec(folder: Path, name: str, scheme: str) -> Spec:

@@ -27,7 +27,7 @@ from slipstream.store.tracking import RUN_KEY, STEP, Tracking
 
 CODE = """
 import numpy as np
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 
 def data():
     rng = np.random.default_rng(0)

@@ -9,13 +9,13 @@ from mlflow.artifacts import load_dict
 from onnx import helper, numpy_helper
 from tests.engines.candidates import network, write
 from tests.engines.images import samples
-from tests.quantization.models import attention, ids
+from tests.onnx.quantize.models import attention, ids
 from tests.steps.pipeline import inputs, logged, small_spec
 
 from slipstream.contract import Cell, StepOutput
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import ONNX, read_manifest
-from slipstream.frameworks.onnx_session import Session
+from slipstream.onnx.session import Session
 from slipstream.steps import simplify
 from slipstream.steps.base import run_step
 from slipstream.store.tracking import CELL as CELL_TAG

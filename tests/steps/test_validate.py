@@ -20,8 +20,8 @@ from tests.user_code import use
 
 from slipstream import digests
 from slipstream import spec as specs
-from slipstream.bench import measure
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, evidence
+from slipstream.data.user_code import user_function
 from slipstream.engines.base import build_engine, load_engine
 from slipstream.errors import DataError, InputError
 from slipstream.frameworks.base import framework_for
@@ -31,11 +31,11 @@ from slipstream.spec import Call
 from slipstream.steps import validate
 from slipstream.steps.base import run_step
 from slipstream.store.tracking import PROGRESS, Tracking
-from slipstream.user_code import user_function
+from slipstream.tools.bench import measure
 
 CODE = '''
 import numpy as np
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 
 SIZE, CLASSES = 12, 3
 

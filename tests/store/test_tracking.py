@@ -10,7 +10,7 @@ import pytest
 
 from slipstream import spec as specs
 from slipstream.contract import Artifact, StepOutput, Verdict
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 from slipstream.errors import DataError, InputError
 from slipstream.plan import flow
 from slipstream.store.tracking import IDENTITY, OUTPUT, SPEC, STEP, Tracking, connected

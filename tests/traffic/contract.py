@@ -11,7 +11,7 @@ import pytest
 
 from slipstream import digests
 from slipstream.contract import Release
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.errors import ModelError, RegistryError
 from slipstream.traffic import answers
 from slipstream.traffic.base import Routes, TrafficController

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.errors import DataError, EngineError
 from slipstream.measure.metrics.base import value
 from slipstream.measure.metrics.classification import TOP1, TOP5

@@ -7,7 +7,7 @@ import pytest
 from tests.steps.stages import make_spec
 
 from slipstream.contract import Release, Verdict
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.traffic import guarded
 from slipstream.traffic.base import Observation, Routes
 from slipstream.traffic.fake import Behaviour, FakeController

@@ -10,7 +10,7 @@ import pytest
 from tests.steps.stages import make_spec
 
 from slipstream.contract import Release, combine
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.traffic.answers import Answered, Pair
 from slipstream.traffic.fake import FakeController
 from slipstream.traffic.guard import Count

@@ -12,12 +12,13 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy.typing as npt
 from pydantic import ConfigDict, Field, ValidationError
 
-from slipstream import digests, tokens
-from slipstream.agreement.bounds import repeated
+from slipstream import digests
 from slipstream.contract import Document
+from slipstream.data import tokens
 from slipstream.engines import lengths, recorded
 from slipstream.engines.compatibility import Relation, differences
 from slipstream.errors import DataError, EngineError
+from slipstream.onnx.agreement.bounds import repeated
 from slipstream.plugins import ENGINES, SERVE
 from slipstream.spec import Target
 from slipstream.spec.fields import Section

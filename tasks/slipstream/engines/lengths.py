@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from slipstream import tokens
+from slipstream.data import tokens
 from slipstream.errors import DataError, EngineError
 
 if TYPE_CHECKING:  # it loads engines, and puts this around them

@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from slipstream.frameworks import onnx_graph
-from slipstream.frameworks.onnx_graph import DEQUANTIZE, QUANTIZE
+from slipstream.onnx import graph as onnx_graph
+from slipstream.onnx.graph import DEQUANTIZE, QUANTIZE
 
 LAST = "last_axis"
 """Name of the constant that names the last axis."""

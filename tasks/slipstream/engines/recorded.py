@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.agreement.bounds import Agreement, Bound, explain_mismatch, measure
 from slipstream.errors import EngineError
+from slipstream.onnx.agreement.bounds import Agreement, Bound, explain_mismatch, measure
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from slipstream import gpu
 from slipstream.contract import digest
 from slipstream.engines import tensorrt_layers
 from slipstream.engines.base import EngineManifest, Runner
@@ -20,6 +19,7 @@ from slipstream.engines.tensorrt_options import TensorRTOptions, options_of, ord
 from slipstream.errors import EngineError
 from slipstream.frameworks.base import read_manifest
 from slipstream.home import Home
+from slipstream.measure import gpu
 from slipstream.spec import Target
 
 PLAN = "model.plan"

@@ -20,8 +20,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from slipstream.errors import EngineError
-from slipstream.frameworks import onnx_graph
-from slipstream.frameworks.onnx_graph import DEQUANTIZE, QUANTIZE
+from slipstream.onnx import graph as onnx_graph
+from slipstream.onnx.graph import DEQUANTIZE, QUANTIZE
 
 log = logging.getLogger(__name__)
 

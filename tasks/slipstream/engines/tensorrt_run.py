@@ -24,8 +24,8 @@ from slipstream.engines.tensorrt_api import MESSAGES, RTX, trt
 from slipstream.engines.tensorrt_options import TensorRTOptions
 from slipstream.errors import DataError, EngineError
 from slipstream.frameworks.base import INPUT, OUTPUT
-from slipstream.gpu import ask
 from slipstream.home import write_atomically
+from slipstream.measure.gpu import ask
 from slipstream.spec import Target
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipstream.contract import Document
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 from slipstream.digests import versions
 from slipstream.errors import ModelError
 from slipstream.frameworks import launched

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.data import Split
+from slipstream.data.splits import Split
+from slipstream.data.user_code import user_function
 from slipstream.errors import ModelError, SpecError
 from slipstream.frameworks import keras_files, keras_training
 from slipstream.frameworks.base import (
@@ -28,7 +29,6 @@ from slipstream.frameworks.base import (
 from slipstream.frameworks.keras_runtime import keras, tf
 from slipstream.frameworks.launched import Place
 from slipstream.spec import Call, Cluster, Prune, Quantize
-from slipstream.user_code import user_function
 
 T = TypeVar("T")
 

@@ -16,10 +16,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.agreement.bounds import EXACT, explain_mismatch
 from slipstream.errors import ModelError
 from slipstream.frameworks.keras_runtime import keras
 from slipstream.frameworks.keras_training import outputs
+from slipstream.onnx.agreement.bounds import EXACT, explain_mismatch
 
 INSTEAD = "export the model with model.export() and name that folder, or name a function that builds it with tf.keras"
 """What always works: a SavedModel answers, though it cannot be trained; a network of Keras 2 can."""

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import tensorflow_model_optimization as tfmot
 from tensorflow_model_optimization.python.core.clustering.keras.experimental import cluster as cluster_api
 
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.errors import ModelError, SpecError
 from slipstream.frameworks import keras_files
 from slipstream.frameworks.base import MANIFEST, ONNX, CandidateManifest, Job, Schedule
@@ -217,7 +217,7 @@ def _drop_rounding(path: Path) -> None:
     """
     import onnx
 
-    from slipstream.frameworks import onnx_graph
+    from slipstream.onnx import graph as onnx_graph
 
     model = onnx.load(path)
     passed: dict[str, str] = {}

@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from tf_keras.src.saving.serialization_lib import SafeModeScope
 
-from slipstream.agreement.bounds import EXACT, explain_mismatch
-from slipstream.agreement.reference import reference
+from slipstream.data.user_code import user_function
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import INPUT, ONNX, OUTPUT
 from slipstream.frameworks.keras_runtime import keras, tf
 from slipstream.frameworks.keras_training import outputs
+from slipstream.onnx.agreement.bounds import EXACT, explain_mismatch
+from slipstream.onnx.agreement.reference import reference
 from slipstream.spec import Call
-from slipstream.user_code import user_function
 
 log = logging.getLogger(__name__)
 

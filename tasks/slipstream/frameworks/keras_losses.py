@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from slipstream.data.user_code import user_function
 from slipstream.frameworks.base import Job, SoftTargets
 from slipstream.frameworks.keras_runtime import keras, tf
-from slipstream.user_code import user_function
 
 Loss = Callable[..., Any]
 """(outputs, labels) → mean loss; with soft targets (outputs, labels, teacher's outputs) → mean loss."""

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.errors import ModelError
-from slipstream.frameworks import onnx_graph
 from slipstream.frameworks.base import MANIFEST, ONNX, CandidateManifest
-from slipstream.frameworks.onnx_session import Session, require_same
+from slipstream.onnx import graph as onnx_graph
+from slipstream.onnx.session import Session, require_same
 from slipstream.spec import Call
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from slipstream import tokens
-from slipstream.data import Split
+from slipstream.data import tokens
+from slipstream.data.splits import Split
+from slipstream.data.user_code import user_function
 from slipstream.errors import ModelError
 from slipstream.frameworks import torch_agreement, torch_distributed, torch_pruner, torch_training
 from slipstream.frameworks.base import (
@@ -35,7 +36,6 @@ from slipstream.frameworks.base import (
 )
 from slipstream.frameworks.launched import Place
 from slipstream.spec import Call, Prune
-from slipstream.user_code import user_function
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from slipstream import tokens
-from slipstream.agreement.bounds import EXACT, explain_mismatch
-from slipstream.agreement.reference import reference, tensors
+from slipstream.data import tokens
 from slipstream.errors import ModelError
 from slipstream.frameworks import torch_training
+from slipstream.onnx.agreement.bounds import EXACT, explain_mismatch
+from slipstream.onnx.agreement.reference import reference, tensors
 
 Outputs = list[tuple[str, Any, npt.NDArray[Any]]]
 """Name, module and output of each module, in the order in which they finished: parts before the whole."""

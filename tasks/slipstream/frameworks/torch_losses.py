@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from slipstream.data.user_code import user_function
 from slipstream.frameworks.base import Job, SoftTargets
-from slipstream.user_code import user_function
 
 Loss = Callable[..., Any]
 """(outputs, labels) → mean loss; with soft targets (outputs, labels, teacher's outputs) → mean loss."""

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from slipstream import tokens
-from slipstream.data import Split
+from slipstream.data import tokens
+from slipstream.data.splits import Split
 from slipstream.errors import ModelError, SpecError
 from slipstream.frameworks import torch_distributed, training
 from slipstream.frameworks.base import ALONE, Group, Job, Schedule, SoftTargets

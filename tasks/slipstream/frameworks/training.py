@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.data import Data
+from slipstream.data.splits import Data
 from slipstream.errors import DataError
 from slipstream.frameworks.base import Job, Schedule
 from slipstream.measure.metrics.base import Metric

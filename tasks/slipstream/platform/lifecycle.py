@@ -193,7 +193,7 @@ def _environment(home: Home, endpoints: Addresses, secrets: Secrets) -> dict[str
 
 
 def _triggers(home: Home, environment: dict[str, str]) -> Program:
-    command = (str(home.python("airflow")), "-m", "slipstream.triggers.server")
+    command = (str(home.python("airflow")), "-m", "slipstream.orchestrate.triggers.server")
     return Program("triggers", command, environment)
 
 

@@ -8,12 +8,13 @@ logs the new engine to MLflow. Each prints one JSON document as its last line.
 import sys
 from pathlib import Path
 
-from slipstream import log_lines, tokens
-from slipstream.agreement.bounds import explain_mismatch, measure, repeated
+from slipstream import log_lines
 from slipstream.contract import Artifact, Document, Verdict
+from slipstream.data import tokens
 from slipstream.engines import recorded
 from slipstream.engines.base import build_engine, load_engine, read_manifest, record_answers
 from slipstream.errors import SlipstreamError
+from slipstream.onnx.agreement.bounds import explain_mismatch, measure, repeated
 
 GATE = "recorded answers"
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from slipstream.data.tokens import TOKENIZER, Tokenizer
 from slipstream.engines.base import EngineManifest
 from slipstream.frameworks.base import INPUT
 from slipstream.serving.client import BYTES, DATATYPES, MOST_BYTES, TEXT
 from slipstream.serving.protocol import BadRequest, Tensor
-from slipstream.tokens import TOKENIZER, Tokenizer
 
 BATCHES = 4
 """Greatest batches of the target that a request may have: it runs them one after the other."""

@@ -19,8 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from slipstream import data, digests, log_lines
+from slipstream import digests, log_lines
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict, combine, digest
+from slipstream.data import splits
+from slipstream.data.user_code import told
 from slipstream.errors import (
     EXIT_RETRY,
     CodeError,
@@ -36,7 +38,6 @@ from slipstream.home import Home, file_lock
 from slipstream.plugins import STEPS, TECHNIQUES
 from slipstream.spec import Spec
 from slipstream.store.tracking import StepRun, Tracking, fetch
-from slipstream.user_code import told
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +79,9 @@ class Context:
         shutil.rmtree(self._workdir, ignore_errors=True)
 
     @cached_property
-    def data(self) -> data.Data:
+    def data(self) -> splits.Data:
         """The spec's data set, checked to be the one that the run started with. Raises DataError."""
-        loaded = data.load(self.spec)
+        loaded = splits.load(self.spec)
         started = self.inputs.output_of("check")
         if started is not None and started.details["data"] != loaded.digests():
             raise DataError(

@@ -17,11 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from slipstream import digests
-from slipstream.agreement.bounds import bound_for, explain_mismatch, measure
-from slipstream.agreement.layers import first_departure
-from slipstream.agreement.reference import reference
 from slipstream.contract import StepInput, StepOutput
-from slipstream.data import Data
+from slipstream.data.splits import Data
+from slipstream.data.tokens import Tokenizer
 from slipstream.engines.base import (
     LAYERS,
     build_engine,
@@ -35,11 +33,13 @@ from slipstream.engines.base import (
 )
 from slipstream.errors import EngineError
 from slipstream.frameworks.base import ONNX
+from slipstream.onnx.agreement.bounds import bound_for, explain_mismatch, measure
+from slipstream.onnx.agreement.layers import first_departure
+from slipstream.onnx.agreement.reference import reference
 from slipstream.spec import Spec, Target
 from slipstream.steps.base import Context
 from slipstream.store import engine_cache
 from slipstream.store.signature import signature
-from slipstream.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
 

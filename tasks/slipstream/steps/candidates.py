@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipstream.contract import Artifact, StepOutput
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import (
     MANIFEST,

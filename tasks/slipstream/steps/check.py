@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 
 from slipstream import hardware
 from slipstream.contract import StepInput, StepOutput
-from slipstream.data import Data
+from slipstream.data.splits import Data
+from slipstream.data.user_code import told, user_function
 from slipstream.engines.inquiry import Finding, inquire
 from slipstream.errors import (
     CodeError,
@@ -35,7 +36,6 @@ from slipstream.steps import sample_size, second_load, split_checks, text_checks
 from slipstream.steps.base import Context
 from slipstream.steps.rehearsal import rehearse
 from slipstream.steps.retrain import from_file, require_version, version_to_load
-from slipstream.user_code import told, user_function
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ values in one layer), `sparsity`, `nonzero_parameters`, `parameters` and the qua
 from typing import Any
 
 from slipstream.contract import StepInput, StepOutput
+from slipstream.data.user_code import user_code_digest
 from slipstream.frameworks.base import Schedule, toolchain
 from slipstream.spec import Spec
 from slipstream.steps import candidates
 from slipstream.steps.base import Context
-from slipstream.user_code import user_code_digest
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy.typing as npt
 
 from slipstream.contract import StepInput, StepOutput
+from slipstream.data.user_code import user_code_digest
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import Schedule, SoftTargets, toolchain, trainer_for
 from slipstream.spec import Distill, Spec
 from slipstream.steps import candidates
 from slipstream.steps.base import Context, workers
-from slipstream.user_code import user_code_digest
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:

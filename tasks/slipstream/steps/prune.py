@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipstream.contract import Artifact, StepInput, StepOutput
+from slipstream.data.user_code import user_code_digest
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import Pruner, Schedule, SoftTargets, Trainer, toolchain, trainer_for
 from slipstream.spec import Prune, Spec
 from slipstream.steps import candidates
 from slipstream.steps.base import Context, workers
-from slipstream.user_code import user_code_digest
 
 log = logging.getLogger(__name__)
 

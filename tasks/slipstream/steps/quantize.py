@@ -1,8 +1,8 @@
 """quantize: post-training quantization of a candidate's ONNX, calibrated on samples of the training split.
 
-The work is that of a module of quantization/, found by `quantize.scheme`; where the spec asks for it, the candidate is
+The work is that of a module of onnx/quantize/, found by `quantize.scheme`; where the spec asks for it, the candidate is
 trained for INT8 first. Details of the output: `calibration` (digest of the sample set, size, seed). Metrics: how much
-is quantized (quantization/coverage.py), and how far the answers to the calibration samples are from before.
+is quantized (onnx/quantize/coverage.py), and how far the answers to the calibration samples are from before.
 """
 
 import json
@@ -15,20 +15,20 @@ import numpy.typing as npt
 import onnx
 
 from slipstream import digests
-from slipstream.agreement.bounds import QUANTIZED, explain_mismatch, measure
 from slipstream.contract import StepInput, StepOutput, digest
-from slipstream.data import Data
+from slipstream.data.splits import Data
+from slipstream.data.user_code import user_code_digest
 from slipstream.errors import DataError, ModelError
-from slipstream.frameworks import onnx_graph
 from slipstream.frameworks.base import ONNX, Schedule, read_manifest, toolchain
-from slipstream.frameworks.onnx_session import Session
+from slipstream.onnx import graph as onnx_graph
+from slipstream.onnx.agreement.bounds import QUANTIZED, explain_mismatch, measure
+from slipstream.onnx.quantize import Request, scheme_for
+from slipstream.onnx.quantize.coverage import require_quantized
+from slipstream.onnx.session import Session
 from slipstream.plugins import FRAMEWORKS
-from slipstream.quantization import Request, scheme_for
-from slipstream.quantization.coverage import require_quantized
 from slipstream.spec import Spec
 from slipstream.steps import candidates
 from slipstream.steps.base import Context
-from slipstream.user_code import user_code_digest
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ import numpy as np
 from mlflow.entities import Metric, Param, RunTag
 
 from slipstream.contract import StepInput, StepOutput
-from slipstream.data import Data
+from slipstream.data.splits import Data
+from slipstream.data.tokens import Tokenizer
 from slipstream.errors import SlipstreamError
 from slipstream.report import page, plots, wording
 from slipstream.report.collect import collect
@@ -25,7 +26,6 @@ from slipstream.serving import client
 from slipstream.spec import Spec
 from slipstream.steps.base import Context
 from slipstream.store import tracking
-from slipstream.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from slipstream import storage
 from slipstream.contract import Artifact, StepInput, StepOutput
+from slipstream.data.user_code import user_code_digest
 from slipstream.digests import file as file_digest
 from slipstream.digests import folder as folder_digest
 from slipstream.errors import DataError, ModelError
@@ -26,7 +27,6 @@ from slipstream.steps import candidates
 from slipstream.steps.base import Context, workers
 from slipstream.store.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Registry, translated
 from slipstream.store.tracking import connected
-from slipstream.user_code import user_code_digest
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from slipstream import digests, hardware
 from slipstream.contract import Artifact, Cell, StepOutput, digest
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.engines.base import engine_for, load_engine, read_manifest
 from slipstream.errors import DataError, EngineError, InputError, ModelError
 from slipstream.frameworks.base import load_eager, toolchain

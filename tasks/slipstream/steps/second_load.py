@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from slipstream import errors
 from slipstream.contract import Document
-from slipstream.data import Data, load
+from slipstream.data.splits import Data, load
 from slipstream.errors import CodeError, DataError, SlipstreamError, Unavailable
 from slipstream.home import Home
 from slipstream.plugins import METRICS

@@ -15,9 +15,9 @@ import onnx
 from slipstream import digests
 from slipstream.contract import StepInput, StepOutput
 from slipstream.errors import ModelError
-from slipstream.frameworks import onnx_graph
 from slipstream.frameworks.base import ONNX
-from slipstream.frameworks.onnx_session import Session, require_same
+from slipstream.onnx import graph as onnx_graph
+from slipstream.onnx.session import Session, require_same
 from slipstream.spec import Spec
 from slipstream.steps import candidates
 from slipstream.steps.base import Context

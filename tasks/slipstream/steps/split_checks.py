@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 
-from slipstream.data import Data
+from slipstream.data.splits import Data
 from slipstream.errors import DataError, SlipstreamError
 from slipstream.measure import gates, sizes
 from slipstream.measure.metrics.base import metric_for

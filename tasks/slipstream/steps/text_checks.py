@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipstream import tokens
-from slipstream.data import Data
+from slipstream.data import tokens
+from slipstream.data.splits import Data
 from slipstream.engines.lengths import require_varying
 from slipstream.errors import DataError, EngineError, ModelError, SlipstreamError, SpecError
 from slipstream.frameworks.base import Framework

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from slipstream import digests, gpu, hardware
+from slipstream import digests, hardware
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict
 from slipstream.contract.evidence import EngineEvidence, Interval, Latency
-from slipstream.data import Data, Split
+from slipstream.data.splits import Data, Split
 from slipstream.engines.base import Runner, engine_for, gpu_of, load_engine, size_bytes, why_not_loadable
 from slipstream.engines.peak import peak_memory_mib
 from slipstream.errors import DataError
 from slipstream.frameworks.base import load_eager
 from slipstream.home import file_lock
-from slipstream.measure import gates, latency, profiles
+from slipstream.measure import gates, gpu, latency, profiles
 from slipstream.measure.latency import Comparison, Plan
 from slipstream.measure.loadgen import Issue
 from slipstream.measure.metrics import base as metrics

@@ -32,7 +32,7 @@ from pydantic import ValidationError
 
 from slipstream import digests, hardware
 from slipstream.contract import Artifact, Cell, StepOutput
-from slipstream.data import Data
+from slipstream.data.splits import Data
 from slipstream.errors import EXIT_RETRY, DataError, InputError, ModelError
 from slipstream.spec import Spec, dump
 from slipstream.storage import cache

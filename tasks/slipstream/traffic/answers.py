@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipstream.contract import Release
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.errors import DataError
 from slipstream.measure.metrics.base import Metric, Records, finite
 from slipstream.serving.answers import read_output

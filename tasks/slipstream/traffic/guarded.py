@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slipstream.contract import Release, Verdict
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.errors import Unavailable
 from slipstream.measure import guardrails, pressure, stats
 from slipstream.spec import Spec

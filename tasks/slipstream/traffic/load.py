@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.errors import Unavailable
 from slipstream.serving import client
 from slipstream.traffic.base import Endpoint

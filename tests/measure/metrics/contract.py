@@ -113,7 +113,7 @@ class MetricContract:
         assert case.metric.differ(case.perfect[0], case.perfect[0][..., :-1])
 
     def test_a_model_is_asked_in_batches(self, case: Case) -> None:
-        from slipstream.data import Split
+        from slipstream.data.splits import Split
 
         inputs = np.zeros((len(case.labels), 1), np.float32)
         found = record(Answering(case.worse), Split(inputs, case.labels), case.metric, what="the model")

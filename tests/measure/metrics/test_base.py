@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slipstream.data import Split
+from slipstream.data.splits import Split
 from slipstream.errors import EngineError, ModelError, SpecError
 from slipstream.measure.metrics.base import batches, identity, metric_for, record
 from slipstream.plugins import METRICS, short_name

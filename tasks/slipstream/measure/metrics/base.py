@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.data import Split
+from slipstream.data.splits import Split
+from slipstream.data.user_code import user_code_digest
 from slipstream.errors import EngineError, InputError
 from slipstream.measure import stats
 from slipstream.measure.stats import Bounds, Floats
 from slipstream.plugins import METRICS
 from slipstream.spec import Call
-from slipstream.user_code import user_code_digest
 
 BATCH = 250
 

@@ -6,11 +6,11 @@ an environment without the framework: the module must import there.
 
 import numpy as np
 
+from slipstream.data.user_code import user_function
 from slipstream.errors import CodeError, EngineError, InputError, SpecError
 from slipstream.measure.metrics.base import Array, Mean, Records, finite, require_finite
 from slipstream.plugins import short_name
 from slipstream.spec import Call
-from slipstream.user_code import user_function
 
 SAME = 0.1
 """Answers that are no class scores are the same when their distance is at most this share of their length."""

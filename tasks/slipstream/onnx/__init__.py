@@ -1,0 +1,1 @@
+"""ONNX models: reading and rewriting graphs, running them, comparing answers, and quantization."""

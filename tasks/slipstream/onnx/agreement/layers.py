@@ -1,0 +1,139 @@
+"""Which layer departs first, when an engine does not answer as the ONNX that it was built from.
+
+The ONNX is cut at a tensor, the same engine is built from what is left, and its answer is compared with that tensor's
+value in the reference. Cutting keeps all that the engine fuses before the cut; showing every tensor at once would
+forbid fusion, and the fault with it. A bisection needs about log₂(nodes) builds, and is done only after a failure.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.engines.base import engine_for
+from slipstream.errors import EngineError, ModelError
+from slipstream.frameworks.base import INPUT, MANIFEST, ONNX, OUTPUT, read_manifest
+from slipstream.onnx.agreement.bounds import Bound, explain_mismatch
+from slipstream.onnx.agreement.reference import tensors
+from slipstream.spec import Target
+
+SAMPLES = 8
+"""Samples on which layers are compared: the values of all tensors are held at once."""
+
+
+def first_departure(candidate: Path, target: Target, samples: npt.NDArray[Any], bound: Bound) -> str:
+    """A sentence that names the first node whose inputs agree and whose output does not.
+
+    `samples` are (N, …). It says so where that cannot be told: the engine is not built from ONNX, or departs on none
+    of the first samples.
+    """
+    try:
+        return _Search.of(candidate, target, np.ascontiguousarray(samples[:SAMPLES]), bound).run()
+    except (EngineError, ModelError) as error:
+        return f"where it departs cannot be told: {error}"
+
+
+@dataclass
+class _Search:
+    """One search; what was compared is remembered."""
+
+    model: Any
+    candidate: Path
+    target: Target
+    samples: npt.NDArray[Any]
+    bound: Bound
+    values: Mapping[str, npt.NDArray[np.floating]]
+    """The reference's tensors in topological order."""
+    found: dict[str, str | None] = field(default_factory=dict)
+    """Tensor → what is wrong with it; None where it agrees."""
+
+    @classmethod
+    def of(cls, candidate: Path, target: Target, samples: npt.NDArray[Any], bound: Bound) -> "_Search":
+        import onnx
+
+        model = onnx.load(candidate / ONNX)
+        values = tensors(candidate / ONNX, samples)
+        declared = {info.name for info in (*model.graph.value_info, *model.graph.output)}
+        model.graph.value_info.extend(  # what a cut graph's output is declared as
+            onnx.helper.make_tensor_value_info(
+                name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), ["batch", *[None] * (value.ndim - 1)]
+            )
+            for name, value in values.items()
+            if name not in declared
+        )
+        return cls(model, candidate, target, samples, bound, values)
+
+    def run(self) -> str:
+        if OUTPUT not in self.values or self._mismatch(OUTPUT) is None:
+            return f"where it departs cannot be told from the first {len(self.samples)} samples"
+        makers = {name: node for node in self.model.graph.node for name in node.output}
+        departing = OUTPUT
+        while True:
+            departing = self._first_of(self._before(departing, makers), departing)
+            node = makers[departing]
+            earlier = [n for n in node.input if n in self.values and self._mismatch(n) is not None]
+            if not earlier:
+                label = f" {node.name!r}" if node.name else ""
+                return f"the first to depart is the {node.op_type}{label} (tensor {departing!r}): it " + str(
+                    self.found[departing]
+                )
+            departing = earlier[0]
+
+    def _first_of(self, before: Sequence[str], departing: str) -> str:
+        """A tensor that departs while the one before it in the order does not. By bisection."""
+        agreeing, bad = -1, len(before)
+        while bad - agreeing > 1:
+            middle = (agreeing + bad) // 2
+            if self._mismatch(before[middle]) is None:
+                agreeing = middle
+            else:
+                bad = middle
+        return before[bad] if bad < len(before) else departing
+
+    def _before(self, tensor: str, makers: Mapping[str, Any]) -> list[str]:
+        """The tensors that this one is computed from, in topological order."""
+        ancestors, todo = set(), [tensor]
+        while todo:
+            node = makers.get(todo.pop())
+            for name in node.input if node is not None else ():
+                if name and name not in ancestors:
+                    ancestors.add(name)
+                    todo.append(name)
+        return [name for name in self.values if name in ancestors]
+
+    def _mismatch(self, tensor: str) -> str | None:
+        if tensor not in self.found:
+            bound = self.bound if tensor == OUTPUT else replace(self.bound, labels=0.0)  # what else has no labels
+            self.found[tensor] = explain_mismatch(self.values[tensor], self._answer(tensor), bound)
+        return self.found[tensor]
+
+    def _answer(self, tensor: str) -> npt.NDArray[Any]:
+        """The engine's value of a tensor (N, …)."""
+        engine = engine_for(self.target.engine)
+        with tempfile.TemporaryDirectory() as folder:
+            cut, built = Path(folder) / "candidate", Path(folder) / "engine"
+            cut.mkdir()
+            built.mkdir()
+            self._write_cut(tensor, cut)
+            engine.build(cut, self.target, built)
+            return engine.load(built, self.target).run(self.samples)
+
+    def _write_cut(self, tensor: str, folder: Path) -> None:
+        """A candidate whose ONNX ends at a tensor, as float32."""
+        import onnx
+        from onnx.utils import Extractor
+
+        model = Extractor(self.model).extract_model([INPUT], [tensor])
+        if tensor != OUTPUT:
+            model.graph.node.append(onnx.helper.make_node("Cast", [tensor], [OUTPUT], to=onnx.TensorProto.FLOAT))
+            model.graph.output[0].name = OUTPUT
+            model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        onnx.save(model, folder / ONNX)
+        manifest = read_manifest(self.candidate).model_copy(
+            update={"architecture": None, "output_shape": self.values[tensor].shape[1:]}
+        )
+        (folder / MANIFEST).write_text(manifest.model_dump_json())

@@ -1,0 +1,61 @@
+"""The reference: an ONNX file run as it is written, by ONNX Runtime without any optimisation of the graph."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.errors import ModelError
+from slipstream.frameworks.base import INPUT
+from slipstream.onnx.session import Session
+
+
+def reference(path: Path, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """(N, …) outputs. Raises ModelError when it cannot be run, or answers NaN or infinity."""
+    with _naming(path):
+        answers = Session(path).run(samples)
+    if not np.isfinite(answers).all():
+        raise ModelError(f"{path}: answers NaN or infinity on {len(samples)} real samples; it is broken already")
+    return answers
+
+
+def tensors(path: Path, samples: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.floating]]:
+    """Every floating-point tensor with a row for each of the samples (N, …), by name, in the graph's order.
+
+    The order is topological, as ONNX demands. Raises ModelError.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    names = list(_depending(model.graph, INPUT))
+    outputs = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
+    with _naming(path):
+        arrays = dict(zip(names, Session(model).tensors(names, samples), strict=True))
+    return {
+        name: array
+        for name, array in arrays.items()
+        if np.issubdtype(array.dtype, np.floating) and array.ndim and len(array) == len(samples)
+    }
+
+
+def _depending(graph: Any, source: str) -> dict[str, None]:
+    """Names of the tensors that depend on `source`, in order; constants, and what is folded from them, do not."""
+    dependents = {source: None}
+    for node in graph.node:
+        if any(name in dependents for name in node.input):
+            dependents |= dict.fromkeys(name for name in node.output if name)
+    del dependents[source]
+    return dependents
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file it was that ONNX Runtime does not run."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: the reference cannot run it: {error}") from error

@@ -1,0 +1,1 @@
+"""What starts and follows runs from outside: triggers, the display of `run --watch`, the Kubeflow compiler."""

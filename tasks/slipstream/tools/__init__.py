@@ -1,0 +1,1 @@
+"""Commands beside the pipeline: the benchmark, `init`, and the generated reference."""
