@@ -9,7 +9,7 @@ import httpx
 from airflow.sdk import BaseOperatorLink
 
 from slipstream.plan import flow
-from slipstream.report import urls
+from slipstream.reports import urls
 
 TIMEOUT_S = 3
 """A link is a convenience: MLflow being slow or away must not hold up the end of a task."""

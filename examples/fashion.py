@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slipstream.data.splits import Data, Split
-from slipstream.home import Home
+from slipstream import Data, Home, Split
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist; the same arrays, other gzip bytes
 ADDRESS = "https://fashion-mnist.s3.eu-central-1.amazonaws.com/"

@@ -6,7 +6,7 @@ The networks are made inside functions, since the model servers load `data` wher
 import numpy as np
 from examples import fashion
 
-from slipstream.data.splits import Data, Split
+from slipstream import Data, Split
 
 
 def data(limit=None):

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from examples.packages import package
 
-from slipstream.data.splits import Data, Split
+from slipstream import Data, Split
 
 MAGIKA = (
     "magika==1.0.3",

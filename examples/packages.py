@@ -5,8 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slipstream.errors import DataError
-from slipstream.home import Home
+from slipstream import DataError, Home
 
 
 def package(requirement, name, sha256, *options):

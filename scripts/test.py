@@ -20,7 +20,10 @@ ROOT = Path(__file__).parent.parent
 STAGES = tuple(f"tests/steps/test_{step}.py" for step in ("trial", "rollout", "rollback", "report"))
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "e2e": (".venv", ("tests/e2e",)),
-    "steps": (".envs/torch", ("tests/steps", "tests/onnx/quantize", "tests/measure", "tests/measure/metrics")),
+    "steps": (
+        ".envs/torch",
+        ("tests/steps", "tests/techniques", "tests/onnx/quantize", "tests/measure", "tests/measure/metrics"),
+    ),
     "stages": (".envs/serve", ("tests/kserve", "tests/release", "tests/store/test_registry.py", *STAGES)),
     "core": (
         ".venv",
@@ -38,10 +41,11 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
             "tests/tools/init",
         ),
     ),
-    "serve": (".envs/serve", ("tests/serving", "tests/traffic", "tests/report")),
+    "serve": (".envs/serve", ("tests/serving", "tests/traffic", "tests/reports")),
     "torch": (
         ".envs/torch",
         (
+            "tests/extension",
             "tests/frameworks",
             "tests/onnx",
             "tests/engines",
@@ -55,7 +59,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "tests/frameworks/test_keras.py",
             "tests/frameworks/test_keras_3.py",
-            "tests/steps/test_cluster.py",
+            "tests/techniques/test_cluster.py",
             "tests/engines/test_litert.py",
         ),
     ),

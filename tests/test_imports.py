@@ -38,7 +38,7 @@ def test_the_modules_that_dags_use_load_no_framework() -> None:
 
 
 def test_the_report_loads_no_framework_until_it_draws() -> None:
-    code = "from slipstream.report import find, page, show, tables"
+    code = "from slipstream.reports import find, page, show, tables"
     assert modules_after(code) & (BANNED | {"airflow", "pandas", "scipy"}) == set()
 
 

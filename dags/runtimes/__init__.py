@@ -1,12 +1,12 @@
 """Where steps run: as processes of this machine, as containers of its Docker daemon, as pods of a cluster.
 
 The DAGs know `run_step` and `stop_step` and nothing else. The settings name the runtime; another place to run is
-another module with a class that has the two methods of `Runtime`, and a line in RUNTIMES.
+another module with a function `runtime()` that makes an object with the two methods of `Runtime`, and an entry in
+`plugins.RUNTIMES`, or an entry point of another package.
 """
 
 import importlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 from airflow.sdk.exceptions import AirflowFailException
@@ -17,24 +17,7 @@ from slipstream.contract import StepInput
 from slipstream.errors import InputError
 from slipstream.home import Home
 from slipstream.plan import settings
-
-
-def _module(name: str) -> Callable[[], Runtime]:
-    """Makes the runtime of a module, which is imported only then: a provider takes a second."""
-
-    def make() -> Runtime:
-        runtime: Runtime = importlib.import_module(f"runtimes.{name}").runtime()
-        return runtime
-
-    return make
-
-
-RUNTIMES: dict[str, Callable[[], Runtime]] = {
-    "subprocess": _module("local"),
-    "docker": _module("docker"),
-    "kubernetes": _module("kubernetes"),
-}
-"""Name → what makes the runtime. Tests add one that plays recorded outputs."""
+from slipstream.plugins import RUNTIMES
 
 _running: list[Runtime] = []
 """The runtime of the step that this task process waits for; a task process runs one step."""
@@ -49,7 +32,8 @@ def run_step(step: str, spec_uri: str, inputs: StepInput, context: Any) -> dict[
             raise InputError(f"runtime is {job.settings.runtime!r}; known: {', '.join(RUNTIMES)}")
         storage.delete(job.made)  # an earlier attempt's; a step that ends without one has failed
         storage.write_text(job.given, inputs.model_dump_json(indent=2))
-        runtime = RUNTIMES[job.settings.runtime]()
+        # Imported only now: a provider takes a second.
+        runtime: Runtime = importlib.import_module(RUNTIMES[job.settings.runtime].module).runtime()
         _running.append(runtime)
         try:
             runtime.run(job, context)

@@ -31,7 +31,7 @@ SpecFile = Annotated[Path, typer.Argument(help="Spec file (YAML).", metavar="SPE
 def validate(spec: SpecFile) -> None:
     """Check a spec; exits 0, or 2 with every error."""
     from slipstream import spec as specs
-    from slipstream.report.wording import count
+    from slipstream.reports.wording import count
 
     loaded = specs.load(spec)
     recipes, targets = count(len(loaded.recipes), "recipe"), count(len(loaded.targets), "target")
@@ -90,7 +90,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what became of a run: every engine with its evidence, the release, and where to look."""
-    from slipstream.report.show import show
+    from slipstream.reports.show import show
 
     show(run, as_json=as_json)
 
@@ -168,7 +168,7 @@ def step(
     from slipstream import spec as specs
     from slipstream import storage
     from slipstream.plugins import STEPS
-    from slipstream.steps.base import run_step, wrong_environment
+    from slipstream.runner.run import run_step, wrong_environment
     from slipstream.store import documents
 
     if name not in STEPS:
@@ -241,7 +241,7 @@ def rejections(model: Model, as_json: Annotated[bool, typer.Option("--json", hel
     """List the engines of a model that tests, rollouts or persons rejected, lifted rejections included."""
     from slipstream.home import Home
     from slipstream.release import rejections as records
-    from slipstream.report.find import connect
+    from slipstream.reports.find import connect
     from slipstream.store.registry import Registry
 
     entries = records.all_of(Registry(model, connect(Home.from_environment())))
@@ -266,7 +266,7 @@ def allow(
 
     from slipstream.home import Home
     from slipstream.release import rejections as records
-    from slipstream.report.find import connect
+    from slipstream.reports.find import connect
     from slipstream.store.registry import Registry
 
     registry = Registry(model, connect(Home.from_environment()))
@@ -295,7 +295,7 @@ def sign(
 ) -> None:
     """Vouch for a registered engine whose signature does not verify: after a new key, or from before signatures."""
     from slipstream.home import Home
-    from slipstream.report.find import connect
+    from slipstream.reports.find import connect
     from slipstream.store.registry import Registry
 
     artifact = Registry(model, connect(Home.from_environment())).sign(version)

@@ -2,11 +2,13 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import zlib
 from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+OWN = __name__.partition(".")[0]
 GZIP = zlib.MAX_WBITS + 16
 """What tells zlib to write gzip's format."""
 
@@ -55,6 +57,37 @@ def source(*parts: str) -> str:
         for entry in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             total.update(f"{entry.relative_to(PACKAGE).as_posix()}\0{file(entry)}\n".encode())
     return total.hexdigest()
+
+
+def code(module: str, *parts: str) -> str:
+    """Digest of the code behind a module named by its dotted path, and of parts of this package.
+
+    Of another package all modules count, since nobody says here what its module imports.
+    """
+    package, _, path = module.partition(".")
+    if package == OWN:
+        return source(f"{path.replace('.', '/')}.py", *parts)
+    return f"{package_source(package)} {source(*parts)}"
+
+
+@cache
+def package_source(package: str) -> str:
+    """Digest of all Python files of a top-level package, or of a single module. Raises ImportError."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{package}: no such package, or one without an __init__.py")
+    origin = Path(spec.origin)
+    files = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
+    total = hashlib.sha256()
+    for entry in files:
+        total.update(f"{entry.relative_to(origin.parent).as_posix()}\0{file(entry)}\n".encode())
+    return total.hexdigest()
+
+
+def plugin(module: str) -> dict[str, str]:
+    """For the settings of a step: what stands for the code of another package's module; nothing for one of ours."""
+    package = module.partition(".")[0]
+    return {} if package == OWN else {package: package_source(package)}
 
 
 def versions(*distributions: str) -> dict[str, str]:

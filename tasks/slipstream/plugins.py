@@ -1,15 +1,85 @@
-"""The tables: every engine, framework, scheme, metric and step by name, and what the rest needs to know of it.
+"""The tables: every engine, framework, scheme, technique, metric, step and runtime by name, with its facts.
 
-Plain data that imports nothing. The spec's vocabulary, its schema, the docs, `check`, the DAG and the identities derive
-from it what exists; a module is imported only when its entry is used.
+Plain data. The spec's vocabulary, its schema, the docs, `check`, the DAG and the identities derive from it what exists;
+a module is imported only when its entry is used. Installed packages add entries by entry points (docs/extending.md).
 """
 
-from collections.abc import Mapping
+import importlib.metadata
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Literal, TypeVar
+
+log = logging.getLogger(__name__)
+
+Info = TypeVar("Info")
+
+NAME = r"[a-z][a-z0-9_]{0,29}"
+"""What a package may call an entry: it is a key of specs, a part of task ids and of pods' names."""
 
 BASELINE = "baseline"
 """Name of the implicit recipe with no techniques: the reference for every gate."""
+
+
+class Table(MutableMapping[str, Info]):
+    """Entries by name, made at the first look: what an installed package adds is imported no earlier."""
+
+    def __init__(self, make: Callable[[], dict[str, Info]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _entries(self) -> dict[str, Info]:
+        return self._make()
+
+    def __getitem__(self, name: str) -> Info:
+        return self._entries[name]
+
+    def __setitem__(self, name: str, info: Info) -> None:
+        self._entries[name] = info
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _insert(table: Mapping[str, Info], entries: Mapping[str, Info], before: str) -> dict[str, Info]:
+    """A table with more entries before one of its own, or at its end where it has none of that name."""
+    names = list(table)
+    place = names.index(before) if before in table else len(names)
+    return {n: table[n] for n in names[:place]} | dict(entries) | {n: table[n] for n in names[place:]}
+
+
+def installed(group: str, kind: type[Info], taken: Mapping[str, object]) -> dict[str, Info]:
+    """Entries that installed packages add by entry points of a group, by name, in the order of their names.
+
+    An entry point names an object of class `kind`. One that cannot be loaded, or whose name is taken or does not
+    match NAME, is left out with a warning: a broken package must not take away what does not use it.
+    """
+    entries: dict[str, Info] = {}
+    for point in sorted(importlib.metadata.entry_points(group=group), key=lambda point: point.name):
+        source = f"{group}: {point.name} = {point.value} of {point.dist.name if point.dist else 'an unknown package'}"
+        try:
+            entry = point.load()
+        except (Exception, SystemExit) as error:
+            log.warning("%s is left out, since it cannot be loaded: %s: %s", source, type(error).__name__, error)
+            continue
+        if point.name in taken or point.name in entries:
+            log.warning("%s is left out, since there is another of that name", source)
+        elif not re.fullmatch(NAME, point.name):
+            log.warning("%s is left out, since its name must match %s", source, NAME)
+        elif not isinstance(entry, kind):
+            log.warning("%s is left out, since it is a %s, not a %s", source, type(entry).__name__, kind.__name__)
+        else:
+            entries[point.name] = entry
+    return entries
+
 
 # Engines
 
@@ -33,7 +103,7 @@ class EngineInfo:
     refused. None at all is an engine that takes no quantized model: recipes that quantize leave its targets out."""
 
 
-ENGINES: dict[str, EngineInfo] = {
+_ENGINES = {
     "litert": EngineInfo(
         "slipstream.engines.litert",
         frameworks=("keras",),
@@ -51,7 +121,8 @@ ENGINES: dict[str, EngineInfo] = {
     ),
     "torch": EngineInfo("slipstream.engines.torch", server=None, frameworks=("torch",), schemes=()),
 }
-"""Spec name → what is known of it. Nothing is imported until it is used."""
+ENGINES = Table(lambda: _ENGINES | installed("slipstream.engines", EngineInfo, _ENGINES))
+"""Spec name → what is known of it."""
 
 
 # Frameworks
@@ -64,8 +135,6 @@ class FrameworkInfo:
     module: str
     environment: str
     """Environment (containers/NAME) of the steps that work on its models."""
-    techniques: tuple[str, ...]
-    """Techniques that it has; a spec that asks for another is refused."""
     distributions: tuple[str, ...]
     """PyPI distributions whose versions belong to the identity of what it makes."""
     trains: bool = True
@@ -85,7 +154,6 @@ FRAMEWORKS: dict[str, FrameworkInfo] = {
     "keras": FrameworkInfo(
         "slipstream.frameworks.keras",
         "tensorflow",
-        ("distill", "prune", "cluster", "quantize"),
         ("tensorflow", "tf-keras", "tensorflow-model-optimization", "tf2onnx", "onnx", "onnxruntime", "numpy"),
         keeps=("saved_model",),
         prune_methods=("magnitude", "2:4"),
@@ -94,14 +162,12 @@ FRAMEWORKS: dict[str, FrameworkInfo] = {
     "onnx": FrameworkInfo(
         "slipstream.frameworks.onnx",
         "torch",
-        ("simplify", "quantize"),
         ("onnx", "onnxruntime", "numpy"),
         trains=False,
     ),
     "torch": FrameworkInfo(
         "slipstream.frameworks.torch",
         "torch",
-        ("distill", "prune", "simplify", "quantize"),
         ("torch", "torch-pruning", "safetensors", "onnx", "onnxruntime", "numpy"),
         distributed=True,
     ),
@@ -111,13 +177,27 @@ FRAMEWORKS: dict[str, FrameworkInfo] = {
 
 # Quantization schemes
 
+
+@dataclass(frozen=True)
+class SchemeInfo:
+    """What the rest knows of a number format without loading what quantizes to it."""
+
+    module: str
+    bits: Literal[4, 8]
+    """Bits of a weight."""
+    activations: bool
+    """Whether activations are rounded too, so that layers compute with integers; if not, weights are only stored so."""
+    calibrated: bool
+    """Whether the ranges of activations come from calibration samples."""
+
+
 SCHEMES = {
-    "int8": "slipstream.onnx.quantize.static",
-    "int8-dynamic": "slipstream.onnx.quantize.dynamic",
-    "int8-weights": "slipstream.onnx.quantize.weights",
-    "int4-weights": "slipstream.onnx.quantize.weights",
+    "int8": SchemeInfo("slipstream.onnx.quantize.static", 8, activations=True, calibrated=True),
+    "int8-dynamic": SchemeInfo("slipstream.onnx.quantize.dynamic", 8, activations=True, calibrated=False),
+    "int8-weights": SchemeInfo("slipstream.onnx.quantize.weights", 8, activations=False, calibrated=False),
+    "int4-weights": SchemeInfo("slipstream.onnx.quantize.weights", 4, activations=False, calibrated=False),
 }
-"""`quantize.scheme` → module. Nothing is imported until it is used."""
+"""`quantize.scheme` → what is known of it."""
 
 
 # Metrics
@@ -132,13 +212,14 @@ class MetricInfo:
     """Name of the metric in its module."""
 
 
-METRICS: dict[str, MetricInfo] = {
+_METRICS = {
     "top1": MetricInfo("slipstream.measure.metrics.classification", "TOP1"),
     "top5": MetricInfo("slipstream.measure.metrics.classification", "TOP5"),
     "f1": MetricInfo("slipstream.measure.metrics.classification", "F1"),
     "map": MetricInfo("slipstream.measure.metrics.detection", "MAP"),
     "miou": MetricInfo("slipstream.measure.metrics.segmentation", "MIOU"),
 }
+METRICS = Table(lambda: _METRICS | installed("slipstream.metrics", MetricInfo, _METRICS))
 """Spec name → where the metric is. Any other name is the user's own, `module:function` (metrics/user.py)."""
 
 
@@ -147,18 +228,68 @@ def short_name(metric: str) -> str:
     return metric.rpartition(":")[2]
 
 
-# Steps
-
-FRAMEWORK = "framework"
-"""Placeholder for the environment of the spec's framework, or of an engine that has its own."""
+# Techniques
 
 TRAINING = {"OMP_WAIT_POLICY": "PASSIVE"}
 """OpenMP's threads otherwise spin while they wait for one another: with a neighbour on one of two cores an epoch of
 the example took 460 s instead of 66 s. Measuring steps keep the default, which is faster on a quiet machine."""
 
-
 CANDIDATE, BASELINE_ENGINE = "(candidate)", "(baseline's engine)"
 """In `StepInfo.uses`: the recipe's latest model before the step, and the baseline's engine on the same target."""
+
+
+@dataclass(frozen=True)
+class TechniqueInfo:
+    """What the rest knows of a technique without loading it: a step that makes one candidate from another."""
+
+    module: str
+    """Dotted path of the module with its functions (techniques/base.py)."""
+    section: str | None = None
+    """Its settings in the spec, as `module:Class`, under the technique's own name; None for one without settings."""
+    frameworks: tuple[str, ...] = ()
+    """Frameworks whose models it changes; none named is all of them. A spec that asks for another is refused."""
+    before: str = "quantize"
+    """Technique before which a package's own one stands in a recipe."""
+    uses: str = CANDIDATE
+    """What it is given: the recipe's latest model, or the output of a step by its name."""
+    trains: bool = False
+    """Whether it trains: its module then has `train`, and it gets the whole machine."""
+    sources: tuple[str, ...] = ()
+    """Parts of this package, beside its own module and what all techniques use, that decide its result."""
+
+
+_SECTIONS = "slipstream.spec.sections"
+_TECHNIQUES = {
+    "distill": TechniqueInfo(
+        "slipstream.techniques.distill", f"{_SECTIONS}:Distill", ("keras", "torch"), uses="retrain", trains=True
+    ),
+    "prune": TechniqueInfo("slipstream.techniques.prune", f"{_SECTIONS}:Prune", ("keras", "torch"), trains=True),
+    "cluster": TechniqueInfo("slipstream.techniques.cluster", f"{_SECTIONS}:Cluster", ("keras",), trains=True),
+    "simplify": TechniqueInfo("slipstream.techniques.simplify", frameworks=("onnx", "torch")),
+    "quantize": TechniqueInfo("slipstream.techniques.quantize", f"{_SECTIONS}:Quantize", sources=("onnx/quantize",)),
+}
+
+
+def _techniques() -> dict[str, TechniqueInfo]:
+    table = dict(_TECHNIQUES)
+    for name, info in installed("slipstream.techniques", TechniqueInfo, _STEPS | _TECHNIQUES).items():
+        table = _insert(table, {name: info}, before=info.before)
+    return table
+
+
+TECHNIQUES = Table(_techniques)
+"""Spec name → what is known of it, in the order in which a recipe names them."""
+
+
+def techniques_of(framework: str) -> tuple[str, ...]:
+    """Techniques that change models of a framework."""
+    return tuple(name for name, info in TECHNIQUES.items() if not info.frameworks or framework in info.frameworks)
+
+
+# Steps
+
+FRAMEWORK = "framework"
+"""Placeholder for the environment of the spec's framework, or of an engine that has its own."""
 
 Stage = Literal["optimize", "accuracy_validation", "small_scale_test", "full_rollout", "report"]
 
@@ -198,24 +329,11 @@ class StepInfo:
 
 DATA = ("data/splits.py", "data/tokens.py")
 ONNX = ("onnx/graph.py", "onnx/session.py", "onnx/agreement")
-MAKES_CANDIDATES = ("frameworks", *ONNX, "steps/candidates.py", *DATA)
+MAKES_CANDIDATES = ("frameworks", *ONNX, "techniques/candidates.py", *DATA)
 
-
-def _technique(*sources: str, uses: str = CANDIDATE, trains: bool = False) -> StepInfo:
-    variables = TRAINING if trains else {}
-    return StepInfo(
-        FRAMEWORK, "optimize", "recipe", ("check", uses), (*MAKES_CANDIDATES, *sources), variables=variables
-    )
-
-
-STEPS: dict[str, StepInfo] = {
+_STEPS = {
     "check": StepInfo(FRAMEWORK, "optimize", uses=(), cached=False, retried=False),
     "retrain": StepInfo(FRAMEWORK, "optimize", uses=("check",), sources=MAKES_CANDIDATES, variables=TRAINING),
-    "distill": _technique(uses="retrain", trains=True),
-    "prune": _technique(trains=True),
-    "cluster": _technique(trains=True),
-    "simplify": _technique(),
-    "quantize": _technique("onnx/quantize"),
     "build": StepInfo(
         FRAMEWORK, "optimize", "cell", ("check", CANDIDATE), ("engines", "frameworks", *ONNX, "data/tokens.py")
     ),
@@ -236,11 +354,27 @@ STEPS: dict[str, StepInfo] = {
     "report": StepInfo("serve", "report", cached=False),
     "rollback": StepInfo("serve", None, cached=False, moves_traffic=True),
 }
-"""In the order of the flow. The DAG, the Kubeflow package, the display and the pods read all that they know of steps
-here; a step's module has its name."""
+"""All but the techniques."""
 
-TECHNIQUES = tuple(name for name, info in STEPS.items() if info.per == "recipe")
-"""Steps that make one candidate from another, in the order in which a recipe names them."""
+
+def _step_of(technique: TechniqueInfo) -> StepInfo:
+    uses, sources = ("check", technique.uses), (*MAKES_CANDIDATES, *technique.sources)
+    return StepInfo(FRAMEWORK, "optimize", "recipe", uses, sources, variables=TRAINING if technique.trains else {})
+
+
+def _steps() -> dict[str, StepInfo]:
+    techniques = {name: _step_of(info) for name, info in TECHNIQUES.items()}
+    return _insert(_STEPS, techniques, before="build")
+
+
+STEPS = Table(_steps)
+"""In the order of the flow. The DAG, the Kubeflow package, the display and the pods read all that they know of steps
+here."""
+
+
+def module_of(step: str) -> str:
+    """Dotted path of the module with a step's functions."""
+    return TECHNIQUES[step].module if step in TECHNIQUES else f"slipstream.steps.{step}"
 
 
 def environment_of(step: str, framework: str, engine: str | None = None) -> str:
@@ -250,3 +384,23 @@ def environment_of(step: str, framework: str, engine: str | None = None) -> str:
         return environment
     own = ENGINES[engine].environment if engine is not None else None
     return own or FRAMEWORKS[framework].environment
+
+
+# Runtimes
+
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """Where steps run."""
+
+    module: str
+    """Dotted path of a module, importable in Airflow's environment, with a function `runtime()` (dags/runtimes/)."""
+
+
+_RUNTIMES = {
+    "subprocess": RuntimeInfo("runtimes.local"),
+    "docker": RuntimeInfo("runtimes.docker"),
+    "kubernetes": RuntimeInfo("runtimes.kubernetes"),
+}
+RUNTIMES = Table(lambda: _RUNTIMES | installed("slipstream.runtimes", RuntimeInfo, _RUNTIMES))
+"""Name in the settings → what is known of it."""

@@ -20,10 +20,10 @@ IMPORTS = {
     "airflow": "airflow, mlflow.server, airflow.providers.docker.operators.docker, "
     "airflow.providers.cncf.kubernetes.operators.pod, slipstream.orchestrate.triggers.server",
     "torch": "torch, nncf, onnx, onnxruntime, onnxscript, openvino, torch_pruning, mlperf_loadgen, matplotlib.pyplot, "
-    "pandas, sklearn, scipy.stats, safetensors, mlflow, slipstream.steps.quantize, slipstream.measure.loadgen",
+    "pandas, sklearn, scipy.stats, safetensors, mlflow, slipstream.techniques.quantize, slipstream.measure.loadgen",
     "tensorflow": "tensorflow, tf_keras, tensorflow_model_optimization, tf2onnx, ai_edge_litert.interpreter, nncf, "
     "onnx, onnxruntime, openvino, mlperf_loadgen, matplotlib.pyplot, pandas, scipy.stats, h5py, mlflow, "
-    "slipstream.frameworks.keras_compression, slipstream.steps.quantize, slipstream.measure.loadgen",
+    "slipstream.frameworks.keras_compression, slipstream.techniques.quantize, slipstream.measure.loadgen",
     "serve": "kserve, kubernetes, openvino, onnxruntime, envoy, matplotlib.pyplot, pandas, scipy.stats, mlflow, "
     "slipstream.serving.server, slipstream.steps.rollout",
 }

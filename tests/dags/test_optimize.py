@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.dags.own_runtime import use_runtime
 
 from slipstream import spec, storage
 from slipstream.contract import StepInput, StepOutput
@@ -46,11 +47,8 @@ class Recorded:
 
 @pytest.fixture
 def recorded(airflow_home: Path, monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    import runtimes
-
     played = Recorded()
-    monkeypatch.setitem(runtimes.RUNTIMES, "recorded", lambda: played)
-    monkeypatch.setenv("SLIPSTREAM_RUNTIME", "recorded")
+    use_runtime(monkeypatch, lambda: played)
     return played
 
 

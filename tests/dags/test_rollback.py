@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.dags.own_runtime import use_runtime
 
 from slipstream import storage
 from slipstream.contract import StepOutput
@@ -16,8 +17,6 @@ def test_it_rolls_back_the_model_that_the_form_names(
     monkeypatch: pytest.MonkeyPatch,
     airflow_home: Path,
 ) -> None:
-    import runtimes
-
     ran: list[tuple[str, str]] = []
 
     class Recorded:
@@ -28,8 +27,7 @@ def test_it_rolls_back_the_model_that_the_form_names(
         def stop(self) -> None:
             pass
 
-    monkeypatch.setitem(runtimes.RUNTIMES, "recorded", Recorded)
-    monkeypatch.setenv("SLIPSTREAM_RUNTIME", "recorded")
+    use_runtime(monkeypatch, Recorded)
     publish()
     dag = dags("rollback.py")["rollback"]
     assert dag.get_task("rollback").pool == "release"

@@ -16,7 +16,7 @@ from slipstream.errors import Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses, console, mlflow_server, programs
 from slipstream.platform.addresses import MLFLOW, MLFLOW_PASSWORD, MLFLOW_USER, Addresses, Secrets
-from slipstream.report.find import connect
+from slipstream.reports.find import connect
 
 EXPERIMENT = "/api/2.0/mlflow/experiments/get?experiment_id=0"
 

@@ -12,9 +12,9 @@ from tests.steps.stages import FAIL, PASS, World, validated
 from slipstream.contract import Release, StepOutput, Verdict
 from slipstream.release import moves, rejections
 from slipstream.release.releases import drift
+from slipstream.runner.context import Context
 from slipstream.serving import client
 from slipstream.steps import champion, rollout, select, trial
-from slipstream.steps.base import Context
 from slipstream.steps.rollback import rollback
 from slipstream.store.tracking import fetch
 from slipstream.traffic import small_scale, stepwise

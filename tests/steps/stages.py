@@ -19,8 +19,8 @@ from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict
 from slipstream.contract.evidence import EngineEvidence, Interval, Latency, Noise
 from slipstream.errors import SlipstreamError
 from slipstream.home import Home
+from slipstream.runner.context import Context
 from slipstream.spec import Spec
-from slipstream.steps.base import Context
 from slipstream.store.registry import Registry
 from slipstream.store.tracking import Tracking
 from slipstream.traffic.fake import FakeController

@@ -14,9 +14,9 @@ from slipstream.engines import recorded
 from slipstream.engines.base import build_engine, load_engine, read_manifest
 from slipstream.errors import DataError, EngineError
 from slipstream.frameworks.base import ONNX
+from slipstream.runner.run import identity, run_step
 from slipstream.spec import Target
 from slipstream.steps import build
-from slipstream.steps.base import identity, run_step
 from slipstream.store.tracking import fetch
 
 

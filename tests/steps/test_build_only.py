@@ -19,9 +19,9 @@ from slipstream.contract.evidence import row_of
 from slipstream.engines.inquiry import ask, inquire
 from slipstream.errors import EngineError, GateFailed
 from slipstream.home import Home
-from slipstream.report import layers
+from slipstream.reports import layers
+from slipstream.runner.run import run_step
 from slipstream.spec import Spec, Target
-from slipstream.steps.base import run_step
 from slipstream.steps.rehearsal import rehearse
 from slipstream.store import engine_cache
 from slipstream.store.tracking import Tracking, fetch

@@ -21,8 +21,8 @@ from slipstream.errors import EngineError, GateFailed
 from slipstream.frameworks.base import INPUT, MANIFEST, ONNX, OUTPUT, CandidateManifest
 from slipstream.measure.latency import Plan
 from slipstream.measure.metrics.base import metric_for
+from slipstream.runner.context import Context
 from slipstream.steps import champion, racing, scores, select
-from slipstream.steps.base import Context
 from slipstream.store.registry import CHAMPION
 
 SHORT = Plan(rounds=6, clean_rounds=5, max_rounds=6, block_ms=30, warmup_ms=20, block_warmup_ms=2, others_cores=99)

@@ -12,8 +12,8 @@ from tests.steps.training import document, spec_of
 from slipstream.contract import StepInput
 from slipstream.errors import CodeError, DataError, InputError, ModelError, SpecError
 from slipstream.home import Home
+from slipstream.runner.context import Context
 from slipstream.steps import check
-from slipstream.steps.base import Context
 
 pytestmark = pytest.mark.usefixtures("home")
 torch.set_num_threads(1)

@@ -8,8 +8,8 @@ from tests.steps.pipeline import inputs, logged, small_spec
 from slipstream.contract import Cell
 from slipstream.errors import ModelError, SpecError
 from slipstream.frameworks.base import MANIFEST, CandidateManifest, framework_for, require_own_architecture
+from slipstream.runner.run import run_step
 from slipstream.spec import Call, Spec
-from slipstream.steps.base import run_step
 
 STUDENT = Call(function="examples.fashion:student", params={"width": 8})
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the environment serve")
 
 from mlflow import MlflowClient
-from tests.report import sample
+from tests.reports import sample
 from tests.user_code import use
 
 from slipstream import spec as specs
@@ -20,9 +20,9 @@ from slipstream.contract.evidence import row_of
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home
 from slipstream.platform import addresses
-from slipstream.report import find, show
-from slipstream.report.document import PAGE, REPORT, REQUEST, Report
-from slipstream.steps.base import run_step
+from slipstream.reports import find, show
+from slipstream.reports.document import PAGE, REPORT, REQUEST, Report
+from slipstream.runner.run import run_step
 from slipstream.store.tracking import RUN_KEY, STEP, Tracking
 
 CODE = """

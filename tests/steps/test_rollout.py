@@ -9,7 +9,7 @@ from tests.steps.stages import FAIL, World, WorldMaker, failing
 
 from slipstream.contract import Verdict
 from slipstream.errors import GateFailed, RegistryError, SlipstreamError, Unavailable, Undecided
-from slipstream.steps.base import Context
+from slipstream.runner.context import Context
 from slipstream.steps.rollout import full_rollout
 from slipstream.store.tracking import Tracking
 from slipstream.traffic import guarded

@@ -12,8 +12,8 @@ from tests.steps.stages import World, WorldMaker, failing
 
 from slipstream.contract import Release, StepOutput, Verdict
 from slipstream.errors import EXIT_RETRY, DataError, GateFailed, RegistryError, Unavailable, Undecided
-from slipstream.steps import base
-from slipstream.steps.base import Context
+from slipstream.runner import run as runner
+from slipstream.runner.context import Context
 from slipstream.steps.trial import small_scale_test
 from slipstream.store.tracking import Tracking
 from slipstream.traffic import guarded
@@ -216,7 +216,7 @@ def test_a_no_stays_a_no_where_mlflow_cannot_be_told(world: World, monkeypatch: 
 
     monkeypatch.setattr(Tracking, "fail", away)
     context = world.context("trial", ())
-    assert failing(lambda: base._recorded(cast(Any, Refuses), {}, context), GateFailed) == "small-scale test: fail"
+    assert failing(lambda: runner._recorded(cast(Any, Refuses), {}, context), GateFailed) == "small-scale test: fail"
 
 
 def test_a_breach_stops_at_once(world: World, fake: FakeController) -> None:

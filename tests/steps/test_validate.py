@@ -27,9 +27,9 @@ from slipstream.errors import DataError, InputError
 from slipstream.frameworks.base import framework_for
 from slipstream.home import Home
 from slipstream.measure.latency import Plan
+from slipstream.runner.run import run_step
 from slipstream.spec import Call
 from slipstream.steps import validate
-from slipstream.steps.base import run_step
 from slipstream.store.tracking import PROGRESS, Tracking
 from slipstream.tools.bench import measure
 

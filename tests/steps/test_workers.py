@@ -23,9 +23,10 @@ from tests.steps.training import RUN_KEY, document, spec_of, step
 from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.frameworks.base import read_manifest
 from slipstream.spec import Spec
-from slipstream.steps import distill, prune, retrain
+from slipstream.steps import retrain
 from slipstream.store import signing
 from slipstream.store.tracking import fetch
+from slipstream.techniques import distill, prune
 
 pytestmark = pytest.mark.usefixtures("mlflow_server", "home")
 torch.set_num_threads(1)
@@ -160,7 +161,8 @@ def test_a_launcher_of_another_number_is_refused(tmp_path: Path) -> None:
     from slipstream.errors import SpecError
     from slipstream.frameworks.base import Group
     from slipstream.home import Home
-    from slipstream.steps.base import Context, NullStepRun
+    from slipstream.runner.context import Context
+    from slipstream.runner.processes import NullStepRun
     from slipstream.store.tracking import Tracking
 
     spec: Spec = spec_of(written("counted", 3))
@@ -169,4 +171,4 @@ def test_a_launcher_of_another_number_is_refused(tmp_path: Path) -> None:
     given = StepInput(run_key=RUN_KEY)
     context = Context(spec, given, "retrain", "0" * 64, tracking, run, Home.from_environment(), Group(0, 2))
     with pytest.raises(SpecError, match="workers is 3, but the launcher started 2"):
-        context.run_on_all(retrain.train)
+        context.train_on_all(retrain.train)

@@ -5,8 +5,8 @@ from typing import Any
 import yaml
 
 from slipstream.contract import Cell, StepInput, StepOutput
+from slipstream.runner.run import run_step
 from slipstream.spec import Spec, parse
-from slipstream.steps.base import run_step
 
 RUN_KEY = "test-run"
 

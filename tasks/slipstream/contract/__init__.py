@@ -19,6 +19,12 @@ class Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Section(BaseModel):
+    """Base of every part of a spec or of the settings: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
 class Artifact(Document):
     """A folder in the MLflow artefact store."""
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from slipstream.errors import EngineError
+from slipstream.plugins import SCHEMES
 from slipstream.spec import Quantize, Target
 
 SAVED_MODEL = "saved_model"
@@ -24,20 +25,21 @@ def convert(candidate: Path, quantization: Quantize | None, target: Target) -> b
     from slipstream.frameworks.keras_runtime import tf  # not at the top: model servers have no TensorFlow
 
     converter = tf.lite.TFLiteConverter.from_saved_model(str(candidate / SAVED_MODEL))
-    scheme: str = quantization.scheme if quantization else target.precision
+    scheme = SCHEMES[quantization.scheme] if quantization else None
+    half = scheme is None and target.precision == "f16"
     per_channel = quantization is None or quantization.per_channel
     converter._experimental_disable_per_channel = not per_channel  # it has no public name
-    if scheme in ("f16", "int8", "int8-dynamic"):
+    if half or (scheme is not None and scheme.activations):
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    if scheme == "f16":
+    if half:
         converter.target_spec.supported_types = [tf.float16]
-    if scheme == "int8" and (candidate / CALIBRATION).is_file():
+    if scheme is not None and scheme.calibrated and (candidate / CALIBRATION).is_file():
         converter.representative_dataset = lambda: _samples(candidate / CALIBRATION)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]  # else it falls back to float
     model = bytes(converter.convert())
-    if scheme.endswith("-weights"):
-        model = _quantize_weights(model, bits=int(scheme[3]), per_channel=per_channel)
-    _require_sound(model, scheme)
+    if scheme is not None and not scheme.activations:
+        model = _quantize_weights(model, bits=scheme.bits, per_channel=per_channel)
+    _require_sound(model, calibrated=scheme is not None and scheme.calibrated)
     return model
 
 
@@ -59,7 +61,7 @@ def _quantize_weights(model: bytes, *, bits: int, per_channel: bool) -> bytes:
         return bytes(work.quantize().quantized_model)
 
 
-def _require_sound(model: bytes, scheme: str) -> None:
+def _require_sound(model: bytes, *, calibrated: bool) -> None:
     """Raise EngineError unless the file has one input, of any batch size, and one output, and `int8` really is INT8."""
     interpreter = open_interpreter(model)
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
@@ -67,7 +69,7 @@ def _require_sound(model: bytes, scheme: str) -> None:
         raise EngineError(f"it has {len(inputs)} inputs and {len(outputs)} outputs instead of one each")
     if inputs[0]["shape_signature"][0] != -1:
         raise EngineError(f"its batch size is fixed at {inputs[0]['shape'][0]}; save the model with None there")
-    if scheme == "int8" and "QUANTIZE" not in {o["op_name"] for o in interpreter._get_ops_details()}:
+    if calibrated and "QUANTIZE" not in {o["op_name"] for o in interpreter._get_ops_details()}:
         raise EngineError(f"it has no ranges of its own, and there is no {CALIBRATION}; quantize it again")
 
 

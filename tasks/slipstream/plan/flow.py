@@ -5,6 +5,7 @@ outputs that it uses, since they decide its identity; they are found by key, nev
 leaves a visible gap.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, get_args
 
@@ -93,8 +94,8 @@ def _used(name: str, task: Task, spec: Spec) -> Task:
         return Task("build", Cell(recipe=BASELINE, target=task.cell.target))
     if name != CANDIDATE:
         return Task(name, task.cell)
-    before = TECHNIQUES[: TECHNIQUES.index(task.step)] if task.step in TECHNIQUES else TECHNIQUES
-    applied = [t for t in spec.techniques(task.cell.recipe) if t in before]
+    before = itertools.takewhile(lambda technique: technique != task.step, TECHNIQUES)
+    applied = [t for t in before if t in spec.techniques(task.cell.recipe)]
     return Task(applied[-1], Cell(recipe=task.cell.recipe)) if applied else Task("retrain")
 
 

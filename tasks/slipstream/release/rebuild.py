@@ -33,7 +33,7 @@ from slipstream.release import moves
 from slipstream.release.rebuilt import Finding, Request
 from slipstream.release.releases import sweep, traffic_lock
 from slipstream.release.settle import settle
-from slipstream.report.find import connect
+from slipstream.reports.find import connect
 from slipstream.store.registry import CHAMPION, PIPELINE_RUN, PREVIOUS, REBUILT_FROM, Registry, translated, verdict_tags
 from slipstream.store.tracking import CELL, STEP, experiment_name, fetch
 from slipstream.traffic.base import Routes, TrafficController

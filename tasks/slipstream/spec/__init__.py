@@ -4,15 +4,17 @@ This package is the single source of the vocabulary: the JSON Schema, the refere
 Airflow trigger form are generated from it. Validation is pure: it asks no network, GPU or environment.
 """
 
-from collections.abc import Mapping
+import importlib
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from slipstream.errors import SpecError
-from slipstream.plugins import BASELINE, ENGINES, FRAMEWORKS, STEPS, TECHNIQUES, environment_of
+from slipstream.plugins import BASELINE, ENGINES, FRAMEWORKS, STEPS, TECHNIQUES, environment_of, techniques_of
 from slipstream.spec.document import MAX_BYTES, decode, read
 from slipstream.spec.explain import explain
 from slipstream.spec.fields import PATTERNS, Call, Name, Optimizer, Schedule, Section
@@ -38,10 +40,12 @@ __all__ = [
     "dump", "json_schema", "load", "load_text", "parse",
 ]  # fmt: skip
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     Technique = str
 else:
-    Technique = Literal[TECHNIQUES]
+    Technique = Literal[tuple(TECHNIQUES)]
 
 
 class Spec(Section):
@@ -97,15 +101,19 @@ class Spec(Section):
                     f"recipes.{name}: {list(techniques)} must name each technique once, in the order "
                     f"{', '.join(TECHNIQUES)}"
                 )
-            has = FRAMEWORKS[self.model.framework].techniques
+            has = techniques_of(self.model.framework)
             if missing := [t for t in techniques if t not in has]:
                 raise ValueError(
                     f"recipes.{name}: {', '.join(missing)} cannot be done for a model of framework "
                     f"{self.model.framework}, which has {', '.join(has)}"
                 )
-            if "distill" in techniques and self.distill is None:
-                raise ValueError(f"recipes.{name} distills, but there is no `distill:` section with a student")
-            if name in self.quantize.schemes and "quantize" not in techniques:
+            for technique in techniques:
+                if TECHNIQUES[technique].section is not None and getattr(self, technique) is None:
+                    raise ValueError(
+                        f"recipes.{name}: there is no section `{technique}:`, and {technique} has settings without a "
+                        "default; `slipstream schema` lists them"
+                    )
+            if name in self.quantize.schemes and self.scheme_of(name) is None:
                 raise ValueError(f"quantize.schemes.{name}: recipe {name} does not quantize; remove it")
         if unknown := sorted(set(self.quantize.schemes) - set(self.recipes)):
             raise ValueError(f"quantize.schemes.{unknown[0]}: not a recipe; known: {', '.join(self.recipes)}")
@@ -132,7 +140,7 @@ class Spec(Section):
                 f"prune.method: {self.prune.method} cannot be done for a model of framework {name}, which has "
                 f"{', '.join(info.prune_methods)}"
             )
-        if self.quantizes and self.quantize.epochs and not info.quantization_aware:
+        if self.schemes and self.quantize.epochs and not info.quantization_aware:
             raise ValueError(f"quantize.epochs: models of framework {name} are not trained for INT8; make it 0")
         if self.training.workers > 1 and not info.distributed:
             raise ValueError(f"training.workers: models of framework {name} are not trained by several; make it 1")
@@ -157,7 +165,7 @@ class Spec(Section):
         for recipe in self.recipes:
             if not any(self.runs(recipe, target) for target in self.targets):
                 raise ValueError(
-                    f"recipes.{recipe}: no target's engine runs scheme {self.quantize.of(recipe).scheme}; choose "
+                    f"recipes.{recipe}: no target's engine runs scheme {self.scheme_of(recipe)}; choose "
                     "another under quantize, or add a target whose engine does"
                 )
         if not any(self.releasable(name) for name in self.targets):
@@ -169,8 +177,8 @@ class Spec(Section):
 
     def runs(self, recipe: str, target: str) -> bool:
         """Whether a recipe is built for a target: what quantizes only for an engine that runs the recipe's scheme."""
-        schemes = ENGINES[self.targets[target].engine].schemes
-        return "quantize" not in self.techniques(recipe) or self.quantize.of(recipe).scheme in schemes
+        scheme = self.scheme_of(recipe)
+        return scheme is None or scheme in ENGINES[self.targets[target].engine].schemes
 
     def releasable(self, target: str) -> bool:
         """Whether a target's engines can be released, and are not for comparison only."""
@@ -190,19 +198,57 @@ class Spec(Section):
         environments = {environment_of(step, self.model.framework, t.engine) for t in targets}
         return environments.pop() if len(environments) == 1 else environment_of(step, self.model.framework)
 
+    def scheme_of(self, recipe: str) -> str | None:
+        """The scheme of a recipe; None for one that does not quantize."""
+        return self.quantize.of(recipe).scheme if "quantize" in self.techniques(recipe) else None
+
+    def trains_for_int8(self, recipe: str) -> bool:
+        """Whether a recipe has quantization-aware training."""
+        return self.scheme_of(recipe) is not None and self.quantize.of(recipe).epochs > 0
+
     @property
     def schemes(self) -> set[str]:
         """Schemes of all recipes that quantize."""
-        return {self.quantize.of(r).scheme for r, techniques in self.recipes.items() if "quantize" in techniques}
+        return {scheme for recipe in self.recipes if (scheme := self.scheme_of(recipe)) is not None}
 
     @property
-    def quantizes(self) -> bool:
-        """Whether any recipe does."""
-        return any("quantize" in techniques for techniques in self.recipes.values())
+    def functions(self) -> dict[str, Call]:
+        """The user's functions that the spec names, but for the metric, by their fields."""
+        functions = {"data": self.data} if isinstance(self.data, Call) else {}
+        for field in ("model", *TECHNIQUES):
+            section = getattr(self, field, None)
+            functions |= {f"{field}.{key}": value for key, value in section or () if isinstance(value, Call)}
+        return functions
 
     def techniques(self, recipe: str) -> tuple[Technique, ...]:
         """Techniques of a recipe; the baseline has none."""
         return () if recipe == BASELINE else self.recipes[recipe]
+
+
+def _plugin_sections() -> Iterator[tuple[str, Any]]:
+    """Name and definition of a field for each technique of another package that has settings.
+
+    A technique whose settings cannot be loaded is left out, with a warning.
+    """
+    for name, info in list(TECHNIQUES.items()):
+        if info.section is None or info.section.startswith(f"{__name__}."):
+            continue
+        module, _, attribute = info.section.partition(":")
+        try:
+            section: type[BaseModel] = getattr(importlib.import_module(module), attribute)
+            if name in Spec.model_fields:
+                raise ValueError(f"the spec has a key {name} already")
+            required = any(field.is_required() for field in section.model_fields.values())
+            default = Field(default=None if required else section(), description=section.__doc__ or name)
+        except (Exception, SystemExit) as error:
+            log.warning("technique %s is left out: %s: %s: %s", name, info.section, type(error).__name__, error)
+            del TECHNIQUES[name]
+            continue
+        yield name, (section | None if required else section, default)
+
+
+if not TYPE_CHECKING and (sections := dict(_plugin_sections())):
+    Spec = create_model("Spec", __base__=Spec, __module__=__name__, __doc__=Spec.__doc__, **sections)
 
 
 def parse(text: str, source: str) -> Spec:

@@ -3,8 +3,9 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from slipstream.contract import Section
 from slipstream.spec.schedule import schedule
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
@@ -68,18 +69,12 @@ FileUri = Annotated[str, AfterValidator(_uri)]
 Optimizer = Literal["sgd", "adamw"]
 
 
-class Section(BaseModel):
-    """Base of every part of a spec: immutable, and a misspelt key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
 class Call(Section):
     """A function in the user's code and the keyword arguments it is called with."""
 
     function: FunctionName
     """`module:function`, importable from the folder that SLIPSTREAM_CODE names."""
-    params: dict[str, int | float | str | bool] = {}
+    params: dict[str, int | float | str | bool] = Field(default={})
     """Keyword arguments."""
 
 

@@ -3,11 +3,11 @@
 import datetime
 import re
 from collections.abc import Collection, Mapping
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from slipstream.plugins import ENGINES, FRAMEWORKS, METRICS
+from slipstream.plugins import ENGINES, FRAMEWORKS, METRICS, SCHEMES
 from slipstream.spec.fields import (
     FUNCTION_NAME,
     FileUri,
@@ -209,7 +209,10 @@ class Cluster(Section):
     """Peak of the one-cycle schedule. Weights that move far lose their cluster, so it is small."""
 
 
-Scheme = Literal["int8", "int8-dynamic", "int8-weights", "int4-weights"]
+if TYPE_CHECKING:
+    Scheme = str
+else:
+    Scheme = Literal[tuple(SCHEMES)]
 
 
 class Quantize(Section):
@@ -238,14 +241,14 @@ class Quantize(Section):
 
     @model_validator(mode="after")
     def _trains_for_int8(self) -> Self:
-        if self.epochs and self.scheme != "int8":
+        if self.epochs and not SCHEMES[self.scheme].calibrated:
             raise ValueError(f"epochs: quantization-aware training is for scheme int8, not {self.scheme}; make it 0")
         return self
 
     def of(self, recipe: str) -> Self:
         """The settings for one recipe: `scheme` is its own, and there is training for INT8 alone."""
         scheme = self.schemes.get(recipe, self.scheme)
-        epochs = self.epochs if scheme == "int8" else 0
+        epochs = self.epochs if SCHEMES[scheme].calibrated else 0
         return self.model_copy(update={"scheme": scheme, "schemes": {}, "epochs": epochs})
 
 

@@ -36,8 +36,9 @@ from slipstream.frameworks.base import ONNX
 from slipstream.onnx.agreement.bounds import bound_for, explain_mismatch, measure
 from slipstream.onnx.agreement.layers import first_departure
 from slipstream.onnx.agreement.reference import reference
+from slipstream.plugins import ENGINES
+from slipstream.runner.context import Context
 from slipstream.spec import Spec, Target
-from slipstream.steps.base import Context
 from slipstream.store import engine_cache
 from slipstream.store.signature import signature
 
@@ -56,7 +57,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
         "target": target.model_dump(mode="json"),
         "versions": digests.versions(*engine.distributions),
         "fingerprint": engine.fingerprint(target),
-    }
+    } | digests.plugin(ENGINES[target.engine].module)
 
 
 def run(context: Context) -> StepOutput:

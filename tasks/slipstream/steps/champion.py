@@ -18,8 +18,8 @@ from slipstream.measure import gates
 from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Runs, metric_for
 from slipstream.plan.flow import cell_of
+from slipstream.runner.context import Context
 from slipstream.steps import scores as scoring
-from slipstream.steps.base import Context
 from slipstream.steps.scores import Scores
 from slipstream.store.registry import Registry
 

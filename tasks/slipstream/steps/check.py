@@ -30,10 +30,10 @@ from slipstream.errors import (
 )
 from slipstream.frameworks.base import Framework, framework_for, trainer_for
 from slipstream.measure.metrics.base import BATCH, metric_for
-from slipstream.plugins import METRICS, STEPS, TECHNIQUES
+from slipstream.plugins import METRICS, TECHNIQUES
+from slipstream.runner.context import Context
 from slipstream.spec import Call, Spec, Target
 from slipstream.steps import sample_size, second_load, split_checks, text_checks
-from slipstream.steps.base import Context
 from slipstream.steps.rehearsal import rehearse
 from slipstream.steps.retrain import from_file, require_version, version_to_load
 
@@ -85,22 +85,15 @@ def run(context: Context) -> StepOutput:
 
 def _functions(spec: Spec) -> Iterator[SlipstreamError]:
     """Functions that cannot be imported."""
-    calls = {
-        "model.architecture": spec.model.architecture,
-        "model.train": spec.model.train,
-        "data": spec.data if isinstance(spec.data, Call) else None,
-        "distill.student": spec.distill.student if spec.distill else None,
-        "model.loss": spec.model.loss,
-        "objective.metric": None if spec.objective.metric in METRICS else Call(function=spec.objective.metric),
-    }
+    metric = spec.objective.metric
+    calls = spec.functions | ({} if metric in METRICS else {"objective.metric": Call(function=metric)})
     for field, call in calls.items():
-        if call is not None:
-            try:
-                user_function(call)
-            except CodeError as error:
-                yield CodeError(f"{field}: {error}")
-            except SpecError as error:
-                yield SpecError(f"{field}: {error}; check the name, and that SLIPSTREAM_CODE is the folder above it")
+        try:
+            user_function(call)
+        except CodeError as error:
+            yield CodeError(f"{field}: {error}")
+        except SpecError as error:
+            yield SpecError(f"{field}: {error}; check the name, and that SLIPSTREAM_CODE is the folder above it")
 
 
 def _targets(spec: Spec, findings: Mapping[str, Finding]) -> Iterator[SlipstreamError]:
@@ -247,8 +240,8 @@ def _answers(spec: Spec, what: str, outputs: npt.NDArray[Any], loaded: Data) -> 
     if loaded.classes and classes is not None and len(loaded.classes) != classes:
         yield ModelError(f"{what} answers with {classes} classes, but the data names {len(loaded.classes)}")
     labels = loaded.train.labels[: len(outputs)]
-    training = {t for t in TECHNIQUES if STEPS[t].trains} | ({"quantize"} if spec.quantize.epochs else set())
-    tuned = [recipe for recipe, techniques in spec.recipes.items() if training & set(techniques)]
+    training = {name for name, info in TECHNIQUES.items() if info.trains}
+    tuned = [r for r, techniques in spec.recipes.items() if training & set(techniques) or spec.trains_for_int8(r)]
     if tuned and spec.model.loss is None and not _are_classes(outputs, labels):
         yield SpecError(
             f"recipes.{tuned[0]}: trains on the labels, but cross entropy does not take outputs {outputs.shape} with "

@@ -12,7 +12,7 @@ from slipstream.frameworks.base import load_eager, toolchain
 from slipstream.home import file_lock
 from slipstream.measure import race as races
 from slipstream.measure.latency import Plan
-from slipstream.steps.base import Context
+from slipstream.runner.context import Context
 from slipstream.steps.validate import EAGER, single
 from slipstream.store.tracking import fetch
 

@@ -19,12 +19,12 @@ from slipstream.contract import StepInput, StepOutput
 from slipstream.data.splits import Data
 from slipstream.data.tokens import Tokenizer
 from slipstream.errors import SlipstreamError
-from slipstream.report import page, plots, wording
-from slipstream.report.collect import collect
-from slipstream.report.document import PAGE, REPORT, REQUEST, Report, Sample
+from slipstream.reports import page, plots, wording
+from slipstream.reports.collect import collect
+from slipstream.reports.document import PAGE, REPORT, REQUEST, Report, Sample
+from slipstream.runner.context import Context
 from slipstream.serving import client
 from slipstream.spec import Spec
-from slipstream.steps.base import Context
 from slipstream.store import tracking
 
 log = logging.getLogger(__name__)

@@ -22,11 +22,11 @@ from slipstream.digests import folder as folder_digest
 from slipstream.errors import DataError, ModelError
 from slipstream.frameworks.base import MANIFEST, Framework, framework_for, read_manifest, toolchain, trainer_for
 from slipstream.home import Home
+from slipstream.runner.context import Context, workers
 from slipstream.spec import Model, Spec
-from slipstream.steps import candidates
-from slipstream.steps.base import Context, workers
 from slipstream.store.registry import ABSENT_CODES, KIND, PIPELINE_RUN, SHA256, Registry, translated
 from slipstream.store.tracking import connected
+from slipstream.techniques import candidates
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _train(context: Context) -> Any:
     assert function is not None
     context.run.params({"train": function.function, **function.params, "seed": context.spec.seed})
     log.info("training with %s", function.function)
-    return context.run_on_all(train)
+    return context.train_on_all(train)
 
 
 def _load(context: Context, framework: Framework, version: str) -> Any:

@@ -20,9 +20,9 @@ from slipstream.errors import RegistryError, Superseded, Unavailable
 from slipstream.home import Home
 from slipstream.release import moves, settle
 from slipstream.release.releases import traffic_lock
-from slipstream.report.find import connect
+from slipstream.reports.find import connect
+from slipstream.runner.context import Context
 from slipstream.spec import Spec
-from slipstream.steps.base import Context
 from slipstream.store.registry import PREVIOUS, Registry
 from slipstream.traffic.base import TrafficController
 from slipstream.traffic.termination import sigterm_as_exit

@@ -31,8 +31,8 @@ from slipstream.errors import GateFailed, SlipstreamError, Superseded
 from slipstream.release import moves, rejections, settle
 from slipstream.release.moves import Move
 from slipstream.release.releases import Incumbent, incumbent, keep_serving, selected, serve, traffic_lock
+from slipstream.runner.context import Context, require_pass
 from slipstream.spec import Spec
-from slipstream.steps.base import Context, require_pass
 from slipstream.store.registry import CHAMPION, PREVIOUS, RELEASED_BY, REPLACED, ROLLOUT_RUN, Registry, verdict_tags
 from slipstream.store.tracking import fetch
 from slipstream.traffic import stepwise

@@ -22,7 +22,7 @@ from slipstream.frameworks.base import load_eager, toolchain
 from slipstream.home import file_lock
 from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Metric, Records, Runs
-from slipstream.steps.base import Context
+from slipstream.runner.context import Context
 from slipstream.store.tracking import fetch
 
 log = logging.getLogger(__name__)

@@ -20,11 +20,11 @@ from slipstream.errors import DataError, GateFailed
 from slipstream.measure.waivers import waive
 from slipstream.plan import flow
 from slipstream.release import rejections, settle
-from slipstream.report import wording
+from slipstream.reports import wording
+from slipstream.runner.context import Context
 from slipstream.spec import Spec
 from slipstream.steps import champion as champions
 from slipstream.steps import racing
-from slipstream.steps.base import Context
 from slipstream.steps.choice import Choice
 from slipstream.store.registry import CHALLENGER, SHA256, Registry
 

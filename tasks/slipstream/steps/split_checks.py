@@ -7,6 +7,7 @@ from slipstream.data.splits import Data
 from slipstream.errors import DataError, SlipstreamError
 from slipstream.measure import gates, sizes
 from slipstream.measure.metrics.base import metric_for
+from slipstream.plugins import SCHEMES
 from slipstream.spec import Spec
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def _shared(loaded: Data, train: set[bytes], distinct: int) -> Iterator[Slipstre
 
 def _enough(spec: Spec, loaded: Data, distinct: int) -> Iterator[SlipstreamError]:
     """Too few samples to calibrate with, or for the margin ever to be proven."""
-    if any("quantize" in steps and spec.quantize.of(r).scheme == "int8" for r, steps in spec.recipes.items()):
+    if any(SCHEMES[scheme].calibrated for scheme in spec.schemes):
         try:
             loaded.calibration(spec.quantize.samples, spec.seed)
         except DataError as error:

@@ -16,8 +16,8 @@ from slipstream.errors import Superseded
 from slipstream.release import moves, rejections, settle
 from slipstream.release.moves import Move
 from slipstream.release.releases import Incumbent, incumbent, keep_serving, selected, serve, sweep, traffic_lock
+from slipstream.runner.context import Context, require_pass
 from slipstream.spec import Spec
-from slipstream.steps.base import Context, require_pass
 from slipstream.store.registry import Registry
 from slipstream.store.tracking import fetch
 from slipstream.traffic import small_scale

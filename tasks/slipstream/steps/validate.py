@@ -28,10 +28,10 @@ from slipstream.measure.loadgen import Issue
 from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Metric, Records, Runs, metric_for
 from slipstream.measure.stats import Bounds
-from slipstream.plugins import FRAMEWORKS
+from slipstream.plugins import ENGINES, FRAMEWORKS
+from slipstream.runner.context import Context
 from slipstream.spec import BASELINE, Objective, Spec, Target
 from slipstream.steps import scores as scoring
-from slipstream.steps.base import Context
 from slipstream.store.tracking import StepRun
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
         "competing": spec.competing,
         "hardware": hardware.describe(),
         "versions": digests.versions(*sorted(distributions | {"mlcommons-loadgen"})),
-    }
+    } | digests.plugin(ENGINES[target.engine].module)
 
 
 def run(context: Context) -> StepOutput:

@@ -12,7 +12,7 @@ from slipstream import spec as specs
 from slipstream.contract import StepInput, StepOutput
 from slipstream.errors import ModelError, SlipstreamError
 from slipstream.home import Home
-from slipstream.steps.base import run_step
+from slipstream.runner.run import run_step
 from slipstream.tools.init import command
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mlflow_server", "home")]

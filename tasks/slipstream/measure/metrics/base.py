@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from slipstream import digests
 from slipstream.data.splits import Split
 from slipstream.data.user_code import user_code_digest
 from slipstream.errors import EngineError, InputError
@@ -108,8 +109,11 @@ def metric_for(name: str) -> Metric:
 
 
 def identity(name: str) -> str | None:
-    """Digest of the user's code behind a metric; None for one of this package, whose code counts anyway."""
-    return None if name in METRICS else user_code_digest(Call(function=name))
+    """Digest of the code behind a metric of the user's or of another package; None for one of this package, whose code
+    counts anyway."""
+    if name not in METRICS:
+        return user_code_digest(Call(function=name))
+    return ", ".join(digests.plugin(METRICS[name].module).values()) or None
 
 
 def batches(samples: int) -> int:

@@ -35,4 +35,4 @@ class Scheme(Protocol):
 
 def scheme_for(name: str) -> Scheme:
     """The module of a scheme."""
-    return cast(Scheme, importlib.import_module(SCHEMES[name]))
+    return cast(Scheme, importlib.import_module(SCHEMES[name].module))

@@ -8,6 +8,7 @@ from onnx import TensorProto
 
 from slipstream.errors import ModelError
 from slipstream.onnx.graph import LAYERS
+from slipstream.plugins import SCHEMES
 
 INTEGER = {"ConvInteger", "MatMulInteger", "DynamicQuantizeLSTM", "QLinearConv", "QLinearMatMul"}
 """Layers that compute with integers."""
@@ -42,10 +43,10 @@ def coverage(model: onnx.ModelProto) -> dict[str, float]:
 def require_quantized(model: onnx.ModelProto, scheme: str) -> dict[str, float]:
     """The coverage. Raises ModelError when nothing was quantized that the scheme is for."""
     figures = coverage(model)
-    if scheme.endswith("-weights"):
+    if not SCHEMES[scheme].activations:
         if figures["compressed_share"] == 0:
             raise ModelError("nothing to quantize: the model has no weights of layers, nor embedding tables, in FP32")
-        if scheme == "int4-weights" and figures["int4_share"] == 0:
+        if SCHEMES[scheme].bits == 4 and figures["int4_share"] == 0:
             raise ModelError(
                 "nothing to quantize in INT4: the model has no matrix whose inner dimension is a multiple of "
                 "quantize.block_size; lower it, or use the scheme int8-weights"

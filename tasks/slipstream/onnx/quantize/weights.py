@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slipstream.onnx import graph as onnx_graph
 from slipstream.onnx.quantize import Request
+from slipstream.plugins import SCHEMES
 
 OPSET = 21
 """First opset with blocks and INT4 in DequantizeLinear."""
@@ -42,7 +43,7 @@ class _Weight:
 def quantize(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
     """The model with compressed weights. Raises ModelError when it cannot be converted to opset 21."""
     model = onnx_graph.at_least(onnx_graph.copy_of(model), OPSET)
-    block = request.section.block_size if request.section.scheme == "int4-weights" else None
+    block = request.section.block_size if SCHEMES[request.section.scheme].bits == 4 else None
     for weight in {w.name: w for w in _weights(model.graph)}.values():
         _replace(model.graph, weight.name, *_compressed(weight, block, request.section.per_channel))
     return model

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from slipstream.report import wording
+from slipstream.reports import wording
 
 TRAINED = "test_"
 """Prefix of the spec's metric on the test split, as steps that make a candidate log it."""

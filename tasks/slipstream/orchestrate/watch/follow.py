@@ -26,8 +26,8 @@ from slipstream.orchestrate.watch.view import view
 from slipstream.platform import addresses
 from slipstream.platform.airflow_api import FINAL, AirflowApi, TaskInstance
 from slipstream.plugins import STEPS
-from slipstream.report import urls
-from slipstream.report.find import connect
+from slipstream.reports import urls
+from slipstream.reports.find import connect
 
 POLL_S = 1.0
 MEASURING_POLL_S = 10.0

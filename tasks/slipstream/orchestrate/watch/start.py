@@ -116,7 +116,7 @@ def _promotion(home: Home, spec: Spec, airflow: AirflowApi) -> tuple[str, dict[s
     if spec.model.train is not None:
         return None
     from slipstream.orchestrate.triggers import promotion
-    from slipstream.report.find import connect
+    from slipstream.reports.find import connect
 
     version = promotion.promoted_version(connect(home), spec.model.name, spec.model.alias)
     if version is None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from slipstream.contract.evidence import Interval
 from slipstream.plan.flow import cell_of
-from slipstream.report import wording
+from slipstream.reports import wording
 from slipstream.spec import BASELINE
 from slipstream.tools.bench import Bench, Subject
 

@@ -189,8 +189,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slipstream.data.splits import Data, Split
-from slipstream.errors import DataError
+from slipstream import Data, DataError, Split
 
 FOLDER = Path(__file__).parent
 

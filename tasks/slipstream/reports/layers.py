@@ -1,0 +1,53 @@
+"""What the engines are made of, as those that tell it wrote it down when they were built: read, and drawn."""
+
+import logging
+from collections.abc import Iterable
+from html import escape
+
+import mlflow
+from mlflow.exceptions import MlflowException
+
+from slipstream.contract import StepOutput
+from slipstream.engines.base import LAYERS
+from slipstream.reports.document import LayerTable
+
+log = logging.getLogger(__name__)
+
+ROWS = 200
+"""Rows of an engine's table that the report holds; all of them are in the artefact of its build."""
+
+
+def collect(outputs: Iterable[StepOutput]) -> tuple[LayerTable, ...]:
+    """The tables of the built engines that have one. A table that cannot be read is left out."""
+    tables = []
+    for output in outputs:
+        if output.step == "build" and output.cell is not None and output.details.get("layers"):
+            try:
+                document = mlflow.artifacts.load_dict(f"runs:/{output.run_id}/{LAYERS}")
+                rows = tuple(tuple(map(str, row)) for row in document["data"][:ROWS])
+                columns, total = tuple(document["columns"]), len(document["data"])
+                tables.append(LayerTable(cell=output.cell.key, columns=columns, rows=rows, total=total))
+            except (MlflowException, OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("build %s: its layers are left out of the report: %s", output.cell.key, error)
+    return tuple(tables)
+
+
+def section(tables: Iterable[LayerTable]) -> str:
+    """A folded table for each engine; nothing without any."""
+    drawn = "".join(_table(table) for table in tables)
+    caption = "Which parts of the model each engine fused into one kernel, and the precision that it computes in."
+    return f"<h2>Layers</h2><p>{caption}</p>{drawn}" if drawn else ""
+
+
+def _table(table: LayerTable) -> str:
+    count = len(table.rows)
+    note = f"{count} layers" if count == table.total else f"{count} of {table.total} layers; all are in the artefact"
+    head = "".join(f'<th class="text">{escape(column)}</th>' for column in table.columns)
+    body = "".join(
+        '<tr class="lead">' + "".join(f'<td class="text wrap">{escape(cell)}</td>' for cell in row) + "</tr>"
+        for row in table.rows
+    )
+    return (
+        f"<details><summary>{escape(table.cell)} <span>{note}</span></summary>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>'
+    )

@@ -1,0 +1,1 @@
+"""Techniques: each makes one candidate from another. docs/extending.md adds one."""

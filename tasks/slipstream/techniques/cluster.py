@@ -1,0 +1,39 @@
+"""cluster: each layer's weights become few different values, which are then trained (Han et al. 2016).
+
+What is pruned stays pruned. Metrics, measured on the network as it is handed on: `unique_weights` (the most different
+values in one layer), `sparsity`, `nonzero_parameters`, `parameters` and the quality.
+"""
+
+from typing import Any
+
+from slipstream.contract import StepInput, StepOutput
+from slipstream.data.user_code import user_code_digest
+from slipstream.frameworks.base import Schedule, toolchain
+from slipstream.runner.context import Context
+from slipstream.spec import Spec
+from slipstream.techniques import candidates
+
+
+def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+    """What decides the result, beside the candidate and the data."""
+    return {
+        "cluster": spec.cluster.model_dump(mode="json"),
+        "loss": user_code_digest(spec.model.loss),
+        "seed": spec.seed,
+        "versions": toolchain(spec.model.framework),
+    }
+
+
+def run(context: Context) -> StepOutput:
+    """Cluster, fine-tune, and log the result as a candidate."""
+    section = context.spec.cluster
+    source = candidates.source_of(context)
+    assert source.artifact is not None
+    context.run.params(section.model_dump(mode="json"))
+    schedule = Schedule(section.epochs, section.learning_rate)
+    constrained, metrics = candidates.train_constrained(context, context.fetch(source), section, schedule)
+    folder = candidates.fresh_folder(context)
+    constrained.save(folder, context.data.test)
+    artifact = candidates.log(context, folder, "clustered", parents=[source.artifact.model_id])
+    context.run.metrics(metrics)
+    return context.output(artifact=artifact, metrics=metrics)

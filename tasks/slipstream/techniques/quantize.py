@@ -1,0 +1,136 @@
+"""quantize: post-training quantization of a candidate's ONNX, calibrated on samples of the training split.
+
+The work is that of a module of onnx/quantize/, found by `quantize.scheme`; where the spec asks for it, the candidate is
+trained for INT8 first. Details of the output: `calibration` (digest of the sample set, size, seed). Metrics: how much
+is quantized (onnx/quantize/coverage.py), and how far the answers to the calibration samples are from before.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from slipstream import digests
+from slipstream.contract import StepInput, StepOutput, digest
+from slipstream.data.splits import Data
+from slipstream.data.user_code import user_code_digest
+from slipstream.errors import DataError, ModelError
+from slipstream.frameworks.base import ONNX, Schedule, read_manifest, toolchain
+from slipstream.onnx import graph as onnx_graph
+from slipstream.onnx.agreement.bounds import QUANTIZED, explain_mismatch, measure
+from slipstream.onnx.quantize import Request, scheme_for
+from slipstream.onnx.quantize.coverage import require_quantized
+from slipstream.onnx.session import Session
+from slipstream.plugins import FRAMEWORKS
+from slipstream.runner.context import Context
+from slipstream.spec import Spec
+from slipstream.techniques import candidates
+
+log = logging.getLogger(__name__)
+
+CALIBRATION = "calibration.npz"
+"""The samples themselves (array `inputs`), for engines that quantize by themselves."""
+
+
+def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+    """What decides the result, beyond the candidate and the data."""
+    assert inputs.cell is not None, "quantize needs a cell"
+    section = spec.quantize.of(inputs.cell.recipe)
+    trained = {"loss": user_code_digest(spec.model.loss), **toolchain(spec.model.framework)} if section.epochs else {}
+    return {
+        "quantize": section.model_dump(mode="json"),
+        "seed": spec.seed,
+        "versions": digests.versions("nncf", "onnx", "onnxruntime"),
+    } | ({"trained": trained} if trained else {})
+
+
+def run(context: Context) -> StepOutput:
+    """Quantize the recipe's latest candidate."""
+    spec, section = context.spec, context.spec.quantize.of(context.cell.recipe)
+    source = candidates.source_of(context)
+    assert source.artifact is not None
+    candidate, metrics = _trained(context, context.fetch(source))
+    require_unquantized(candidate)
+    samples, calibration = draw(context)
+
+    def on_sample(done: int) -> None:
+        context.run.progress(min(done, len(samples)), len(samples), "samples")
+
+    model = onnx_graph.read(candidate / ONNX)
+    quantized = scheme_for(section.scheme).quantize(model, Request(section, samples, on_sample))
+    metrics |= require_quantized(quantized, section.scheme)
+    folder = candidates.write_onnx(context, candidate, quantized, quantized=True, quantization=section)
+    if FRAMEWORKS[spec.model.framework].keeps:
+        np.savez(folder / CALIBRATION, inputs=samples)
+    metrics |= compare(model, quantized, samples)
+    log.info("quantized; relative error of the answers: %.2g", metrics["calibration_relative_error"])
+    context.run.params({"calibration": calibration["sha256"], **section.model_dump()})
+    context.run.metrics(metrics)
+    name = f"{context.cell.recipe}-quantized"
+    artifact = candidates.log(context, folder, name, parents=[source.artifact.model_id])
+    return context.output(artifact=artifact, metrics=metrics, details={"calibration": calibration})
+
+
+def _trained(context: Context, candidate: Path) -> tuple[Path, dict[str, float]]:
+    """The candidate, trained for INT8 where the spec asks for that, and figures of the training."""
+    section = context.spec.quantize.of(context.cell.recipe)
+    if not section.epochs:
+        return candidate, {}
+    constrained, figures = candidates.train_constrained(
+        context, candidate, section, Schedule(section.epochs, section.learning_rate)
+    )
+    folder = candidates.fresh_folder(context, "trained")
+    constrained.save(folder, context.data.test)
+    return folder, figures
+
+
+def require_unquantized(candidate: Path) -> None:
+    """Raise ModelError when the candidate was quantized before it came here."""
+    if read_manifest(candidate).quantized:
+        raise ModelError("the model is quantized already; leave `quantize` out, or start from the FP32 model")
+
+
+def draw(context: Context) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+    """The calibration samples (N, …), and their identity; the full list is logged as calibration.json.
+
+    Raises DataError when there are too few, when all are equal, or when the test split has one of them too.
+    """
+    data, spec = context.data, context.spec
+    indices = data.calibration(spec.quantize.samples, spec.seed)
+    chosen = data.train.take(indices)
+    names = [d.hex() for d in chosen.sample_digests()]
+    require_unseen(names, data)
+    if len(set(names)) == 1:
+        raise DataError(
+            f"calibration: all {len(names)} samples are equal, so they say nothing of the ranges of others; give more "
+            "training data"
+        )
+    identity = digest({"indices": indices.tolist(), "samples": names})
+    path = context.workdir / "calibration.json"
+    path.write_text(json.dumps({"sha256": identity, "split": "train", "indices": indices.tolist(), "samples": names}))
+    context.run.artifact(path)
+    return chosen.inputs, {"sha256": identity, "samples": len(names), "seed": spec.seed, "split": "train"}
+
+
+def require_unseen(samples: list[str], data: Data) -> None:
+    """Raise DataError when a calibration sample, by digest, is in the test split: gates would be flattered."""
+    shared = set(samples) & {d.hex() for d in data.test.sample_digests()}
+    if shared:
+        raise DataError(f"calibration: {len(shared)} samples are also in the test split, such as {min(shared)}")
+
+
+def compare(before: onnx.ModelProto, after: onnx.ModelProto, samples: npt.NDArray[Any]) -> dict[str, float]:
+    """How far two models' answers to the samples are apart. Raises ModelError when the second is broken."""
+    expected, actual = Session(before).answers(samples), Session(after).answers(samples)
+    if (problem := explain_mismatch(expected, actual, QUANTIZED)) is not None:
+        raise ModelError(
+            f"the quantized model, on its own calibration samples, {problem}; if it has attention, or normalisation "
+            "written out as sums and products, set quantize.model_type to transformer, which leaves those in FP32, or "
+            "choose another scheme, such as int8-weights"
+        )
+    distances = measure(expected, actual).metrics()
+    return {f"calibration_{name}": figure for name, figure in distances.items()}
