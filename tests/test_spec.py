@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from slipstream import spec as specs
 from slipstream.errors import SpecError
 from slipstream.plan.flow import with_choices
-from slipstream.plugins import ENGINES, FRAMEWORKS
+from slipstream.plugins import ENGINES, techniques_of
 from slipstream.spec import fields
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def test_yaml_cannot_construct_objects() -> None:
 
 
 names = st.from_regex(re.compile(fields.NAME, re.ASCII), fullmatch=True)
-recipe = st.sets(st.sampled_from(FRAMEWORKS["torch"].techniques)).map(lambda s: [t for t in specs.TECHNIQUES if t in s])
+recipe = st.sets(st.sampled_from(techniques_of("torch"))).map(lambda s: [t for t in specs.TECHNIQUES if t in s])
 function = st.from_regex(r"[a-z]{1,8}(\.[a-z]{1,8}){0,2}:[a-z_]{1,8}", fullmatch=True)
 value = st.integers(-10, 10) | st.booleans() | st.text("abc: '\"#%", max_size=8) | st.floats(-1, 1)
 call = function | st.fixed_dictionaries(

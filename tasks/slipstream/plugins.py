@@ -7,7 +7,7 @@ a module is imported only when its entry is used. Installed packages add entries
 import importlib.metadata
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeVar
@@ -56,7 +56,7 @@ def _insert(table: Mapping[str, Info], entries: Mapping[str, Info], before: str)
     return {n: table[n] for n in names[:place]} | dict(entries) | {n: table[n] for n in names[place:]}
 
 
-def installed(group: str, kind: type[Info], taken: Mapping[str, object]) -> dict[str, Info]:
+def installed(group: str, kind: type[Info], taken: Collection[str]) -> dict[str, Info]:
     """Entries that installed packages add by entry points of a group, by name, in the order of their names.
 
     An entry point names an object of class `kind`. One that cannot be loaded, or whose name is taken or does not
@@ -272,7 +272,7 @@ _TECHNIQUES = {
 
 def _techniques() -> dict[str, TechniqueInfo]:
     table = dict(_TECHNIQUES)
-    for name, info in installed("slipstream.techniques", TechniqueInfo, _STEPS | _TECHNIQUES).items():
+    for name, info in installed("slipstream.techniques", TechniqueInfo, [*_STEPS, *_TECHNIQUES]).items():
         table = _insert(table, {name: info}, before=info.before)
     return table
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, ValidationError
 
 from slipstream import digests
-from slipstream.contract import Document
+from slipstream.contract import Document, Section
 from slipstream.data import tokens
 from slipstream.engines import lengths, recorded
 from slipstream.engines.compatibility import Relation, differences
@@ -21,7 +21,6 @@ from slipstream.errors import DataError, EngineError
 from slipstream.onnx.agreement.bounds import repeated
 from slipstream.plugins import ENGINES, SERVE
 from slipstream.spec import Target
-from slipstream.spec.fields import Section
 
 MANIFEST = "engine.json"
 LAYERS = "layers.json"

@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, ValidationError
 
+from slipstream.contract import Section
 from slipstream.digests import versions
 from slipstream.errors import SpecError
 from slipstream.home import Home
 from slipstream.plugins import SERVE
 from slipstream.spec import Resources, Spec
-from slipstream.spec.fields import Section
 
 
 class Docker(Section):

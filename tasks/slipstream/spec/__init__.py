@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
+from slipstream.contract import Section
 from slipstream.errors import SpecError
 from slipstream.plugins import BASELINE, ENGINES, FRAMEWORKS, STEPS, TECHNIQUES, environment_of, techniques_of
 from slipstream.spec.document import MAX_BYTES, decode, read
 from slipstream.spec.explain import explain
-from slipstream.spec.fields import PATTERNS, Call, Name, Optimizer, Schedule, Section
+from slipstream.spec.fields import PATTERNS, Call, Name, Optimizer, Schedule
 from slipstream.spec.resources import Resources, Toleration, Training
 from slipstream.spec.sections import (
     Cluster,

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from slipstream.spec.fields import MEMORY, Section
+from slipstream.contract import Section
+from slipstream.spec.fields import MEMORY
 
 
 class Training(Section):

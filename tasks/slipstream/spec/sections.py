@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from slipstream.contract import Section
 from slipstream.plugins import ENGINES, FRAMEWORKS, METRICS, SCHEMES
 from slipstream.spec.fields import (
     FUNCTION_NAME,
@@ -15,7 +16,6 @@ from slipstream.spec.fields import (
     Optimizer,
     Percent,
     RegisteredModel,
-    Section,
     UserFunction,
     percent,
 )
