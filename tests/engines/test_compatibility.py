@@ -20,6 +20,8 @@ from slipstream.spec import Target
         (Relation.SAME_MAJOR, "1.9.0", "1.10.0", True),
         (Relation.SAME_MAJOR, "1.32.0", "2.0.0", False),
         (Relation.SAME_MAJOR, "1.32.0", "1.31.1", False),
+        (Relation.SAME_MAJOR, "1.0.0", "1.0", True),
+        (Relation.SAME_MAJOR, "2.0", "2.0.0", True),
         (Relation.SAME_MAJOR, "unknown", "1.31.1", False),
         (Relation.INCLUDES, "avx2", "avx2 avx512f", True),
         (Relation.INCLUDES, "avx2 avx512f", "avx2", False),
@@ -42,7 +44,8 @@ def test_a_fact_that_is_absent_here_satisfies_only_any() -> None:
 
 
 def test_the_release_of_a_version_is_compared_by_number() -> None:
-    assert release("2.13.0+cpu") == (2, 13, 0)
+    assert release("2.13.0+cpu") == (2, 13)
+    assert release("0.0") == (0,)
     assert release("nightly") == ()
 
 

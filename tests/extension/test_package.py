@@ -45,17 +45,18 @@ def test_the_spec_knows_the_names_the_options_and_the_settings(site: Path, tmp_p
 def test_a_whole_accuracy_validation_uses_all_of_it(site: Path, mlflow_server: str, home: Path) -> None:
     done = run(site, sys.executable, "-m", "tests.extension.whole_run")
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = json.loads(done.stdout.splitlines()[-1])
     assert result["engine"] == "warp"
     assert 0.9 < result["figures"]["truncate short"]["truncated_share"] <= 1
     assert result["figures"]["quantize short"]["quantized_share"] > 0.9
     assert {"top3", "baseline_top3"} & set(result["figures"]["validate short@ours"])
 
 
-def test_the_contract_suites_pass(site: Path, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_contract_suites_pass(site: Path, source: Path, tmp_path: Path, which: str) -> None:
     suite = str(source / "tests" / "test_warp.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-c", str(package.ROOT / "pyproject.toml")]
-    done = run(site, *command, "--rootdir", str(package.ROOT), "--basetemp", str(tmp_path / "own"), suite)
+    done = run(site, *command, "--rootdir", str(package.ROOT), "--basetemp", str(tmp_path / "own"), "-m", which, suite)
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout.splitlines()[-1]
 

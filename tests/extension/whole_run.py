@@ -1,7 +1,6 @@
 """Stage 1 of a spec that uses nothing but the package's parts, as a program: `python -m tests.extension.whole_run`."""
 
 import json
-import sys
 
 from tests.steps.training import RUN_KEY, document, spec_of
 
@@ -34,7 +33,7 @@ def main() -> None:
     built = next(o.artifact for o in outputs if o.step == "build" and o.cell and o.cell.recipe == "short")
     assert built is not None
     figures = {flow.Task(o.step, o.cell).title: o.metrics for o in outputs}
-    json.dump({"engine": read_manifest(fetch(built)).engine, "figures": figures}, sys.stdout)
+    print("\n" + json.dumps({"engine": read_manifest(fetch(built)).engine, "figures": figures}))
 
 
 if __name__ == "__main__":

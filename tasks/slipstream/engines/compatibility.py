@@ -45,6 +45,14 @@ def _holds(relation: Relation, built: str, here: str | None) -> bool:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The release part of a version, `1.32.0rc1+cpu` → (1, 32, 0); empty for text that is not a version."""
+    """Return the release part of a version as PEP 440 compares it: `1.32.0rc1+cpu` → (1, 32), as `1.32` is `1.32.0`.
+
+    It is empty for text that is not a version.
+    """
     leading = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, leading[0].split("."))) if leading else ()
+    if not leading:
+        return ()
+    numbers = [int(number) for number in leading[0].split(".")]
+    while len(numbers) > 1 and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
