@@ -36,6 +36,11 @@ def spec(tmp_path: Path) -> Spec:
         "manifests",
         recipes={"small": ["distill", "prune"], "student": ["distill"]},
         distill={"student": STUDENT.model_dump()},
+        model={
+            "registry": "models:/manifests@source",
+            "architecture": "examples.fashion:resnet",
+            "train": "examples.fashion:train",
+        },
     )
 
 

@@ -51,7 +51,8 @@ class Case:
     def identity_with(self, **changes: Any) -> str:
         """The step's identity when keys of its section have other values."""
         document = self.spec.model_dump(mode="json")
-        document[self.technique] = {**(document[self.technique] or {}), **changes}
+        if changes:
+            document[self.technique] = {**(document[self.technique] or {}), **changes}
         spec = Spec.model_validate(document)
         return identity(self.technique, module_for(self.technique).settings(spec, self.given), self.given)
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,15 +20,18 @@ from slipstream.techniques.prune import sparsity_schedule
 torch.set_num_threads(1)
 
 
+def pruning(model: str) -> dict[str, Any]:
+    """A spec whose recipe prunes the trained model itself."""
+    return document(model) | {"recipes": {"small": ["prune"]}}
+
+
 class TestPrune(TechniqueContract):
     checkpoint = "*.pt"
 
     @pytest.fixture
     def make(self) -> Make:
         def case(name: str) -> Case:
-            written = document(f"prune-{name}")
-            written["recipes"] = {"small": ["prune"]}
-            spec = spec_of(written)
+            spec = spec_of(pruning(f"prune-{name}"))
             changes = {
                 "sparsity": (0.2, 0.5),
                 "rounds": 3,
@@ -48,7 +52,7 @@ class TestPrune(TechniqueContract):
 
 
 def test_rounds_shrink_the_network_and_the_candidate_loads_again(mlflow_server: str, home: Path) -> None:
-    spec = spec_of(document("pruned"))
+    spec = spec_of(pruning("pruned"))
     baseline = step("retrain", spec)
     output = step("prune", spec, baseline, recipe="small")
     first, last = output.details["rounds"]
@@ -66,7 +70,7 @@ def test_killed_after_a_round_it_ends_with_the_same_weights(
     mlflow_server: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second round's first checkpoint fails to be written; the retry starts in the second round."""
-    whole, killed = (spec_of(document(name)) for name in ("whole-prune", "killed-prune"))
+    whole, killed = (spec_of(pruning(name)) for name in ("whole-prune", "killed-prune"))
     expected = step("prune", whole, step("retrain", whole), recipe="small")
     baseline = step("retrain", killed)
     save = Checkpoint.save
@@ -92,7 +96,7 @@ def test_killed_after_a_round_it_ends_with_the_same_weights(
 
 
 def test_nothing_to_remove_is_an_error_not_a_result(mlflow_server: str, home: Path) -> None:
-    written = document("unprunable")
+    written = pruning("unprunable")
     written["prune"] |= {"round_to": 128}
     spec = spec_of(written)
     with pytest.raises(ModelError, match=r"lower prune\.round_to"):

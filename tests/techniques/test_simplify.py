@@ -53,7 +53,8 @@ class TestSimplify(TechniqueContract):
             spec = small_spec(tmp_path / "data", f"simplify-{name}", recipes={"simple": ["simplify"]})
             folder = tmp_path / "candidate"
             source = logged(spec, folder if folder.exists() else write(folder, wasteful()))
-            return Case("simplify", spec, "simple", source, frozenset({"nodes", "bytes"}), {})
+            measured = frozenset({"nodes_before", "nodes_after", "bytes_after"})
+            return Case("simplify", spec, "simple", source, measured, {})
 
         return case
 

@@ -331,7 +331,7 @@ def require_own_architecture(folder: Path, spec: Spec) -> None:
     if not (folder / MANIFEST).exists():
         return
     architecture = read_manifest(folder).architecture
-    if architecture is not None and architecture not in spec.functions.values():
+    if architecture is not None and architecture not in spec.architectures:
         raise ModelError(
             f"{folder / MANIFEST}: architecture {architecture.function} with {architecture.params} is not the spec's "
             "model.architecture or distill.student, so it is not called; run the step that made this candidate again"

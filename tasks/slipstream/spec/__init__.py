@@ -221,6 +221,12 @@ class Spec(Section):
             functions |= {f"{field}.{key}": value for key, value in section or () if isinstance(value, Call)}
         return functions
 
+    @property
+    def architectures(self) -> tuple[Call, ...]:
+        """Functions that may build a candidate's network: the model's own, and those that techniques' sections name."""
+        may = ("model.architecture", *TECHNIQUES)
+        return tuple(call for field, call in self.functions.items() if field in may or field.partition(".")[0] in may)
+
     def techniques(self, recipe: str) -> tuple[Technique, ...]:
         """Techniques of a recipe; the baseline has none."""
         return () if recipe == BASELINE else self.recipes[recipe]
