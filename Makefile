@@ -20,6 +20,7 @@ lint: setup ## Lint and types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-logo
 	@.venv/bin/hadolint --no-color containers/*/Dockerfile
 
 test: lint ## Lint, types and tests; `make test-torch` runs one part of the tests

@@ -1,5 +1,5 @@
-"""What imports what. The core loads no framework, so that `--help` and DAG parsing stay quick (ruff's TID253 is the
-other half), and the rooms of the package import each other in no circle."""
+"""What imports what. The core loads no framework, so that `--help` and DAG parsing stay quick. Ruff's TID253 and the
+contracts of import-linter (pyproject.toml) are the other half; both run in `make lint`."""
 
 import ast
 import subprocess
@@ -7,8 +7,6 @@ import sys
 import time
 import tomllib
 import warnings
-from collections.abc import Iterator
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +63,6 @@ def test_steps_never_import_airflow_and_dags_never_import_a_framework() -> None:
 
 def imports(path: Path) -> set[str]:
     """Top-level names of all modules that a file imports, also inside functions."""
-    import ast
 
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -74,37 +71,3 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found.add(node.module.partition(".")[0])
     return found
-
-
-KNOTS = {"engines": "models", "frameworks": "models", "measure": "models", "onnx": "models"} | {
-    "platform": "machine",
-    "traffic": "machine",
-}
-"""Rooms that still import each other: each group counts as one."""
-
-
-def rooms_imported_by(path: Path) -> Iterator[str]:
-    """Rooms that a module imports, also within functions; not what only the type checker reads."""
-    tree = ast.parse(path.read_text())
-    only_types = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or id(node) in only_types or node.module is None:
-            continue
-        parts = node.module.split(".")
-        if parts[0] == "slipstream":
-            yield from (parts[1:2] if len(parts) > 1 else [alias.name for alias in node.names])
-
-
-def test_rooms_do_not_import_each_other_in_a_circle() -> None:
-    graph: dict[str, set[str]] = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        imported = {KNOTS.get(other, other) for other in rooms_imported_by(path)}
-        graph.setdefault(KNOTS.get(room, room), set()).update(imported - {KNOTS.get(room, room)})
-    assert len(graph) > 20
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slipstream.contract import Section as Section
+    from slipstream.contract.handover import RolledBack as RolledBack
     from slipstream.data.splits import Data as Data
     from slipstream.data.splits import Split as Split
     from slipstream.data.tokens import Tokenizer as Tokenizer
@@ -32,6 +33,7 @@ _CLASSES = {
     "Home": "home",
     "MetricInfo": "plugins",
     "Report": "reports.document",
+    "RolledBack": "contract.handover",
     "RuntimeInfo": "plugins",
     "Section": "contract",
     "SlipstreamError": "errors",
@@ -91,8 +93,8 @@ def report(run: str) -> "Report":
     return find.load(find.pipeline_run(find.connect(Home.from_environment()), run))
 
 
-def rollback(model: str, *, leave: str | None = None, reason: str = "") -> dict[str, Any]:
-    """Put the last good release of a registered model back; return what its aliases name now.
+def rollback(model: str, *, leave: str | None = None, reason: str = "") -> "RolledBack":
+    """Put the last good release of a registered model back; return which versions its aliases name now.
 
     leave: version to leave; None is the champion, once: asked again, nothing changes. Raises RegistryError when there
     is nothing to go back to, Unavailable.

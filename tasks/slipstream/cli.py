@@ -225,15 +225,14 @@ def rollback(
     from slipstream.home import Home
     from slipstream.steps.rollback import by_hand
 
-    details = by_hand(model, Home.from_environment(), leave=leave, reason=reason)
-    if "done" not in details:
-        typer.echo(f"{model}: version {details['champion']} serves again, instead of version {details['left']}")
+    result = by_hand(model, Home.from_environment(), leave=leave, reason=reason)
+    champion = result.champion
+    if result.done is None:
+        typer.echo(f"{model}: version {champion} serves again, instead of version {result.left}")
         return
-    typer.echo(f"{model}: nothing to do: {details['done']}, and version {details['champion']} serves")
+    typer.echo(f"{model}: nothing to do: {result.done}, and version {champion} serves")
     if leave is None:
-        typer.echo(
-            f"To leave version {details['champion']} as well: slipstream rollback {model} --from {details['champion']}"
-        )
+        typer.echo(f"To leave version {champion} as well: slipstream rollback {model} --from {champion}")
 
 
 @app.command()

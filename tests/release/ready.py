@@ -10,6 +10,7 @@ import pytest
 from tests.steps.stages import FAIL, PASS, World, validated
 
 from slipstream.contract import Release, StepOutput, Verdict
+from slipstream.contract.handover import RolledBack
 from slipstream.release import moves, rejections
 from slipstream.release.releases import drift
 from slipstream.runner.context import Context
@@ -56,7 +57,7 @@ class Ready:
         outputs = (validated("int8"), *self.outputs[:2])
         return select.run(self.world.context("select", outputs, run_key, recipes=["int8"]))
 
-    def rolled_back(self, controller: Any = None, by: str = "alice", **given: Any) -> dict[str, Any]:
+    def rolled_back(self, controller: Any = None, by: str = "alice", **given: Any) -> RolledBack:
         return rollback(self.world.model, controller or self.fake, self.world.tracking.client, by, **given)
 
     def settled(self) -> None:

@@ -30,7 +30,7 @@ def test_a_rollback_in_front_of_any_write_of_a_rollout_wins(make: Make, numbers:
     chosen: dict[str, str] = {}
 
     def rollback(ready: Ready) -> None:
-        chosen[ready.world.model] = ready.rolled_back()["champion"]
+        chosen[ready.world.model] = ready.rolled_back().champion
 
     for at, fuse, ready, error in stopped(make, Ready.rolled_out, in_front(rollback), numbers):
         where = f"write {at}: {fuse.writes[at]}"
@@ -111,7 +111,7 @@ def test_old_moves_are_forgotten_but_for_the_last_that_changed_the_champion(read
     kept = moves.entries(ready.world.registry)
     assert len(kept) == moves.KEEP + 1
     assert moves.last_change(ready.world.registry) == kept[0]
-    assert "alice rolled version" in ready.rolled_back(by="bob")["done"]
+    assert "alice rolled version" in str(ready.rolled_back(by="bob").done)
     assert len(rejections.active(ready.world.registry)) == 1
 
 

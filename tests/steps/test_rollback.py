@@ -5,6 +5,7 @@ import pytest
 from tests.steps.stages import World, failing
 
 from slipstream import traffic
+from slipstream.contract.handover import RolledBack
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.release import moves, rejections
 from slipstream.release.releases import drift, traffic_lock
@@ -39,7 +40,7 @@ def test_the_last_release_serves_again_and_what_is_left_is_rejected(
 ) -> None:
     old, new = two
     done = rollback(world.model, fake, world.tracking.client, "alice", reason="customers complain")
-    assert done == {"champion": old, "previous": None, "left": new}
+    assert done == RolledBack(champion=old, previous=None, left=new)
     back(world, fake, old, new)
     tags = world.registry.tags(new)
     assert tags["slipstream.rolled_back_by"] == "alice"
@@ -53,7 +54,7 @@ def test_pressed_twice_by_whoever_it_changes_nothing_and_says_so(
     first, second = others
     rollback(world.model, fake, world.tracking.client, first)
     done = rollback(world.model, fake, world.tracking.client, second)
-    assert done["done"].startswith(f"{first} rolled version {two[1]} back at ")
+    assert str(done.done).startswith(f"{first} rolled version {two[1]} back at ")
     back(world, fake, *two)
 
 
@@ -68,7 +69,7 @@ def test_two_at_once_go_back_once(world: World, fake: FakeController, two: tuple
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert [d["champion"] for d in done] == [two[0]] * 3
+    assert [d.champion for d in done] == [two[0]] * 3
     back(world, fake, *two)
 
 
@@ -84,11 +85,11 @@ def test_the_next_bad_release_goes_back_to_the_last_good_one(world: World, fake:
     registry.tag(v4, {"slipstream.replaced": v2})  # as a rollout of v4 leaves it
     registry.set_alias("champion", v4)
     registry.set_alias("previous", v2)
-    assert rollback(world.model, fake, world.tracking.client, "alice")["champion"] == v2
+    assert rollback(world.model, fake, world.tracking.client, "alice").champion == v2
     assert registry.alias("previous") == v1
     left = rollback(world.model, fake, world.tracking.client, "alice", leave=v2)
-    assert (left["champion"], left["previous"]) == (v1, None)
-    assert "does not serve" in rollback(world.model, fake, world.tracking.client, "alice", leave=v4)["done"]
+    assert (left.champion, left.previous) == (v1, None)
+    assert "does not serve" in str(rollback(world.model, fake, world.tracking.client, "alice", leave=v4).done)
     assert registry.champion() == v1
     failing(lambda: rollback(world.model, fake, world.tracking.client, "alice", leave=v1), RegistryError)
 
@@ -168,5 +169,5 @@ def test_by_hand_it_does_not_wait_but_says_what_to_do(
     home = world.context("rollback", ()).home
     with traffic_lock(home, world.model):
         assert "mark that task as failed in Airflow" in failing(lambda: by_hand(world.model, home), Unavailable)
-    assert by_hand(world.model, home) == {"champion": two[0], "previous": None, "left": two[1]}
+    assert by_hand(world.model, home) == RolledBack(champion=two[0], previous=None, left=two[1])
     back(world, fake, *two)

@@ -5,6 +5,8 @@ measured is None, never zero.
 """
 
 from slipstream.contract import Document, StepOutput, Verdict, combine
+from slipstream.contract.details import Details
+from slipstream.errors import DataError
 from slipstream.plugins import BASELINE
 
 
@@ -125,9 +127,20 @@ class Row(Document):
     release: bool = False
 
 
+class Validated(Details):
+    """What `validate` measured."""
+
+    evidence: EngineEvidence | None = None
+    not_loadable: str | None = None
+    """Why there is no evidence."""
+
+
 def evidence_of(output: StepOutput) -> EngineEvidence:
-    """The evidence in a validate output."""
-    return EngineEvidence.model_validate(output.details["evidence"])
+    """Return the evidence in a validate output. Raise DataError when it has none."""
+    evidence = Validated.of(output).evidence
+    if evidence is None:
+        raise DataError(f"output of step {output.step}: details.evidence: there is none")
+    return evidence
 
 
 STATUS = {"pass": "passed", "fail": "rejected", "inconclusive": "inconclusive"}
@@ -151,5 +164,5 @@ def row_of(cell: str, output: StepOutput | None) -> Row:
         return Row(cell=cell, evidence=None, verdicts=(missing,), status="missing")
     baseline = output.cell is not None and output.cell.recipe == BASELINE
     status = "reference" if baseline else STATUS[combine(output.verdicts)]
-    evidence = evidence_of(output) if "evidence" in output.details else None
+    evidence = Validated.of(output).evidence
     return Row(cell=cell, evidence=evidence, verdicts=output.verdicts, status=status)

@@ -1,35 +1,122 @@
-"""What the steps of the release path hand on in `StepOutput.details`: a class for each, so that nobody guesses keys.
+"""What each step hands on in `StepOutput.details`: a class for each; that of `validate` is in evidence.py."""
 
-Fields that a reader does not know are ignored: outputs of an earlier or later version stay readable.
-"""
+from typing import Any, Literal
 
-from typing import Any, Self
+from pydantic import Field
 
-from pydantic import ConfigDict, Field, ValidationError
-
-from slipstream.contract import Document, StepOutput
+from slipstream.contract.details import Details
 from slipstream.contract.evidence import Race, Row
-from slipstream.errors import DataError
 
 
-class Details(Document):
-    """Base of a step's details."""
+class Checked(Details):
+    """What `check` saw."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    data: dict[str, str]
+    """Digest of each split."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, where the data has them."""
+    samples: dict[str, int] = Field(default_factory=dict)
+    """Samples of each split."""
+    hardware: dict[str, str] = Field(default_factory=dict)
+    """The machine."""
+    build_only: dict[str, str] = Field(default_factory=dict)
+    """Targets whose engines cannot be loaded here → why."""
+    sample_size: str = ""
+    """How many test samples the objective needs."""
 
-    @classmethod
-    def of(cls, output: StepOutput) -> Self:
-        """Read them from an output. Raise DataError when they are not those of this step."""
-        try:
-            return cls.model_validate(output.details)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise DataError(f"output of step {output.step}: details.{where}: {first['msg']}") from error
 
-    def document(self) -> dict[str, Any]:
-        """Return them as they are written."""
-        return self.model_dump(mode="json")
+class Retrained(Details):
+    """Where `retrain` has the baseline from."""
+
+    version: str
+    """Registry version of the trained model."""
+    origin: Literal["registry", "file", "trained"]
+
+
+class Distilled(Details):
+    """What `distill` trained."""
+
+    student: str
+    """Function that builds it."""
+    teacher_sha256: str
+
+
+class Pruned(Details):
+    """What `prune` did."""
+
+    rounds: tuple[dict[str, float], ...] = ()
+    """Sparsity, quality, MACs and parameters after each round of `channels`."""
+
+
+class Calibration(Details):
+    """Samples that `quantize` calibrated with."""
+
+    sha256: str
+    """Digest of their indices and of each sample."""
+    samples: int
+    seed: int
+    split: str
+
+
+class Quantized(Details):
+    """What `quantize` did."""
+
+    calibration: Calibration
+
+
+class Built(Details):
+    """What `build` made."""
+
+    fingerprint: dict[str, str]
+    """Facts that bind the engine."""
+    not_loadable: str | None = None
+    """Why it cannot be loaded here; None when it can."""
+    layers: int = 0
+    """Rows of its table of layers; 0 for an engine that has none."""
+
+
+class Scored(Details):
+    """What an MLflow run of scores holds."""
+
+    model: str
+    """sha256 of the candidate or engine."""
+    what: str = ""
+    """Its name for people."""
+    test: str
+    """Digest of the test split."""
+    metric: str
+    competing: int
+    """Engines that competed when it was scored."""
+
+
+class Raced(Details):
+    """What an MLflow run of a race holds."""
+
+    race: Race | None
+    """None where no engine could be loaded."""
+    absent: dict[str, str] = Field(default_factory=dict)
+    """Cells that took no part → why."""
+
+
+class Reported(Details):
+    """What `report` said."""
+
+    outcome: str
+    headline: str
+    ok: bool
+
+
+class RolledBack(Details):
+    """What `rollback` left."""
+
+    champion: str
+    """Version that serves."""
+    previous: str | None
+    """Version that a further rollback returns to."""
+    left: str | None
+    """Version that was left."""
+    done: str | None = None
+    """What an earlier request did, when this one had nothing to do."""
 
 
 class Selection(Details):

@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 
 from slipstream.contract import StepInput, StepOutput
 from slipstream.contract.evidence import Row, row_of
-from slipstream.contract.handover import Observed, Rollout, Selection
+from slipstream.contract.handover import Checked, Observed, Rollout, Selection
 from slipstream.errors import DataError
 from slipstream.hardware import describe
 from slipstream.plan import flow
@@ -28,7 +28,7 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
     """The report of the pipeline run that `inputs` belongs to."""
     latest = _latest_runs(track, inputs.run_key)
     upstream = list(inputs.upstream) + _recorded_by_failed(track, latest, inputs.upstream)
-    single = {o.step: o for o in upstream if o.cell is None and not o.details.get("skipped")}
+    single = {o.step: o for o in upstream if o.cell is None and not Observed.of(o).skipped}
     select = single.get("select")
     chosen = Selection.of(select) if select else Selection(winner=None, champion=None)
     rows = _rows(spec, upstream, chosen)
@@ -64,7 +64,7 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
         made=tuple(_made(o) for o in upstream),
         timeline=timeline(o for o in (single.get("trial"), rollout) if o),
         layers=layers.collect(upstream),
-        data=(single["check"].details.get("data") or {}) if "check" in single else {},
+        data=Checked.of(single["check"]).data if "check" in single else {},
         hardware=describe(),
         sample=sample,
         facts={

@@ -8,6 +8,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from slipstream.contract import StepOutput
+from slipstream.contract.handover import Built
 from slipstream.engines.base import LAYERS
 from slipstream.reports.document import LayerTable
 
@@ -21,7 +22,7 @@ def collect(outputs: Iterable[StepOutput]) -> tuple[LayerTable, ...]:
     """The tables of the built engines that have one. A table that cannot be read is left out."""
     tables = []
     for output in outputs:
-        if output.step == "build" and output.cell is not None and output.details.get("layers"):
+        if output.step == "build" and output.cell is not None and Built.of(output).layers:
             try:
                 document = mlflow.artifacts.load_dict(f"runs:/{output.run_id}/{LAYERS}")
                 rows = tuple(tuple(map(str, row)) for row in document["data"][:ROWS])

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict, combine
+from slipstream.contract.details import Details
+from slipstream.contract.handover import Checked
 from slipstream.data import splits
 from slipstream.errors import DataError, GateFailed, SpecError, Undecided
 from slipstream.frameworks.base import ALONE, Group, Job, require_own_architecture
@@ -58,10 +60,11 @@ class Context:
     def data(self) -> splits.Data:
         """The spec's data set, checked to be the one that the run started with. Raises DataError."""
         loaded = splits.load(self.spec)
-        started = self.inputs.output_of("check")
-        if started is not None and started.details["data"] != loaded.digests():
+        checked = self.inputs.output_of("check")
+        started = Checked.of(checked).data if checked is not None else None
+        if started is not None and started != loaded.digests():
             raise DataError(
-                f"data: the splits are not those that this run started with ({started.details['data']} then, "
+                f"data: the splits are not those that this run started with ({started} then, "
                 f"{loaded.digests()} now); start a new run"
             )
         return loaded
@@ -115,7 +118,7 @@ class Context:
         artifact: Artifact | None = None,
         metrics: dict[str, float] | None = None,
         verdicts: tuple[Verdict, ...] = (),
-        details: dict[str, Any] | None = None,
+        details: Details | None = None,
     ) -> StepOutput:
         """This step's output document."""
         return StepOutput(
@@ -126,7 +129,7 @@ class Context:
             artifact=artifact,
             metrics=metrics or {},
             verdicts=verdicts,
-            details=details or {},
+            details=details.document() if details is not None else {},
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from slipstream import digests
 from slipstream.contract import Cell, StepInput, StepOutput, combine, digest
+from slipstream.contract.handover import Checked
 from slipstream.errors import EXIT_RETRY, InputError, SlipstreamError
 from slipstream.frameworks.base import ALONE, Group, group_of
 from slipstream.home import Home, file_lock
@@ -32,7 +33,7 @@ def identity(step: str, settings: Mapping[str, Any], inputs: StepInput) -> str:
             "cell": inputs.cell.key if inputs.cell and name_matters else None,
             "settings": settings,
             "code": digests.code(module_of(step), *STEPS[step].sources),
-            "data": check.details["data"] if check else None,
+            "data": Checked.of(check).data if check else None,
             "upstream": sorted(
                 (o.step, o.cell.key if o.cell and name_matters else "", o.artifact.sha256)
                 for o in inputs.upstream

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from slipstream import digests
 from slipstream.contract import StepInput, StepOutput
+from slipstream.contract.handover import Built
 from slipstream.data.splits import Data
 from slipstream.data.tokens import Tokenizer
 from slipstream.engines.base import (
@@ -78,9 +79,7 @@ def run(context: Context) -> StepOutput:
     metrics |= {"size_bytes": float(size_bytes(folder)), "size_gzip_bytes": float(gzip_bytes), "build_s": build_s}
     metrics |= manifest.figures
     _log_result(context.cell.key, metrics, reason)
-    details: dict[str, Any] = {"fingerprint": manifest.fingerprint}
-    details |= {"not_loadable": reason} if reason is not None else {}
-    details |= _log_layers(context, folder)
+    details = Built(fingerprint=manifest.fingerprint, not_loadable=reason, layers=_log_layers(context, folder))
     artifact = context.run.log_model(
         folder,
         context.cell.key,
@@ -99,13 +98,13 @@ def _log_result(key: str, metrics: dict[str, float], reason: str | None) -> None
         log.warning("%s: %.0f kB, built but not compared with its candidate: %s", key, size_kb, reason)
 
 
-def _log_layers(context: Context, folder: Path) -> dict[str, int]:
-    """Log the engine's table of layers, if it wrote one, where MLflow shows tables."""
+def _log_layers(context: Context, folder: Path) -> int:
+    """Log the engine's table of layers, if it wrote one, where MLflow shows tables; return its number of rows."""
     path = folder / LAYERS
     if not path.exists():
-        return {}
+        return 0
     context.run.table(path)
-    return {"layers": len(json.loads(path.read_text())["data"])}
+    return len(json.loads(path.read_text())["data"])
 
 
 def check(candidate: Path, folder: Path, samples: npt.NDArray[Any]) -> dict[str, float]:

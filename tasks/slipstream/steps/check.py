@@ -1,8 +1,4 @@
-"""check: can this run end well? Asked before anything is trained, and answered with all problems at once.
-
-Details: `data` (digest of each split), `classes`, `samples` (of each split), `hardware`, `build_only` (targets whose
-engines cannot be loaded here, with the reason), `sample_size` (how many test samples the objective needs).
-"""
+"""check: can this run end well? Asked before anything is trained, and answered with all problems at once."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +11,7 @@ from mlflow import MlflowClient
 
 from slipstream import hardware
 from slipstream.contract import StepInput, StepOutput
+from slipstream.contract.handover import Checked
 from slipstream.data.splits import Data
 from slipstream.data.user_code import told, user_function
 from slipstream.engines.inquiry import Finding, inquire
@@ -72,14 +69,14 @@ def run(context: Context) -> StepOutput:
     for name, reason in build_only.items():
         log.warning("targets.%s: its engines are built, but neither measured nor released: %s", name, reason)
     return context.output(
-        details={
-            "data": loaded.digests(),
-            "classes": list(loaded.classes),
-            "samples": {"train": len(loaded.train), "test": len(loaded.test)},
-            "hardware": hardware.describe(),
-            "build_only": build_only,
-            "sample_size": size,
-        }
+        details=Checked(
+            data=loaded.digests(),
+            classes=tuple(loaded.classes),
+            samples={"train": len(loaded.train), "test": len(loaded.test)},
+            hardware=hardware.describe(),
+            build_only=build_only,
+            sample_size=size,
+        )
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from slipstream import digests, hardware
 from slipstream.contract import Artifact, StepOutput, digest
 from slipstream.contract.evidence import Race
+from slipstream.contract.handover import Raced
 from slipstream.engines.base import engine_for, load_engine
 from slipstream.errors import EngineError
 from slipstream.frameworks.base import load_eager, toolchain
@@ -32,11 +33,12 @@ def race(context: Context, built: Mapping[str, Artifact]) -> tuple[Race | None, 
     key = _identity(context, built, plan)
     if earlier := context.tracking.find(key):
         log.info("the same engines were raced in MLflow run %s", earlier.run_id)
-        return Race.model_validate(earlier.details["race"]), dict(earlier.details["absent"])
+        raced = Raced.of(earlier)
+        return raced.race, raced.absent
     run = context.tracking.start(context.inputs.run_key, RACE, None, key)
     with file_lock(context.home.root / "measure.lock", "another engine is being measured"):
         result, absent = _timed(context, built, plan)
-    details = {"race": None if result is None else result.model_dump(mode="json"), "absent": absent}
+    details = Raced(race=result, absent=absent).document()
     output = StepOutput(step=RACE, identity=key, run_id=run.run_id, details=details)
     context.tracking.finish(run, output, cache=result is not None and not result.noise.noisy)
     return result, absent

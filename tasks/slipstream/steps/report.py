@@ -16,6 +16,7 @@ import numpy as np
 from mlflow.entities import Metric, Param, RunTag
 
 from slipstream.contract import StepInput, StepOutput
+from slipstream.contract.handover import Reported
 from slipstream.data.splits import Data
 from slipstream.data.tokens import Tokenizer
 from slipstream.errors import SlipstreamError
@@ -46,7 +47,7 @@ def run(context: Context) -> StepOutput:
     metrics = figures(report)
     _summarize(context, parent, report, metrics)
     log.info("%s", report.headline)
-    details = {"outcome": report.outcome, "headline": report.headline, "ok": report.ok}
+    details = Reported(outcome=report.outcome, headline=report.headline, ok=report.ok)
     return context.output(metrics=metrics, details=details)
 
 

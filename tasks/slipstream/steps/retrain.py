@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from slipstream import storage
 from slipstream.contract import Artifact, StepInput, StepOutput
+from slipstream.contract.handover import Retrained
 from slipstream.data.user_code import user_code_digest
 from slipstream.digests import file as file_digest
 from slipstream.digests import folder as folder_digest
@@ -80,7 +81,7 @@ def run(context: Context) -> StepOutput:
         version = register_checkpoint(client, spec.model, artifact, run_key, file_sha256)
     elif origin == "file":
         Registry(spec.model.name, client).set_alias(spec.model.alias, version)
-    return context.output(artifact=artifact, metrics=metrics, details={"version": version, "origin": origin})
+    return context.output(artifact=artifact, metrics=metrics, details=Retrained(version=version, origin=origin))
 
 
 def version_to_load(spec: Spec, inputs: StepInput, client: MlflowClient) -> str | None:

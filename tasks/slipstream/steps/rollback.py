@@ -3,9 +3,6 @@
 What is left is rejected by its digest (release/rejections.py): no later run releases it, no later rollback goes back to
 it. Asked twice, by whoever, the second one changes nothing and says so; to leave the release that serves since the
 rollback as well, name it (`--from VERSION`, or the form's field).
-
-Details: `champion` and `previous`, the versions that the aliases name now; `left`, the version that was left; `done`,
-what an earlier request did, when this one had nothing to do.
 """
 
 import getpass
@@ -16,6 +13,7 @@ from mlflow import MlflowClient
 
 from slipstream import traffic
 from slipstream.contract import StepInput, StepOutput
+from slipstream.contract.handover import RolledBack
 from slipstream.errors import RegistryError, Superseded, Unavailable
 from slipstream.home import Home
 from slipstream.release import moves, settle
@@ -47,7 +45,7 @@ def run(context: Context) -> StepOutput:
     return context.output(details=details)
 
 
-def by_hand(model: str, home: Home, *, leave: str | None = None, reason: str = "") -> dict[str, Any]:
+def by_hand(model: str, home: Home, *, leave: str | None = None, reason: str = "") -> RolledBack:
     """What `slipstream rollback MODEL` does, with MLflow and Envoy of the platform in `home`.
 
     It waits for another rollback, but not for a test or rollout, whose end may change what there is to go back from:
@@ -68,7 +66,7 @@ def rollback(
     *,
     leave: str | None = None,
     reason: str = "",
-) -> dict[str, Any]:
+) -> RolledBack:
     """Put the last good release back, and return what the aliases name now (see the module's details).
 
     `by` says who asked: a pipeline run's key, or a person. `leave` is the version to leave; without one it is the
@@ -88,7 +86,7 @@ def rollback(
     raise Unavailable(f"{model}: other rollbacks went on at the same time; look at what serves, and ask again")
 
 
-def _begun(registry: Registry, controller: TrafficController, by: str, reason: str) -> dict[str, Any]:
+def _begun(registry: Registry, controller: TrafficController, by: str, reason: str) -> RolledBack:
     source = registry.champion()
     target = settle.rollback_target(registry, source) if source is not None else None
     if source is None or target is None:
@@ -104,10 +102,10 @@ def _begun(registry: Registry, controller: TrafficController, by: str, reason: s
             move.close("given up")
             raise Superseded(f"{registry.model}@champion moved from version {source} just now")
         settle.finish_rollback(move)
-    return {"champion": target, "previous": after, "left": source}
+    return RolledBack(champion=target, previous=after, left=source)
 
 
-def _done_before(registry: Registry, leave: str | None) -> dict[str, Any] | None:
+def _done_before(registry: Registry, leave: str | None) -> RolledBack | None:
     """What there is to say when nothing is left to do."""
     champion, last = registry.champion(), moves.last_change(registry)
     if champion is None or leave == champion:
@@ -118,4 +116,4 @@ def _done_before(registry: Registry, leave: str | None) -> dict[str, Any] | None
     sentence = f"version {leave} does not serve"
     if last is not None and rolled_back and leave in (None, last.champion):
         sentence = f"{last.by} rolled version {last.champion} back at {last.at}"
-    return {"champion": champion, "previous": registry.alias(PREVIOUS), "left": leave, "done": sentence}
+    return RolledBack(champion=champion, previous=registry.alias(PREVIOUS), left=leave, done=sentence)

@@ -67,9 +67,7 @@ def full_rollout(context: Context, controller: TrafficController) -> StepOutput:
     if chosen.already_champion:
         registry.expect_champion(chosen.champion)
         keep_serving(registry, controller, incumbent(registry, inputs, str(chosen.winner)), inputs.run_key)
-        return context.output(
-            details=Rollout(skipped=f"version {version} is this engine and serves already").document()
-        )
+        return context.output(details=Rollout(skipped=f"version {version} is this engine and serves already"))
     trial = _passed_trial(inputs)
     if registry.champion() == version and registry.tags(version).get(RELEASED_BY) == inputs.run_key:
         log.info("rollout: version %s was released by an earlier attempt of this run", version)
@@ -91,7 +89,7 @@ def _released(context: Context, registry: Registry, version: str) -> StepOutput:
     tags = registry.tags(version)
     recorded = context.tracking.output(tags[ROLLOUT_RUN])
     details = Rollout.of(recorded).model_copy(update={"released": version, "previous": tags.get(REPLACED) or None})
-    return context.output(verdicts=recorded.verdicts, details=details.document())
+    return context.output(verdicts=recorded.verdicts, details=details)
 
 
 def _require_not_refused(registry: Registry, version: str, run_id: str) -> None:
@@ -207,7 +205,7 @@ class _Rollout:
     def _record(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> None:
         """Write the evidence into this step's MLflow run; nothing is released yet."""
         details = Rollout(timeline=tuple(stage.timeline), notes=tuple(stage.notes))
-        output = self.context.output(verdicts=verdicts, details=details.document())
+        output = self.context.output(verdicts=verdicts, details=details)
         self.context.tracking.record(self.context.run, output)
 
 

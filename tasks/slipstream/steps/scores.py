@@ -15,6 +15,7 @@ import numpy as np
 
 from slipstream import digests, hardware
 from slipstream.contract import Artifact, Cell, StepOutput, digest
+from slipstream.contract.handover import Scored
 from slipstream.data.splits import Split
 from slipstream.engines.base import engine_for, load_engine, read_manifest
 from slipstream.errors import DataError, EngineError, InputError, ModelError
@@ -127,13 +128,13 @@ def _record(context: Context, key: str, subject: Subject, records: Records) -> S
             sha256=digests.folder(folder),
             size_bytes=digests.folder_size(folder),
         ),
-        details={
-            "model": subject.artifact.sha256,
-            "what": subject.what,
-            "test": context.data.test.digest,
-            "metric": context.spec.objective.metric,
-            "competing": context.spec.competing,
-        },
+        details=Scored(
+            model=subject.artifact.sha256,
+            what=subject.what,
+            test=context.data.test.digest,
+            metric=context.spec.objective.metric,
+            competing=context.spec.competing,
+        ).document(),
     )
     run.tags({SCORED: _scored(context, subject.artifact)})
     context.tracking.finish(run, output, cache=True)
@@ -163,10 +164,11 @@ def _believed(context: Context, run_id: str, artifact: Artifact) -> Scores | Non
     """The scores in a run that says that they are these; a tag proves nothing, the signed output does."""
     try:
         output = context.tracking.output(run_id)
+        scored = Scored.of(output)
     except DataError as error:
         log.warning("MLflow run %s claims to hold scores and is not used: %s", run_id, error)
         return None
-    claims = (output.step, output.details.get("model"), output.details.get("test"), output.details.get("metric"))
+    claims = (output.step, scored.model, scored.test, scored.metric)
     true = (STEP, artifact.sha256, context.data.test.digest, context.spec.objective.metric)
     return _read(output, context.data.test, measured=False) if claims == true else None
 
@@ -178,4 +180,4 @@ def _read(output: StepOutput, test: Split, *, measured: bool) -> Scores:
         raise DataError(
             f"MLflow run {output.run_id}: {len(records)} scores of {len(test)} test samples; delete the run"
         )
-    return Scores(records, output.run_id, int(output.details["competing"]), measured)
+    return Scores(records, output.run_id, Scored.of(output).competing, measured)

@@ -59,14 +59,14 @@ def run(context: Context) -> StepOutput:
     _write_rows(context, rows)
     if winner is None:
         verdict = Verdict(gate="select", answer="fail", reason="no engine passed", n=len(rows))
-        context.tracking.record(context.run, context.output(verdicts=(verdict,), details=selection.document()))
+        context.tracking.record(context.run, context.output(verdicts=(verdict,), details=selection))
         raise GateFailed(_refusal(rows, comparison_only(spec, rows)))
     picked = next(r for r in rows if r.cell == winner)
     version, already = _register(registry, inputs, picked, champion)
     verdict = Verdict(gate="select", answer="pass", reason=choice.reason(winner), n=len(rows))
     best = {target: choice.best(choice.entrants_of(target)) for target in spec.targets}
     registration = {"version": version, "already_champion": already, "best_per_target": best}
-    return context.output(verdicts=(verdict,), details=selection.model_copy(update=registration).document())
+    return context.output(verdicts=(verdict,), details=selection.model_copy(update=registration))
 
 
 def _waived(spec: Spec, rows: Sequence[Row]) -> list[Row]:

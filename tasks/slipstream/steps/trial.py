@@ -52,7 +52,7 @@ def small_scale_test(context: Context, controller: TrafficController) -> StepOut
     champion = incumbent(registry, inputs, str(chosen.winner))
     if chosen.already_champion:
         keep_serving(registry, controller, champion, inputs.run_key)
-        return context.output(details=Trial(skipped=f"version {version} is this engine and serves already").document())
+        return context.output(details=Trial(skipped=f"version {version} is this engine and serves already"))
     rejections.require_allowed(registry, version)
     facts = {"to": version, "run_id": context.run.run_id}
     with (
@@ -94,7 +94,7 @@ def _guarded_test(context: Context, move: Move, champion: Incumbent) -> StepOutp
         challenger=move.entry.to,
         figures=figures,
     )
-    output = context.output(verdicts=verdicts, details=details.document())
+    output = context.output(verdicts=verdicts, details=details)
     put_back_if_possible(stage)
     if combine(verdicts) == "inconclusive" and (transient := stage.transient()) is not None:
         context.tracking.record(context.run, output)

@@ -15,7 +15,7 @@ import numpy as np
 
 from slipstream import digests, hardware
 from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict
-from slipstream.contract.evidence import EngineEvidence, Interval, Latency
+from slipstream.contract.evidence import EngineEvidence, Interval, Latency, Validated
 from slipstream.data.splits import Data, Split
 from slipstream.engines.base import Runner, engine_for, gpu_of, load_engine, size_bytes, why_not_loadable
 from slipstream.engines.peak import peak_memory_mib
@@ -79,7 +79,7 @@ def run(context: Context) -> StepOutput:
     output = context.output(
         metrics=_metrics(evidence) | usage.metrics(),
         verdicts=judgement.verdicts(),
-        details={"evidence": evidence.model_dump(mode="json")},
+        details=Validated(evidence=evidence),
     )
     context.run.judges(output, _artifact(_built(context, context.cell)), data, context.spec.name)
     return output
@@ -89,7 +89,7 @@ def _unmeasured(context: Context, reason: str) -> StepOutput:
     """The output for an engine that was built for hardware that is not here: no evidence, and so never a pass."""
     log.warning("%s: not measured: %s", context.cell.key, reason)
     verdict = Verdict(gate="present", answer="inconclusive", reason=f"not measured: {reason}")
-    return context.output(verdicts=(verdict,), details={"not_loadable": reason})
+    return context.output(verdicts=(verdict,), details=Validated(not_loadable=reason))
 
 
 def _profile(context: Context, test: Split) -> None:

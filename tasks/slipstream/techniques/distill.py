@@ -11,6 +11,7 @@ from typing import Any
 import numpy.typing as npt
 
 from slipstream.contract import StepInput, StepOutput
+from slipstream.contract.handover import Distilled
 from slipstream.data.user_code import user_code_digest
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import Schedule, SoftTargets, toolchain, trainer_for
@@ -46,7 +47,7 @@ def run(context: Context) -> StepOutput:
     shared = [name for name in metrics if name in teacher.metrics]
     metrics |= {name.replace("test_", "teacher_", 1): teacher.metrics[name] for name in shared}
     metrics["parameters"] = float(manifest.parameters)
-    details = {"student": section.student.function, "teacher_sha256": teacher.artifact.sha256}
+    details = Distilled(student=section.student.function, teacher_sha256=teacher.artifact.sha256)
     return context.output(artifact=artifact, metrics=metrics, details=details)
 
 

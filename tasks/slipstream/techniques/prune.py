@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from slipstream.contract import Artifact, StepInput, StepOutput
+from slipstream.contract import Artifact, StepInput, StepOutput, handover
 from slipstream.data.user_code import user_code_digest
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import Pruner, Schedule, SoftTargets, Trainer, toolchain, trainer_for
@@ -59,7 +59,7 @@ def run(context: Context) -> StepOutput:
     pruner.save(folder, context.data.test)
     artifact = candidates.log(context, folder, "pruned", parents=[source.artifact.model_id])
     metrics = rounds[-1] | {"macs_before": before["macs"], "parameters_before": before["parameters"]}
-    return context.output(artifact=artifact, metrics=metrics, details={"rounds": rounds})
+    return context.output(artifact=artifact, metrics=metrics, details=handover.Pruned(rounds=tuple(rounds)))
 
 
 def _single_weights(context: Context, source: StepOutput) -> StepOutput:

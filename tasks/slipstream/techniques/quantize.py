@@ -16,6 +16,7 @@ import onnx
 
 from slipstream import digests
 from slipstream.contract import StepInput, StepOutput, digest
+from slipstream.contract.handover import Calibration, Quantized
 from slipstream.data.splits import Data
 from slipstream.data.user_code import user_code_digest
 from slipstream.errors import DataError, ModelError
@@ -68,11 +69,11 @@ def run(context: Context) -> StepOutput:
         np.savez(folder / CALIBRATION, inputs=samples)
     metrics |= compare(model, quantized, samples)
     log.info("quantized; relative error of the answers: %.2g", metrics["calibration_relative_error"])
-    context.run.params({"calibration": calibration["sha256"], **section.model_dump()})
+    context.run.params({"calibration": calibration.sha256, **section.model_dump()})
     context.run.metrics(metrics)
     name = f"{context.cell.recipe}-quantized"
     artifact = candidates.log(context, folder, name, parents=[source.artifact.model_id])
-    return context.output(artifact=artifact, metrics=metrics, details={"calibration": calibration})
+    return context.output(artifact=artifact, metrics=metrics, details=Quantized(calibration=calibration))
 
 
 def _trained(context: Context, candidate: Path) -> tuple[Path, dict[str, float]]:
@@ -94,7 +95,7 @@ def require_unquantized(candidate: Path) -> None:
         raise ModelError("the model is quantized already; leave `quantize` out, or start from the FP32 model")
 
 
-def draw(context: Context) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+def draw(context: Context) -> tuple[npt.NDArray[Any], Calibration]:
     """The calibration samples (N, …), and their identity; the full list is logged as calibration.json.
 
     Raises DataError when there are too few, when all are equal, or when the test split has one of them too.
@@ -113,7 +114,7 @@ def draw(context: Context) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     path = context.workdir / "calibration.json"
     path.write_text(json.dumps({"sha256": identity, "split": "train", "indices": indices.tolist(), "samples": names}))
     context.run.artifact(path)
-    return chosen.inputs, {"sha256": identity, "samples": len(names), "seed": spec.seed, "split": "train"}
+    return chosen.inputs, Calibration(sha256=identity, samples=len(names), seed=spec.seed, split="train")
 
 
 def require_unseen(samples: list[str], data: Data) -> None:

@@ -1,0 +1,31 @@
+"""The base of what steps hand on in `StepOutput.details`, so that nobody guesses keys.
+
+Fields that a reader does not know are ignored: outputs of an earlier or later version stay readable.
+"""
+
+from typing import Any, Self
+
+from pydantic import ConfigDict, ValidationError
+
+from slipstream.contract import Document, StepOutput
+from slipstream.errors import DataError
+
+
+class Details(Document):
+    """Base of a step's details."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    @classmethod
+    def of(cls, output: StepOutput) -> Self:
+        """Read them from an output. Raise DataError when they are not those of this step."""
+        try:
+            return cls.model_validate(output.details)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DataError(f"output of step {output.step}: details.{where}: {first['msg']}") from error
+
+    def document(self) -> dict[str, Any]:
+        """Return them as they are written."""
+        return self.model_dump(mode="json")
