@@ -31,6 +31,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
             "tests",
             "tests/store",  # before what points MLflow's client, which is one for the process, at a platform's server
             "tests/containers/test_dockerfiles.py",
+            "tests/contract",
             "tests/data",
             "tests/helm",
             "tests/plan",

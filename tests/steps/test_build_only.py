@@ -16,7 +16,7 @@ from tests.steps.pipeline import RUN_KEY, inputs, logged, small_spec
 
 from slipstream.contract import Cell, StepInput, StepOutput
 from slipstream.contract.evidence import row_of
-from slipstream.engines.inquiry import ask, inquire
+from slipstream.engines.inquiry import find, inquire
 from slipstream.errors import EngineError, GateFailed
 from slipstream.home import Home
 from slipstream.reports import layers
@@ -99,7 +99,7 @@ def test_the_engine_is_asked_in_its_own_environment(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = Target.model_validate(AHEAD)
-    finding = ask(target)
+    finding = find(target)
     assert finding.problem is None and "no NVIDIA GPU" in (finding.not_loadable or "")
     environments = tmp_path / "envs"
     monkeypatch.setenv("SLIPSTREAM_ENVS", str(environments))
@@ -151,7 +151,7 @@ def test_a_profiler_that_is_not_installed_is_missed_before_anything_is_trained(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     target = Target.model_validate({**AHEAD, "options": {"compute_capability": 8.6, "profile": "nsys"}})
-    assert "'nsys' is not installed" in (ask(target).problem or "")
+    assert "'nsys' is not installed" in (find(target).problem or "")
 
 
 def test_a_cache_is_brought_from_the_run_that_left_it(spec: Spec, home: Path, tmp_path: Path) -> None:

@@ -1,15 +1,15 @@
 """Asks an engine about a target: can it be built, and can it be loaded? In the engine's own environment, if it has one.
 
 A step of the framework's environment cannot load every engine's libraries. Where environments lie side by side (one
-machine), the question is put to a process of the engine's: `python -m slipstream.engines.inquiry TARGET` (as JSON).
+machine), the question is put to a process of the engine's.
 """
 
 import logging
-import subprocess
 import sys
 from pathlib import Path
 
 from slipstream.contract import Document
+from slipstream.contract.ask import Unanswered, answer, ask
 from slipstream.engines.base import engine_for, why_not_loadable
 from slipstream.errors import EngineError
 from slipstream.home import Home
@@ -42,7 +42,7 @@ def inquire(home: Home, target: Target) -> Finding:
             how = f"`scripts/setup {environment}` makes it (docs/engines.md)"
             return Finding(problem=f"{target.engine}: its environment {python.parent.parent} is not there; {how}")
         return _elsewhere(python, target)
-    finding = ask(target)
+    finding = find(target)
     if finding.problem is not None and environment is not None and not _libraries_here(target.engine):
         return Finding(asked=False)
     return finding
@@ -57,7 +57,7 @@ def own_python(home: Home, engine: str) -> Path | None:
     return python if Path(sys.prefix) != python.parent.parent else None
 
 
-def ask(target: Target) -> Finding:
+def find(target: Target) -> Finding:
     """What the target's engine says of it, in this process."""
     try:
         engine_for(target.engine).check(target)
@@ -76,12 +76,11 @@ def _libraries_here(engine: str) -> bool:
 
 
 def _elsewhere(python: Path, target: Target) -> Finding:
-    command = [str(python), "-m", "slipstream.engines.inquiry", target.model_dump_json()]
-    completed = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
-    if completed.returncode != 0:
-        return Finding(problem=f"{target.engine}: {python} cannot be asked: {completed.stderr.strip()[-500:]}")
-    return Finding.model_validate_json(completed.stdout.splitlines()[-1])
+    try:
+        return ask("slipstream.engines.inquiry", target, Finding, python=python, timeout_s=WITHIN_S)
+    except Unanswered as error:
+        return Finding(problem=f"{target.engine}: cannot be asked: {error}")
 
 
 if __name__ == "__main__":
-    print(ask(Target.model_validate_json(sys.argv[1])).model_dump_json())
+    answer(Target, find)

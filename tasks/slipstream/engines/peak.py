@@ -1,11 +1,5 @@
-"""How much memory one engine needs at its peak, measured in a process of its own, as a model server would be.
+"""How much memory one engine needs at its peak, measured in a process of its own, as a model server would be."""
 
-`python -m slipstream.engines.peak ENGINE INPUTS.npy` prints it, in MiB as JSON.
-"""
-
-import json
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,12 +7,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.contract import Document
+from slipstream.contract.ask import Unanswered, answer, ask
 from slipstream.engines.base import load_engine
 from slipstream.errors import EngineError, SlipstreamError
 from slipstream.measure.memory import peak_added
 
 REQUESTS = 32
 """Requests, of one sample each, that count: samples may differ in size."""
+
+
+class Work(Document):
+    """What the process does."""
+
+    engine: Path
+    """Engine folder."""
+    samples: Path
+    """File with (N, …) samples (.npy)."""
+
+
+class Peak(Document):
+    """What that took."""
+
+    mib: float | None = None
+    """None where the kernel does not tell."""
+    problem: str | None = None
+    """Why the engine cannot be loaded, or does not answer."""
 
 
 def peak_memory_mib(folder: Path, inputs: NDArray[Any]) -> float | None:
@@ -30,30 +44,29 @@ def peak_memory_mib(folder: Path, inputs: NDArray[Any]) -> float | None:
     with TemporaryDirectory() as aside:
         samples = Path(aside) / "inputs.npy"
         np.save(samples, inputs[:REQUESTS], allow_pickle=False)
-        command = [sys.executable, "-m", "slipstream.engines.peak", str(folder), str(samples)]
-        completed = subprocess.run(command, capture_output=True, text=True, check=False)
-    if completed.returncode != 0:
-        raise EngineError(
-            f"{folder}: cannot be run: {completed.stderr.strip()[-1000:] or f'exit code {completed.returncode}'}"
-        )
-    peak: float | None = json.loads(completed.stdout.splitlines()[-1])
-    return peak
+        try:
+            peak = ask("slipstream.engines.peak", Work(engine=folder, samples=samples), Peak)
+        except Unanswered as error:
+            raise EngineError(f"{folder}: cannot be run: {error}") from error
+    if peak.problem is not None:
+        raise EngineError(f"{folder}: cannot be run: {peak.problem}")
+    return peak.mib
 
 
-def main(folder: Path, samples: Path) -> None:
-    """Load, ask, and tell."""
-    inputs = np.load(samples, allow_pickle=False)
+def measure(work: Work) -> Peak:
+    """Load the engine and answer each sample by itself."""
+    inputs = np.load(work.samples, allow_pickle=False)
 
-    def work() -> None:
-        engine = load_engine(folder)
+    def load_and_answer() -> None:
+        engine = load_engine(work.engine)
         for index in range(len(inputs)):
             engine.run(inputs[index : index + 1])
 
-    print(json.dumps(peak_added(work)))
+    try:
+        return Peak(mib=peak_added(load_and_answer))
+    except SlipstreamError as error:
+        return Peak(problem=str(error))
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except SlipstreamError as error:
-        sys.exit(str(error))
+    answer(Work, measure)

@@ -24,13 +24,14 @@ from mlflow.entities import Run
 
 from slipstream import traffic
 from slipstream.contract import Artifact, Verdict
+from slipstream.contract.ask import Unanswered, ask
 from slipstream.engines.base import EngineManifest, read_manifest, server_environment
 from slipstream.errors import EngineError, GateFailed, RegistryError, Unavailable
 from slipstream.frameworks.base import read_manifest as read_candidate
 from slipstream.home import Home
 from slipstream.plugins import ENGINES, FRAMEWORKS
 from slipstream.release import moves
-from slipstream.release.rebuilt import Finding, Request
+from slipstream.release.rebuilt import Finding, Request, Work
 from slipstream.release.releases import sweep, traffic_lock
 from slipstream.release.settle import settle
 from slipstream.reports.find import connect
@@ -77,7 +78,7 @@ class Rebuild:
             settle(self.registry, controller)
             version = self.registry.alias(self.alias) or version
         old = _Old(version, self.registry.artifact(version))
-        problem = _ask(self.home, server_environment(old.folder), "load", str(old.folder)).problem
+        problem = _ask(self.home, server_environment(old.folder), Work(action="load", folder=old.folder)).problem
         if not problem:
             return f"{model}: version {version} ({self.alias}) loads here; there is nothing to rebuild"
         candidate = self._candidate(old)
@@ -124,7 +125,7 @@ class Rebuild:
                 experiment_id=run.info.experiment_id,
             )
             verdict = self._build(old, request)
-            logged = _ask(self.home, _builds(old, request.candidate), "log", request.model_dump_json())
+            logged = _ask(self.home, _builds(old, request.candidate), Work(action="log", request=request))
             if logged.artifact is None:
                 raise Unavailable(f"{self.registry.model}: the rebuilt engine cannot be logged: {logged.problem}")
         version = self.registry.register(logged.artifact, cell, tags.get(PIPELINE_RUN, run.info.run_id), ())
@@ -136,7 +137,7 @@ class Rebuild:
     def _build(self, old: "_Old", request: Request) -> Verdict:
         """Build the engine, and see that it answers as before and loads where it will be served."""
         name, builds = f"{self.registry.model} version {old.version}", _builds(old, request.candidate)
-        finding = _ask(self.home, builds, "build", request.model_dump_json())
+        finding = _ask(self.home, builds, Work(action="build", request=request))
         if finding.problem:
             raise EngineError(f"{name} cannot be rebuilt: {finding.problem}")
         verdict = finding.verdict
@@ -147,7 +148,7 @@ class Rebuild:
                 "judges it on the held-out samples"
             )
         serves = server_environment(request.folder)
-        if problem := _ask(self.home, serves, "load", str(request.folder)).problem:
+        if problem := _ask(self.home, serves, Work(action="load", folder=request.folder)).problem:
             raise EngineError(
                 f"{name}: the engine was built again in the environment {builds}, and the servers' environment "
                 f"{serves} cannot load it either: {problem}; nothing was changed. Install the same libraries in both: "
@@ -220,12 +221,10 @@ def _builds(old: _Old, candidate: Path) -> str:
     return ENGINES[old.manifest.engine].environment or FRAMEWORKS[read_candidate(candidate).framework].environment
 
 
-def _ask(home: Home, environment: str, action: str, argument: str) -> Finding:
+def _ask(home: Home, environment: str, work: Work) -> Finding:
     """What `release.rebuilt` finds in an environment; in this one where there are no others (an image)."""
     python = home.require_python(environment, "rebuild") if home.envs.is_dir() else Path(sys.executable)
-    command = [str(python), "-m", "slipstream.release.rebuilt", action, argument]
     try:
-        completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=WITHIN_S)
-        return Finding.model_validate_json(completed.stdout.strip().splitlines()[-1])
-    except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
-        raise Unavailable(f"rebuild: {action} in {python.parent.parent} ended without an answer: {error}") from error
+        return ask("slipstream.release.rebuilt", work, Finding, python=python, timeout_s=WITHIN_S, quiet=False)
+    except (subprocess.TimeoutExpired, Unanswered) as error:
+        raise Unavailable(f"rebuild: {work.action} ended without an answer: {error}") from error

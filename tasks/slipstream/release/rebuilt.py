@@ -1,15 +1,15 @@
-"""Builds an engine again from its candidate, where its libraries are: `python -m slipstream.release.rebuilt`.
+"""Builds an engine again from its candidate, in a process where its libraries are.
 
-`load FOLDER` says why an engine folder cannot be loaded in this environment, if so. `build REQUEST` (JSON) builds the
-same target from the same candidate, and compares the answers with those that the old engine recorded. `log REQUEST`
-logs the new engine to MLflow. Each prints one JSON document as its last line.
+`load` says why an engine folder cannot be loaded in this environment, if so. `build` builds the same target from the
+same candidate, and compares the answers with those that the old engine recorded. `log` logs the new engine to MLflow.
 """
 
-import sys
 from pathlib import Path
+from typing import Literal
 
 from slipstream import log_lines
 from slipstream.contract import Artifact, Document, Verdict
+from slipstream.contract.ask import answer
 from slipstream.data import tokens
 from slipstream.engines import recorded
 from slipstream.engines.base import build_engine, load_engine, read_manifest, record_answers
@@ -33,6 +33,16 @@ class Request(Document):
     """Logged model of the candidate."""
     run_id: str
     experiment_id: str
+
+
+class Work(Document):
+    """What the process does."""
+
+    action: Literal["load", "build", "log"]
+    folder: Path | None = None
+    """Engine folder that is loaded."""
+    request: Request | None = None
+    """What is built or logged."""
 
 
 class Finding(Document):
@@ -84,19 +94,17 @@ def log(request: Request) -> Finding:
     return Finding(artifact=artifact)
 
 
-def _on(action: str, request: Request) -> Finding:
-    return build(request) if action == "build" else log(request)
-
-
-def main(action: str, argument: str) -> None:
-    """Print the finding."""
+def do(work: Work) -> Finding:
+    """Do one of the three; an error is a finding as well."""
     log_lines.configure()
     try:
-        finding = load(Path(argument)) if action == "load" else _on(action, Request.model_validate_json(argument))
+        if work.request is None:
+            assert work.folder is not None, "there is an engine to load, or a request"
+            return load(work.folder)
+        return build(work.request) if work.action == "build" else log(work.request)
     except SlipstreamError as error:
-        finding = Finding(problem=str(error))
-    sys.stdout.write(f"\n{finding.model_dump_json()}\n")
+        return Finding(problem=str(error))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    answer(Work, do)

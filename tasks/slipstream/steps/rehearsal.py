@@ -1,17 +1,17 @@
 """The builds, rehearsed with a network as it is before training: what an engine does not take is found in seconds.
 
 Otherwise an operator that an engine lacks would be found after training, pruning and distilling. Quantized forms are
-not rehearsed. An engine with an environment of its own builds there: `python -m slipstream.steps.rehearsal CANDIDATE
-TARGET FOLDER`, TARGET as JSON.
+not rehearsed. An engine with an environment of its own builds there.
 """
 
 import logging
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from slipstream.contract import Document
+from slipstream.contract.ask import Unanswered, answer, ask
 from slipstream.engines.base import build_engine
 from slipstream.engines.inquiry import own_python
 from slipstream.errors import EngineError, ModelError, SlipstreamError
@@ -22,6 +22,22 @@ log = logging.getLogger(__name__)
 
 WITHIN_S = 600
 """An engine that takes longer in its own environment is left to the build."""
+
+
+class Build(Document):
+    """A build to rehearse."""
+
+    candidate: Path
+    target: Target
+    folder: Path
+    """Where the engine is built."""
+
+
+class Result(Document):
+    """What came of it."""
+
+    problem: str | None = None
+    """Why it cannot be built; None when it can."""
 
 
 def rehearse(
@@ -42,36 +58,31 @@ def rehearse(
         problems: list[SlipstreamError] = []
         for name, target in targets.items():
             python = own_python(home, target.engine)
-            if python is None:
-                problem = _problem(candidate, target, Path(aside) / name)
-            else:
-                problem = _problem_elsewhere(python, candidate, target, Path(aside) / name)
+            build = Build(candidate=candidate, target=target, folder=Path(aside) / name)
+            problem = attempt(build).problem if python is None else _problem_elsewhere(python, build)
             if problem is not None:
                 problems.append(EngineError(f"targets.{name}: {what} cannot be built: {problem}"))
         return problems
 
 
-def _problem(candidate: Path, target: Target, folder: Path) -> str | None:
+def attempt(build: Build) -> Result:
+    """Build, and say what came of it."""
     try:
-        build_engine(candidate, target, folder)
+        build_engine(build.candidate, build.target, build.folder)
     except (EngineError, ModelError) as error:
-        return str(error)
-    return None
+        return Result(problem=str(error))
+    return Result()
 
 
-def _problem_elsewhere(python: Path, candidate: Path, target: Target, folder: Path) -> str | None:
-    command = [str(python), "-m", "slipstream.steps.rehearsal", str(candidate), target.model_dump_json(), str(folder)]
+def _problem_elsewhere(python: Path, build: Build) -> str | None:
     try:
-        completed = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
+        return ask("slipstream.steps.rehearsal", build, Result, python=python, timeout_s=WITHIN_S).problem
     except subprocess.TimeoutExpired:
-        log.warning("%s: its build was not rehearsed to the end within %d s", target.engine, WITHIN_S)
+        log.warning("%s: its build was not rehearsed to the end within %d s", build.target.engine, WITHIN_S)
         return None
-    if completed.returncode == 0:
-        return None
-    return completed.stdout.strip() or f"{python} ended with {completed.returncode}: {completed.stderr.strip()[-500:]}"
+    except Unanswered as error:
+        return str(error)
 
 
 if __name__ == "__main__":
-    problem = _problem(Path(sys.argv[1]), Target.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
-    print(problem or "")
-    raise SystemExit(0 if problem is None else 1)
+    answer(Build, attempt)

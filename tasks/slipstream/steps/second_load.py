@@ -1,8 +1,4 @@
-"""Whether later steps will load the same data set, and can: each loads it in another process, some without framework.
-
-`python -m slipstream.steps.second_load FOLDER` loads the data set of the spec on standard input as those steps do, and
-writes what it found into FOLDER.
-"""
+"""Whether later steps can load the same data set: each does so in another process, some without the framework."""
 
 import logging
 import subprocess
@@ -14,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from slipstream import errors
 from slipstream.contract import Document
+from slipstream.contract.ask import Unanswered, answer, ask
 from slipstream.data.splits import Data, load
 from slipstream.errors import CodeError, DataError, SlipstreamError, Unavailable
 from slipstream.home import Home
 from slipstream.plugins import METRICS
-from slipstream.spec import Call, Spec
+from slipstream.spec import Call, Spec, parse
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +27,16 @@ SERVING = "serve"
 """The environment of stages 2 and 3, which load the data set and the metric and have no framework."""
 WITHIN_S = 3600
 """A second load that takes longer is given up with a warning."""
-ANSWERS, REPLY = "answers.npz", "reply.json"
+ANSWERS = "answers.npz"
+
+
+class Load(Document):
+    """What the other process does."""
+
+    spec: str
+    """JSON of the spec whose data set it loads."""
+    folder: Path
+    """With a network's answers, for a metric of the user's."""
 
 
 class Reply(Document):
@@ -56,21 +62,21 @@ def problems(
     with tempfile.TemporaryDirectory(dir=workdir) as folder:
         if answers is not None:
             np.savez(Path(folder) / ANSWERS, answers)
-        command = [str(python) if elsewhere else sys.executable, "-m", "slipstream.steps.second_load", folder]
         try:
-            completed = subprocess.run(
-                command, input=spec.model_dump_json(), text=True, capture_output=True, timeout=WITHIN_S, check=False
+            reply = ask(
+                "slipstream.steps.second_load",
+                Load(spec=spec.model_dump_json(), folder=Path(folder)),
+                Reply,
+                python=python if elsewhere else sys.executable,
+                timeout_s=WITHIN_S,
             )
         except subprocess.TimeoutExpired:
             log.warning("data: a second load was given up after %d s", WITHIN_S)
             return
-        reply = _read(Path(folder) / REPLY)
-    if reply is None:
-        output = (completed.stderr.strip() or completed.stdout.strip())[-500:]
-        yield CodeError(
-            f"data: a second load, in another process, ended with exit code {completed.returncode}: {output}"
-        )
-    elif reply.kind:
+        except Unanswered as ended:
+            yield CodeError(f"data: a second load, in another process: {ended}")
+            return
+    if reply.kind:
         error: type[SlipstreamError] = getattr(errors, reply.kind)
         if issubclass(error, Unavailable):
             raise Unavailable(reply.said)
@@ -85,15 +91,9 @@ def problems(
         )
 
 
-def _read(path: Path) -> Reply | None:
-    try:
-        return Reply.model_validate_json(path.read_text())
-    except (OSError, ValidationError):
-        return None
-
-
-def _second_load(spec: Spec, folder: Path) -> Reply:
+def load_again(what: Load) -> Reply:
     """Load as stages 2 and 3 do; the user's metric judges the answers in the folder."""
+    spec, folder = parse(what.spec, "the spec"), what.folder
     try:
         loaded = load(spec)
     except SlipstreamError as error:
@@ -114,7 +114,4 @@ def _second_load(spec: Spec, folder: Path) -> Reply:
 
 
 if __name__ == "__main__":
-    exchanged = Path(sys.argv[1])
-    (exchanged / REPLY).write_text(
-        _second_load(Spec.model_validate_json(sys.stdin.read()), exchanged).model_dump_json()
-    )
+    answer(Load, load_again)

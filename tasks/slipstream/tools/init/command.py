@@ -1,14 +1,13 @@
 """The command `slipstream init`: what it looks at, in which order, and what it writes and says."""
 
-import os
 import re
-import subprocess
 import tempfile
 from pathlib import Path
 
 import typer
 
 from slipstream import spec as specs
+from slipstream.contract.ask import Unanswered, ask
 from slipstream.digests import folder_size
 from slipstream.errors import InputError, ModelError
 from slipstream.frameworks.base import WEIGHTS
@@ -136,12 +135,11 @@ def _look(home: Home, question: Question) -> Facts:
     """What the model's framework says of it, in a process in its environment. Raises ModelError."""
     environment = ENVIRONMENT.get(question.kind) or FRAMEWORKS[question.framework].environment
     python = home.require_python(environment, "looking at the model")
-    command = [str(python), "-m", "slipstream.tools.init.inspect", question.model_dump_json()]
-    settings = os.environ | {"SLIPSTREAM_CODE": str(home.code), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=settings, check=False)
-    if completed.returncode != 0 or not completed.stdout.strip():
-        raise ModelError(f"{question.location}: looking at it failed (exit {completed.returncode}); see above")
-    reply = Reply.model_validate_json(completed.stdout.splitlines()[-1])
+    variables = {"SLIPSTREAM_CODE": str(home.code), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    try:
+        reply = ask("slipstream.tools.init.inspect", question, Reply, python=python, variables=variables, quiet=False)
+    except Unanswered as error:
+        raise ModelError(f"{question.location}: looking at it failed: {error}; see above") from error
     if reply.facts is None:
         raise ModelError(str(reply.error))
     return reply.facts

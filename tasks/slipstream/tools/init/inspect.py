@@ -1,10 +1,9 @@
-"""Inspect a model with its framework: `python -m slipstream.tools.init.inspect QUESTION`; question and reply are JSON.
+"""Inspects a model with its framework, as a process.
 
 It is run in the framework's environment, so that the command itself needs none. Models are read as the steps read
 them: what they would refuse is refused here.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from slipstream.contract.ask import answer
 from slipstream.data.user_code import user_function
 from slipstream.errors import DataError, ModelError, SlipstreamError
 from slipstream.frameworks.base import trainer_for
@@ -127,4 +127,4 @@ def reply_to(question: Question) -> Reply:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(reply_to(Question.model_validate_json(sys.argv[1])).model_dump_json() + "\n")
+    answer(Question, reply_to)
