@@ -1,4 +1,4 @@
-"""A question to another process gets its reply, whatever else the process prints, or an error that says how it ended."""
+"""A question to another process gets its reply, whatever else is printed, or an error that says how it ended."""
 
 import subprocess
 
