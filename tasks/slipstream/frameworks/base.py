@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from slipstream.contract import Document
 from slipstream.data.splits import Data, Split
 from slipstream.digests import versions
-from slipstream.errors import ModelError
+from slipstream.errors import ModelError, SpecError
 from slipstream.frameworks import launched
 from slipstream.plugins import FRAMEWORKS
 from slipstream.spec import Call, Cluster, Optimizer, Prune, Quantize, Spec
@@ -232,22 +232,32 @@ class Trainer(Framework, Protocol):
         """Train in place on the training split, resuming from the checkpoint `name` where there is one."""
         ...
 
+
+@runtime_checkable
+class Prunes(Trainer, Protocol):
+    """A framework that removes channels: `channels` is among its `prune_methods` in the table."""
+
     def pruner(self, candidate: Path) -> Pruner:
-        """A pruner for a candidate's network."""
+        """Return a pruner for a candidate's network."""
         ...
 
     def require_prunable(self, network: Any, samples: Split, prune: Prune) -> None:
-        """Raise ModelError for a network that cannot be pruned as the section says; it is left as it is."""
+        """Raise ModelError for a network that cannot be pruned as the section says; leave it as it is."""
         ...
 
+
+@runtime_checkable
+class Distributes(Trainer, Protocol):
+    """A framework that trains in several processes: `distributed` in the table."""
+
     def join(self, place: launched.Place) -> Group:
-        """The group that a launcher started this process for."""
+        """Return the group that a launcher started this process for."""
         ...
 
     def launch(self, workers: int, function: Callable[..., T], *arguments: Any) -> T:
-        """Call `function(group, *arguments)` in so many processes of this machine; what process 0 returned.
+        """Call `function(group, *arguments)` in so many processes of this machine; return what process 0 returned.
 
-        Raises what the process raised that failed first.
+        Raise what the process raised that failed first.
         """
         ...
 
@@ -269,7 +279,8 @@ class Constrained(Protocol):
         ...
 
 
-class Constraining(Trainer, Protocol):
+@runtime_checkable
+class Constrains(Trainer, Protocol):
     """A framework that trains under constraints."""
 
     def constrain(
@@ -303,6 +314,30 @@ def trainer_for(name: str) -> Trainer:
     return cast(Trainer, framework)
 
 
+def prunes(name: str) -> Prunes:
+    """Return the framework that a spec names, to remove channels with. Raise SpecError for one that cannot."""
+    framework = trainer_for(name)
+    if not isinstance(framework, Prunes):
+        raise SpecError(f"prune.method: channels cannot be removed from {name} networks; choose another method")
+    return framework
+
+
+def constrains(name: str) -> Constrains:
+    """Return the framework that a spec names, to train under constraints with. Raise SpecError for one that cannot."""
+    framework = trainer_for(name)
+    if not isinstance(framework, Constrains):
+        raise SpecError(f"model.framework: {name} networks are not trained with sparse, clustered or rounded weights")
+    return framework
+
+
+def distributes(name: str) -> Distributes:
+    """Return the framework that a spec names, to train in several processes. Raise SpecError for one that cannot."""
+    framework = trainer_for(name)
+    if not isinstance(framework, Distributes):
+        raise SpecError(f"training.workers: {name} networks are trained by one process; leave it 1")
+    return framework
+
+
 def toolchain(name: str) -> dict[str, str]:
     """Installed versions of what decides a framework's results; loads none of it."""
     return versions(*FRAMEWORKS[name].distributions)
@@ -311,7 +346,7 @@ def toolchain(name: str) -> dict[str, str]:
 def group_of(name: str) -> Group:
     """The group that this process belongs to: on its own, unless a launcher started it beside others."""
     place = launched.place()
-    return ALONE if place is None else trainer_for(name).join(place)
+    return ALONE if place is None else distributes(name).join(place)
 
 
 def read_manifest(folder: Path) -> CandidateManifest:

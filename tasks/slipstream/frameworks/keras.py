@@ -3,7 +3,6 @@
 Images are (N, height, width, channels): the data function gives them so.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,22 +11,19 @@ import numpy.typing as npt
 
 from slipstream.data.splits import Split
 from slipstream.data.user_code import user_function
-from slipstream.errors import ModelError, SpecError
+from slipstream.errors import ModelError
 from slipstream.frameworks import keras_files, keras_training
 from slipstream.frameworks.base import (
     INPUT,
     MANIFEST,
     CandidateManifest,
     Constrained,
-    Group,
     Job,
-    Pruner,
     Schedule,
     SoftTargets,
     read_manifest,
 )
 from slipstream.frameworks.keras_runtime import keras, tf
-from slipstream.frameworks.launched import Place
 from slipstream.spec import Call, Cluster, Prune, Quantize
 
 T = TypeVar("T")
@@ -122,22 +118,6 @@ class KerasFramework:
         network = self.load(candidate)
         keras_training.require_keras(network)
         return keras_compression.constrain(network, read_manifest(candidate), section, job, schedule)
-
-    def pruner(self, candidate: Path) -> Pruner:
-        """Keras has none: prune.method is `magnitude` or `2:4`, which `constrain` does."""
-        raise SpecError("prune.method: channels cannot be removed from Keras networks; choose magnitude or 2:4")
-
-    def require_prunable(self, network: Any, samples: Split, prune: Prune) -> None:
-        """See `pruner`."""
-        raise SpecError("prune.method: channels cannot be removed from Keras networks; choose magnitude or 2:4")
-
-    def join(self, place: Place) -> Group:
-        """Keras trains in one process."""
-        raise SpecError("training.workers: Keras networks are trained by one process; leave it 1")
-
-    def launch(self, workers: int, function: Callable[..., T], *arguments: Any) -> T:
-        """Keras trains in one process."""
-        raise SpecError("training.workers: Keras networks are trained by one process; leave it 1")
 
 
 def _set_threads(threads: int) -> None:

@@ -12,7 +12,7 @@ from slipstream import log_lines
 from slipstream.contract import StepInput, StepOutput
 from slipstream.data.user_code import told
 from slipstream.errors import CodeError
-from slipstream.frameworks.base import Group, trainer_for
+from slipstream.frameworks.base import Group, distributes
 from slipstream.home import Home
 from slipstream.runner.context import Context, StepModule, TrainingModule, module_for
 from slipstream.spec import Spec
@@ -38,7 +38,7 @@ def work(module: StepModule, context: Context, processes: int) -> StepOutput:
         log.info("%s: starting %d processes", context.step, processes)
         run = context.run
         task = _Task(context.step, context.spec, context.inputs, context.identity, run.run_id, run.experiment_id)
-        output = trainer_for(context.spec.model.framework).launch(processes, _member, task)
+        output = distributes(context.spec.model.framework).launch(processes, _member, task)
         assert output is not None, "process 0 has the output"
         return output
     with context.group.first_error_wins():

@@ -25,7 +25,7 @@ from slipstream.errors import (
     SpecError,
     Unavailable,
 )
-from slipstream.frameworks.base import Framework, framework_for, trainer_for
+from slipstream.frameworks.base import Framework, framework_for, prunes, trainer_for
 from slipstream.measure.metrics.base import BATCH, metric_for
 from slipstream.plugins import METRICS, TECHNIQUES
 from slipstream.runner.context import Context
@@ -184,7 +184,7 @@ def _pruning(spec: Spec, field: str, network: Any, loaded: Data) -> Iterator[Sli
     pruned = [r for r, steps in spec.recipes.items() if "prune" in steps and ("distill" in steps) == distilled]
     if field != "model.file" and pruned and spec.prune.method == "channels":
         try:
-            trainer_for(spec.model.framework).require_prunable(network, loaded.train, spec.prune)
+            prunes(spec.model.framework).require_prunable(network, loaded.train, spec.prune)
         except ModelError as error:
             yield ModelError(f"recipes.{pruned[0]}: {field}: {error}")
 

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,12 @@ from slipstream.frameworks.base import (
     MANIFEST,
     ONNX,
     Constrained,
-    Constraining,
     Framework,
     Schedule,
     SoftTargets,
+    constrains,
     read_manifest,
     require_own_architecture,
-    trainer_for,
 )
 from slipstream.measure.metrics.base import metric_for, value
 from slipstream.plugins import FRAMEWORKS
@@ -101,7 +100,7 @@ def train_constrained(
 
     The checkpoint is named after the step.
     """
-    framework = cast(Constraining, trainer_for(context.spec.model.framework))  # the spec refuses those that are not
+    framework = constrains(context.spec.model.framework)
     constrained = framework.constrain(candidate, section, context.job, schedule)
     framework.fit(constrained.network, context.job, schedule, context.step, soft)
     figures, test = constrained.finish(), context.data.test

@@ -13,7 +13,7 @@ from typing import Any
 from slipstream.contract import Artifact, StepInput, StepOutput, handover
 from slipstream.data.user_code import user_code_digest
 from slipstream.errors import ModelError
-from slipstream.frameworks.base import Pruner, Schedule, SoftTargets, Trainer, toolchain, trainer_for
+from slipstream.frameworks.base import Pruner, Schedule, SoftTargets, Trainer, prunes, toolchain, trainer_for
 from slipstream.runner.context import Context, workers
 from slipstream.spec import Prune, Spec
 from slipstream.techniques import candidates
@@ -83,7 +83,7 @@ def train(context: Context) -> Pruned:
     equal magnitude differently, the widths are still the same, and fine-tuning starts from the weights of process 0.
     """
     spec = context.spec
-    framework = trainer_for(spec.model.framework)
+    framework = prunes(spec.model.framework)
     source = candidates.source_of(context)
     assert source.artifact is not None
     pruner = framework.pruner(context.fetch(source))
