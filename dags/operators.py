@@ -18,6 +18,7 @@ from slipstream.errors import InputError
 from slipstream.home import Home
 from slipstream.plan import catalog, flow
 from slipstream.plan.flow import Task
+from slipstream.plugins import CHECK, SELECT, VALIDATE
 from slipstream.spec import BASELINE, Spec
 
 OUTPUT = "output"
@@ -97,9 +98,9 @@ class StepOperator(BaseOperator):
         """Run the step and hand on its output."""
         run = PipelineRun(context)
         try:
-            if self.step == "check":
+            if self.step == CHECK:
                 run.snapshot()
-            if self.step == "select" and not any(context["ti"].xcom_pull(task_ids=self.upstream_task_ids, key=OUTPUT)):
+            if self.step == SELECT and not any(context["ti"].xcom_pull(task_ids=self.upstream_task_ids, key=OUTPUT)):
                 raise InputError("select: nothing to judge, since no cell was validated; see the tasks before it")
             inputs = self._inputs(run, spec.load(run.spec_uri))
         except InputError as error:
@@ -133,7 +134,7 @@ def skip_unless_wanted(run: PipelineRun, step: str, outputs: Sequence[StepOutput
     stage = flow.stage_of(step)
     if stage in run.skipped:
         raise AirflowSkipException(f"{stage.replace('_', ' ')} is skipped: stop_after was chosen in the trigger form")
-    select = next((o for o in outputs if o.step == "select"), None)
+    select = next((o for o in outputs if o.step == SELECT), None)
     if stage == "full_rollout" and select and Selection.of(select).already_champion:
         raise AirflowSkipException("the best engine is the champion already; there is nothing to roll out")
 
@@ -141,7 +142,7 @@ def skip_unless_wanted(run: PipelineRun, step: str, outputs: Sequence[StepOutput
 def ask_only_if_wanted(context: Any) -> None:
     """Hook of the approval task: nobody is asked about a rollout that will not happen."""
     run = PipelineRun(context)
-    skip_unless_wanted(run, "approval", run.outputs([Task("select")]))
+    skip_unless_wanted(run, "approval", run.outputs([Task(SELECT)]))
 
 
 def settle(context: Any) -> str:
@@ -154,7 +155,7 @@ def settle(context: Any) -> str:
     states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[run.key]).get(run.key, {})
     by_title = {flow.task_of(task_id).title: state for task_id, state in states.items() if task_id != ti.task_id}
     chosen = spec.load(run.spec_uri) if storage.exists(run.spec_uri) else None
-    validated = [t for t in flow.tasks(chosen, "accuracy_validation") if t.step == "validate"] if chosen else []
+    validated = [t for t in flow.tasks(chosen, "accuracy_validation") if t.step == VALIDATE] if chosen else []
     judged = {o.cell.key for o in run.outputs(validated) if o.cell}
     problems = {
         "failed": sorted(k for k, v in by_title.items() if v == "failed"),

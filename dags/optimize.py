@@ -16,7 +16,7 @@ from operators import RETRIES, StepOperator, ask_only_if_wanted, settle
 from slipstream.errors import SpecError
 from slipstream.home import Home
 from slipstream.plan import catalog, flow
-from slipstream.plugins import STEPS, TECHNIQUES
+from slipstream.plugins import BUILD, CHECK, REPORT, RETRAIN, ROLLOUT, SELECT, STEPS, TECHNIQUES, TRIAL, VALIDATE
 from slipstream.spec import BASELINE, Spec
 
 HOME = Home.from_environment()
@@ -46,25 +46,25 @@ def pipeline(spec: Spec) -> DAG:
         placed: dict[flow.Task, StepOperator] = {}
 
         with TaskGroup("optimize", prefix_group_id=False):
-            place(spec, ("check", "retrain"), placed)
+            place(spec, (CHECK, RETRAIN), placed)
             for recipe in (BASELINE, *spec.recipes):
                 with TaskGroup(f"recipe-{recipe}", group_display_name=recipe, prefix_group_id=False):
-                    place(spec, (*TECHNIQUES, "build"), placed, recipe)
+                    place(spec, (*TECHNIQUES, BUILD), placed, recipe)
 
         with TaskGroup("accuracy_validation", prefix_group_id=False):
-            place(spec, ("validate",), placed)
-            select = StepOperator(task_id="select", trigger_rule="all_done", **share_of("select"))
-            [operator for planned, operator in placed.items() if planned.step == "validate"] >> select
+            place(spec, (VALIDATE,), placed)
+            select = StepOperator(task_id=SELECT, trigger_rule="all_done", **share_of(SELECT))
+            [operator for planned, operator in placed.items() if planned.step == VALIDATE] >> select
 
         with TaskGroup("small_scale_test", prefix_group_id=False) as small_scale_test:
-            StepOperator(task_id="trial", **share_of("trial"))
+            StepOperator(task_id=TRIAL, **share_of(TRIAL))
 
         with TaskGroup("full_rollout", prefix_group_id=False) as full_rollout:
-            rollout = StepOperator(task_id="rollout", **share_of("rollout"))
+            rollout = StepOperator(task_id=ROLLOUT, **share_of(ROLLOUT))
             if spec.rollout.approval:
                 approval(spec) >> rollout
 
-        report = StepOperator(task_id="report", trigger_rule="all_done")
+        report = StepOperator(task_id=REPORT, trigger_rule="all_done")
 
         select >> small_scale_test >> full_rollout >> report >> outcome()
     return dag

@@ -15,7 +15,7 @@ from kubernetes.client import ApiException, CoreV1Api
 from runtimes import pods
 from runtimes.base import Job
 from runtimes.training import TrainJob
-from slipstream.plugins import STEPS
+from slipstream.plugins import RETRAIN, STEPS
 
 
 def runtime() -> "Kubernetes":
@@ -69,7 +69,7 @@ def trains_together(job: Job) -> bool:
     """Whether the step trains, and the spec wants more than one process for that."""
     if job.spec.training.workers == 1 or not STEPS[job.step].trains:
         return False
-    return job.step != "retrain" or (job.spec.model.train is not None and not job.inputs.params.get("source_version"))
+    return job.step != RETRAIN or (job.spec.model.train is not None and not job.inputs.params.get("source_version"))
 
 
 def require_store(job: Job) -> None:

@@ -81,6 +81,10 @@ def installed(group: str, kind: type[Info], taken: Collection[str]) -> dict[str,
     return entries
 
 
+CHECK, RETRAIN, BUILD, VALIDATE, SELECT = "check", "retrain", "build", "validate", "select"
+TRIAL, ROLLOUT, REPORT, ROLLBACK = "trial", "rollout", "report", "rollback"
+"""Names of the steps that are no techniques."""
+
 # Engines
 
 SERVE = "serve"
@@ -261,7 +265,7 @@ class TechniqueInfo:
 _SECTIONS = "slipstream.spec.sections"
 _TECHNIQUES = {
     "distill": TechniqueInfo(
-        "slipstream.techniques.distill", f"{_SECTIONS}:Distill", ("keras", "torch"), uses="retrain", trains=True
+        "slipstream.techniques.distill", f"{_SECTIONS}:Distill", ("keras", "torch"), uses=RETRAIN, trains=True
     ),
     "prune": TechniqueInfo("slipstream.techniques.prune", f"{_SECTIONS}:Prune", ("keras", "torch"), trains=True),
     "cluster": TechniqueInfo("slipstream.techniques.cluster", f"{_SECTIONS}:Cluster", ("keras",), trains=True),
@@ -332,39 +336,39 @@ ONNX = ("onnx/graph.py", "onnx/session.py", "onnx/agreement")
 MAKES_CANDIDATES = ("frameworks", *ONNX, "techniques/candidates.py", *DATA)
 
 _STEPS = {
-    "check": StepInfo(FRAMEWORK, "optimize", uses=(), cached=False, retried=False),
-    "retrain": StepInfo(FRAMEWORK, "optimize", uses=("check",), sources=MAKES_CANDIDATES, variables=TRAINING),
-    "build": StepInfo(
-        FRAMEWORK, "optimize", "cell", ("check", CANDIDATE), ("engines", "frameworks", *ONNX, "data/tokens.py")
+    CHECK: StepInfo(FRAMEWORK, "optimize", uses=(), cached=False, retried=False),
+    RETRAIN: StepInfo(FRAMEWORK, "optimize", uses=(CHECK,), sources=MAKES_CANDIDATES, variables=TRAINING),
+    BUILD: StepInfo(
+        FRAMEWORK, "optimize", "cell", (CHECK, CANDIDATE), ("engines", "frameworks", *ONNX, "data/tokens.py")
     ),
-    "validate": StepInfo(
+    VALIDATE: StepInfo(
         FRAMEWORK,
         "accuracy_validation",
         "cell",
-        ("check", "retrain", "build", BASELINE_ENGINE),
+        (CHECK, RETRAIN, BUILD, BASELINE_ENGINE),
         ("engines", "frameworks", *ONNX, "measure", *DATA),
         gates=True,
         measures=True,
     ),
-    "select": StepInfo(FRAMEWORK, "accuracy_validation", cached=False, gates=True, retried=False, measures=True),
-    "trial": StepInfo(
-        "serve", "small_scale_test", cached=False, gates=True, retried=False, moves_traffic=True, measures=True
+    SELECT: StepInfo(FRAMEWORK, "accuracy_validation", cached=False, gates=True, retried=False, measures=True),
+    TRIAL: StepInfo(
+        SERVE, "small_scale_test", cached=False, gates=True, retried=False, moves_traffic=True, measures=True
     ),
-    "rollout": StepInfo("serve", "full_rollout", cached=False, gates=True, retried=False, moves_traffic=True),
-    "report": StepInfo("serve", "report", cached=False),
-    "rollback": StepInfo("serve", None, cached=False, moves_traffic=True),
+    ROLLOUT: StepInfo(SERVE, "full_rollout", cached=False, gates=True, retried=False, moves_traffic=True),
+    REPORT: StepInfo(SERVE, "report", cached=False),
+    ROLLBACK: StepInfo(SERVE, None, cached=False, moves_traffic=True),
 }
 """All but the techniques."""
 
 
 def _step_of(technique: TechniqueInfo) -> StepInfo:
-    uses, sources = ("check", technique.uses), (*MAKES_CANDIDATES, *technique.sources)
+    uses, sources = (CHECK, technique.uses), (*MAKES_CANDIDATES, *technique.sources)
     return StepInfo(FRAMEWORK, "optimize", "recipe", uses, sources, variables=TRAINING if technique.trains else {})
 
 
 def _steps() -> dict[str, StepInfo]:
     techniques = {name: _step_of(info) for name, info in TECHNIQUES.items()}
-    return _insert(_STEPS, techniques, before="build")
+    return _insert(_STEPS, techniques, before=BUILD)
 
 
 STEPS = Table(_steps)

@@ -15,7 +15,7 @@ from slipstream import storage
 from slipstream.contract import Cell, StepOutput
 from slipstream.errors import InputError
 from slipstream.home import Home
-from slipstream.plugins import BASELINE_ENGINE, CANDIDATE, STEPS, TECHNIQUES, Stage
+from slipstream.plugins import BASELINE_ENGINE, BUILD, CANDIDATE, RETRAIN, STEPS, TECHNIQUES, Stage
 from slipstream.spec import BASELINE, Spec, parse
 
 STAGES: dict[str, tuple[str, ...]] = {
@@ -91,12 +91,12 @@ def _used(name: str, task: Task, spec: Spec) -> Task:
     if task.cell is None or (name in STEPS and STEPS[name].per == "run"):
         return Task(name)
     if name == BASELINE_ENGINE:
-        return Task("build", Cell(recipe=BASELINE, target=task.cell.target))
+        return Task(BUILD, Cell(recipe=BASELINE, target=task.cell.target))
     if name != CANDIDATE:
         return Task(name, task.cell)
     before = itertools.takewhile(lambda technique: technique != task.step, TECHNIQUES)
     applied = [t for t in before if t in spec.techniques(task.cell.recipe)]
-    return Task(applied[-1], Cell(recipe=task.cell.recipe)) if applied else Task("retrain")
+    return Task(applied[-1], Cell(recipe=task.cell.recipe)) if applied else Task(RETRAIN)
 
 
 def parents(task: Task, spec: Spec) -> list[Task]:

@@ -12,6 +12,7 @@ from slipstream.contract.handover import Selection
 from slipstream.errors import DataError
 from slipstream.home import Home, file_lock
 from slipstream.plan import flow
+from slipstream.plugins import BUILD, SELECT
 from slipstream.release import moves
 from slipstream.spec import BASELINE
 from slipstream.store.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
@@ -49,7 +50,7 @@ def traffic_lock(home: Home, model: str, *, wait: bool = True) -> Iterator[None]
 
 def selected(inputs: StepInput) -> Selection:
     """What select decided. Raises DataError."""
-    chosen = inputs.output_of("select")
+    chosen = inputs.output_of(SELECT)
     if chosen is None:
         raise DataError(
             "IN.json has no output of select, so that there is no challenger; run accuracy validation first"
@@ -63,7 +64,7 @@ def incumbent(registry: Registry, inputs: StepInput, winner: str) -> Incumbent:
     if version is not None:
         return Incumbent(version, registry.release(version), registry.artifact(version))
     cell = Cell(recipe=BASELINE, target=flow.cell_of(winner).target)
-    built = inputs.output_of("build", cell)
+    built = inputs.output_of(BUILD, cell)
     if built is None or built.artifact is None:
         raise DataError(f"there is no champion yet, and IN.json has no engine of {cell.key} to compare with")
     release = Release(model=registry.model, name=f"{BASELINE}-{built.artifact.sha256[:8]}")

@@ -13,7 +13,7 @@ from slipstream.contract.handover import Checked, Observed, Rollout, Selection
 from slipstream.errors import DataError
 from slipstream.hardware import describe
 from slipstream.plan import flow
-from slipstream.plugins import STEPS
+from slipstream.plugins import CHECK, REPORT, ROLLOUT, SELECT, STEPS, TRIAL, VALIDATE
 from slipstream.reports import layers
 from slipstream.reports import outcome as outcomes
 from slipstream.reports.document import Failure, GateLine, Made, Report, Sample, TimelinePoint
@@ -29,7 +29,7 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
     latest = _latest_runs(track, inputs.run_key)
     upstream = list(inputs.upstream) + _recorded_by_failed(track, latest, inputs.upstream)
     single = {o.step: o for o in upstream if o.cell is None and not Observed.of(o).skipped}
-    select = single.get("select")
+    select = single.get(SELECT)
     chosen = Selection.of(select) if select else Selection(winner=None, champion=None)
     rows = _rows(spec, upstream, chosen)
     failures = tuple(_failures(latest, {(o.step, _key(o)) for o in inputs.upstream}))
@@ -37,7 +37,7 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
     result = outcomes.decide(single, failures, rows)
     winner, version = chosen.winner, chosen.version
     winning = next((r for r in rows if r.cell == winner), None)
-    rollout = single.get("rollout")
+    rollout = single.get(ROLLOUT)
     skipped = inputs.params.get("skip_stages") or ()
     return Report(
         spec=spec.name,
@@ -49,7 +49,7 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         outcome=result,
         headline=outcomes.headline(
-            spec, result, winning, version, rows, undecided=outcomes.without_answer(single.get("trial"), rollout)
+            spec, result, winning, version, rows, undecided=outcomes.without_answer(single.get(TRIAL), rollout)
         ),
         explanation=outcomes.explanation(result, single, failures, rows),
         ok=outcomes.is_ok(result, skipped, missing),
@@ -62,9 +62,9 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
         gates=tuple(GateLine(step=o.step, cell=_key(o), verdict=v) for o in upstream for v in o.verdicts),
         failures=failures,
         made=tuple(_made(o) for o in upstream),
-        timeline=timeline(o for o in (single.get("trial"), rollout) if o),
+        timeline=timeline(o for o in (single.get(TRIAL), rollout) if o),
         layers=layers.collect(upstream),
-        data=Checked.of(single["check"]).data if "check" in single else {},
+        data=Checked.of(single[CHECK]).data if CHECK in single else {},
         hardware=describe(),
         sample=sample,
         facts={
@@ -102,7 +102,7 @@ def _rows(spec: Spec, upstream: Sequence[StepOutput], chosen: Selection) -> tupl
     """select's rows; when select said no, the same rows built from the evidence that it saw."""
     rows = list(chosen.rows)
     if not rows:
-        by_cell = {_key(o): o for o in upstream if o.step == "validate"}
+        by_cell = {_key(o): o for o in upstream if o.step == VALIDATE}
         rows = [row_of(cell, by_cell.get(cell)) for cell in flow.cells(spec)]
     return tuple(
         r.model_copy(update={"release": r.cell == chosen.winner, "comparison": _never_released(spec, r.cell)})
@@ -120,7 +120,7 @@ def _latest_runs(track: Tracking, run_key: str) -> dict[tuple[str, str | None], 
     latest: dict[tuple[str, str | None], Run] = {}
     for run in track.search({tracking.RUN_KEY: run_key}):
         step, cell = run.data.tags.get(tracking.STEP), run.data.tags.get(tracking.CELL)
-        if step and step not in ("pipeline", "report"):
+        if step and step not in ("pipeline", REPORT):
             latest.setdefault((step, cell), run)
     return latest
 

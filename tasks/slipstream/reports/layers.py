@@ -10,6 +10,7 @@ from mlflow.exceptions import MlflowException
 from slipstream.contract import StepOutput
 from slipstream.contract.handover import Built
 from slipstream.engines.base import LAYERS
+from slipstream.plugins import BUILD
 from slipstream.reports.document import LayerTable
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ def collect(outputs: Iterable[StepOutput]) -> tuple[LayerTable, ...]:
     """The tables of the built engines that have one. A table that cannot be read is left out."""
     tables = []
     for output in outputs:
-        if output.step == "build" and output.cell is not None and Built.of(output).layers:
+        if output.step == BUILD and output.cell is not None and Built.of(output).layers:
             try:
                 document = mlflow.artifacts.load_dict(f"runs:/{output.run_id}/{LAYERS}")
                 rows = tuple(tuple(map(str, row)) for row in document["data"][:ROWS])

@@ -6,22 +6,23 @@ from collections.abc import Sequence
 from slipstream.contract import StepOutput, Verdict, combine
 from slipstream.contract.evidence import Row
 from slipstream.contract.handover import Rollout, Selection
+from slipstream.plugins import ROLLOUT, SELECT, TRIAL
 from slipstream.reports import wording
 from slipstream.reports.document import Failure, Outcome
 from slipstream.spec import Spec
 
-STAGES = {"trial": "small-scale test", "rollout": "rollout"}
+STAGES = {TRIAL: "small-scale test", ROLLOUT: "rollout"}
 
 
 def decide(outputs: dict[str, StepOutput], failures: Sequence[Failure], rows: Sequence[Row]) -> Outcome:
     """The outcome, read from the last stage that left a trace. `outputs` maps the cell-less steps to their outputs."""
     failed = {f.step for f in failures}
-    rollout, trial, select = (outputs.get(s) for s in ("rollout", "trial", "select"))
+    rollout, trial, select = (outputs.get(s) for s in (ROLLOUT, TRIAL, SELECT))
     if rollout and Rollout.of(rollout).released and all(v.passed for v in rollout.verdicts):
         return "released"
-    if rollout or "rollout" in failed:
+    if rollout or ROLLOUT in failed:
         return "rolled_back"
-    if "trial" in failed or (trial and not all(v.passed for v in trial.verdicts)):
+    if TRIAL in failed or (trial and not all(v.passed for v in trial.verdicts)):
         return "stopped"
     chosen = Selection.of(select) if select else None
     if chosen and chosen.already_champion:
@@ -79,13 +80,13 @@ def explanation(
 ) -> str:
     """The reason behind the headline, with its numbers."""
     if outcome in ("stopped", "rolled_back"):
-        return _stage_reason("trial" if outcome == "stopped" else "rollout", outputs, failures)
+        return _stage_reason(TRIAL if outcome == "stopped" else ROLLOUT, outputs, failures)
     if outcome in ("rejected", "failed"):
         gates = Counter(v.gate for r in rows if r.status == "rejected" for v in r.verdicts if v.answer == "fail")
         reasons = [f"{wording.count(n, 'engine')} failed the gate {gate}" for gate, n in gates.most_common()]
         unsure = sum(r.status == "inconclusive" for r in rows)
         reasons += [f"{wording.count(unsure, 'engine')} stayed inconclusive, which is not a pass"] if unsure else []
-        reasons += [f"{f.where}: {f.reason}" for f in failures if f.step != "select"]
+        reasons += [f"{f.where}: {f.reason}" for f in failures if f.step != SELECT]
         return _sentence("; ".join(reasons))
     if outcome == "held":
         return "Stages 2 or 3 were skipped, or not approved; the traffic is as it was."

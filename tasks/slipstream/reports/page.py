@@ -9,6 +9,7 @@ from html import escape
 
 from slipstream.contract import Verdict
 from slipstream.contract.evidence import EngineEvidence, Row
+from slipstream.plugins import SELECT
 from slipstream.reports import layers, wording
 from slipstream.reports.document import Figure, GateLine, Made, Report
 from slipstream.reports.theme import CSS, themed
@@ -75,7 +76,7 @@ def _head(report: Report) -> str:
 
 
 def _alert(report: Report) -> str:
-    lines = [f"<b>{escape(f.where)}</b> failed: {escape(f.reason)}" for f in report.failures if f.step != "select"]
+    lines = [f"<b>{escape(f.where)}</b> failed: {escape(f.reason)}" for f in report.failures if f.step != SELECT]
     if report.missing:
         lines.append(f"No evidence for {escape(', '.join(report.missing))}; a missing engine never passes.")
     if not lines:

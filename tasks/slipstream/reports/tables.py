@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slipstream.contract.evidence import EngineEvidence, Interval, Row
+from slipstream.plugins import SELECT
 from slipstream.reports import wording
 from slipstream.reports.document import Report
 
@@ -74,7 +75,7 @@ def reasons(report: Report) -> list[Text]:
     return lines + [
         Text.assemble(("! ", "bold red"), (f.where, "bold"), f"  failed: {f.reason}")
         for f in report.failures
-        if f.step != "select"
+        if f.step != SELECT
     ]
 
 

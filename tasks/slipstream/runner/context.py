@@ -15,7 +15,7 @@ from slipstream.data import splits
 from slipstream.errors import DataError, GateFailed, SpecError, Undecided
 from slipstream.frameworks.base import ALONE, Group, Job, require_own_architecture
 from slipstream.home import Home
-from slipstream.plugins import module_of
+from slipstream.plugins import CHECK, module_of
 from slipstream.spec import Spec
 from slipstream.store.tracking import StepRun, Tracking, fetch
 
@@ -60,7 +60,7 @@ class Context:
     def data(self) -> splits.Data:
         """The spec's data set, checked to be the one that the run started with. Raises DataError."""
         loaded = splits.load(self.spec)
-        checked = self.inputs.output_of("check")
+        checked = self.inputs.output_of(CHECK)
         started = Checked.of(checked).data if checked is not None else None
         if started is not None and started != loaded.digests():
             raise DataError(

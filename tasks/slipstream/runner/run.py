@@ -12,7 +12,7 @@ from slipstream.contract.handover import Checked
 from slipstream.errors import EXIT_RETRY, InputError, SlipstreamError
 from slipstream.frameworks.base import ALONE, Group, group_of
 from slipstream.home import Home, file_lock
-from slipstream.plugins import STEPS, TECHNIQUES, module_of
+from slipstream.plugins import CHECK, STEPS, TECHNIQUES, module_of
 from slipstream.runner import processes
 from slipstream.runner.context import Context, StepModule, module_for
 from slipstream.spec import Spec
@@ -26,7 +26,7 @@ def identity(step: str, settings: Mapping[str, Any], inputs: StepInput) -> str:
 
     What a recipe is called decides nothing of what its techniques make: recipes that begin alike share that work.
     """
-    check, name_matters = inputs.output_of("check"), step not in TECHNIQUES
+    check, name_matters = inputs.output_of(CHECK), step not in TECHNIQUES
     return digest(
         {
             "step": step,

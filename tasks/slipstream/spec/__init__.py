@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model, model_vali
 
 from slipstream.contract import Section
 from slipstream.errors import SpecError
-from slipstream.plugins import BASELINE, ENGINES, FRAMEWORKS, STEPS, TECHNIQUES, environment_of, techniques_of
+from slipstream.plugins import BASELINE, ENGINES, FRAMEWORKS, SELECT, STEPS, TECHNIQUES, environment_of, techniques_of
 from slipstream.spec.document import MAX_BYTES, decode, read
 from slipstream.spec.explain import explain
 from slipstream.spec.fields import PATTERNS, Call, Name, Optimizer, Schedule
@@ -195,7 +195,7 @@ class Spec(Section):
 
         `select` loads engines of all targets: it runs in their own environment where all share one.
         """
-        targets = [self.targets[target]] if target else list(self.targets.values()) if step == "select" else []
+        targets = [self.targets[target]] if target else list(self.targets.values()) if step == SELECT else []
         environments = {environment_of(step, self.model.framework, t.engine) for t in targets}
         return environments.pop() if len(environments) == 1 else environment_of(step, self.model.framework)
 

@@ -37,7 +37,7 @@ from slipstream.frameworks.base import ONNX
 from slipstream.onnx.agreement.bounds import bound_for, explain_mismatch, measure
 from slipstream.onnx.agreement.layers import first_departure
 from slipstream.onnx.agreement.reference import reference
-from slipstream.plugins import ENGINES
+from slipstream.plugins import ENGINES, RETRAIN
 from slipstream.runner.context import Context
 from slipstream.spec import Spec, Target
 from slipstream.store import engine_cache
@@ -64,7 +64,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 def run(context: Context) -> StepOutput:
     """Build, load, compare, log."""
     techniques = context.spec.techniques(context.cell.recipe)
-    source = context.upstream(techniques[-1] if techniques else "retrain")
+    source = context.upstream(techniques[-1] if techniques else RETRAIN)
     candidate = context.fetch(source)
     folder = context.workdir / "engine"
     shutil.rmtree(folder, ignore_errors=True)

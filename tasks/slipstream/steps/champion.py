@@ -18,6 +18,7 @@ from slipstream.measure import gates
 from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Runs, metric_for
 from slipstream.plan.flow import cell_of
+from slipstream.plugins import BUILD
 from slipstream.runner.context import Context
 from slipstream.steps import scores as scoring
 from slipstream.steps.scores import Scores
@@ -69,5 +70,5 @@ def _verdict(context: Context, version: str, row: Row, serving: Scores | None, w
 
 
 def _sha256(context: Context, row: Row) -> str | None:
-    built = context.inputs.output_of("build", cell_of(row.cell))
+    built = context.inputs.output_of(BUILD, cell_of(row.cell))
     return built.artifact.sha256 if built is not None and built.artifact is not None else None

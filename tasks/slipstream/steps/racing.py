@@ -13,6 +13,7 @@ from slipstream.frameworks.base import load_eager, toolchain
 from slipstream.home import file_lock
 from slipstream.measure import race as races
 from slipstream.measure.latency import Plan
+from slipstream.plugins import RETRAIN
 from slipstream.runner.context import Context
 from slipstream.steps.validate import EAGER, single
 from slipstream.store.tracking import fetch
@@ -56,7 +57,7 @@ def _timed(context: Context, built: Mapping[str, Artifact], plan: Plan) -> tuple
             log.warning("%s takes no part in the race: %s", cell, error)
     if not subjects:
         return None, absent
-    baseline = context.inputs.output_of("retrain")
+    baseline = context.inputs.output_of(RETRAIN)
     if baseline is not None:
         subjects[EAGER] = single(load_eager(context.fetch(baseline), threads=threads), test)
 
@@ -70,7 +71,7 @@ def _timed(context: Context, built: Mapping[str, Artifact], plan: Plan) -> tuple
 
 def _identity(context: Context, built: Mapping[str, Artifact], plan: Plan) -> str:
     """Digest of all that decides a race, but for the noise."""
-    spec, baseline = context.spec, context.inputs.output_of("retrain")
+    spec, baseline = context.spec, context.inputs.output_of(RETRAIN)
     distributions = {d for t in spec.targets.values() for d in _distributions(t.engine)}
     return digest(
         {

@@ -20,6 +20,7 @@ from slipstream.contract.handover import Reported
 from slipstream.data.splits import Data
 from slipstream.data.tokens import Tokenizer
 from slipstream.errors import SlipstreamError
+from slipstream.plugins import BUILD
 from slipstream.reports import page, plots, wording
 from slipstream.reports.collect import collect
 from slipstream.reports.document import PAGE, REPORT, REQUEST, Report, Sample
@@ -129,7 +130,7 @@ def _summarize(context: Context, parent: str, report: Report, metrics: dict[str,
         params=[Param(k, str(v)) for k, v in context.spec.objective.model_dump().items()],
         tags=[RunTag(k, v[:4900]) for k, v in tags.items()],
     )
-    built = next((m for m in report.made if m.step == "build" and m.cell == report.winner), None)
+    built = next((m for m in report.made if m.step == BUILD and m.cell == report.winner), None)
     if built is not None and built.model_id is not None:
         context.tracking.run(parent).produces(built.model_id)
     mlflow.set_terminated(parent, "FINISHED" if report.ok else "FAILED")

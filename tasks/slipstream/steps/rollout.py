@@ -28,6 +28,7 @@ from slipstream import traffic
 from slipstream.contract import Release, StepInput, StepOutput, Verdict, combine
 from slipstream.contract.handover import Rollout
 from slipstream.errors import GateFailed, SlipstreamError, Superseded
+from slipstream.plugins import TRIAL
 from slipstream.release import moves, rejections, settle
 from slipstream.release.moves import Move
 from slipstream.release.releases import Incumbent, incumbent, keep_serving, selected, serve, traffic_lock
@@ -211,7 +212,7 @@ class _Rollout:
 
 def _passed_trial(inputs: StepInput) -> StepOutput:
     """The small-scale test's output. Raises GateFailed when there is none, or it did not pass."""
-    trial = inputs.output_of("trial")
+    trial = inputs.output_of(TRIAL)
     if trial is None:
         raise GateFailed("rollout: there is no evidence of the small-scale test; run it first")
     require_pass("rollout: small-scale test", trial.verdicts)

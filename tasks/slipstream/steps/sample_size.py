@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from mlflow.entities import Run
 
 from slipstream.measure import gates, sizes
+from slipstream.plugins import VALIDATE
 from slipstream.spec import Spec
 from slipstream.store.tracking import STEP, Tracking
 
@@ -32,7 +33,7 @@ def sentence(spec: Spec, samples: int, observed_percent: float | None) -> tuple[
 
 def observed_percent(tracking: Tracking) -> float | None:
     """The greatest discordance among the engines of this spec's last run; None without one."""
-    runs = tracking.search({STEP: "validate"})
+    runs = tracking.search({STEP: VALIDATE})
     newest = _parent(runs[0]) if runs else None
     values = [r.data.metrics[DISCORDANCE] for r in _of(runs, newest) if DISCORDANCE in r.data.metrics]
     return max(values, default=None)

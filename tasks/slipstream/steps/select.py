@@ -19,6 +19,7 @@ from slipstream.contract.handover import Selection
 from slipstream.errors import DataError, GateFailed
 from slipstream.measure.waivers import waive
 from slipstream.plan import flow
+from slipstream.plugins import BUILD, VALIDATE
 from slipstream.release import rejections, settle
 from slipstream.reports import wording
 from slipstream.runner.context import Context
@@ -83,7 +84,7 @@ def expected_cells(spec: Spec, inputs: StepInput) -> list[str]:
 
 def table(spec: Spec, inputs: StepInput) -> list[Row]:
     """A row for each expected cell, in the spec's order."""
-    by_cell = {o.cell.key: o for o in inputs.upstream if o.step == "validate" and o.cell is not None}
+    by_cell = {o.cell.key: o for o in inputs.upstream if o.step == VALIDATE and o.cell is not None}
     rows = [row_of(cell, by_cell.get(cell)) for cell in expected_cells(spec, inputs)]
     unreleased = comparison_only(spec, rows)
     return [r.model_copy(update={"comparison": r.cell in unreleased}) for r in rows]
@@ -104,7 +105,7 @@ def rejected_before(registry: Registry, inputs: StepInput, rows: Sequence[Row]) 
     active = rejections.active(registry)
 
     def judge(row: Row) -> Row:
-        built = inputs.output_of("build", flow.cell_of(row.cell))
+        built = inputs.output_of(BUILD, flow.cell_of(row.cell))
         if built is None or built.artifact is None or (rejection := active.get(built.artifact.sha256)) is None:
             return row
         return judged(row, Verdict(gate="rejection", answer="fail", reason=rejections.explain(registry, rejection)))
@@ -119,14 +120,14 @@ def _choice(context: Context, rows: Sequence[Row]) -> Choice:
     if not choice.entrants:
         return choice
     measured = [flow.cell_of(r.cell) for r in rows if r.evidence is not None]
-    outputs = [context.inputs.output_of("build", cell) for cell in measured]
+    outputs = [context.inputs.output_of(BUILD, cell) for cell in measured]
     built = {o.cell.key: o.artifact for o in outputs if o is not None and o.cell is not None and o.artifact is not None}
     race, absent = racing.race(context, built)
     return Choice(choice.prefer, choice.confidence, choice.rows, race, absent)
 
 
 def _built(inputs: StepInput, cell: str) -> Artifact:
-    output = inputs.output_of("build", flow.cell_of(cell))
+    output = inputs.output_of(BUILD, flow.cell_of(cell))
     if output is None or output.artifact is None:
         raise DataError(f"step select: IN.json has evidence for {cell}, but not its build output")
     return output.artifact

@@ -28,7 +28,7 @@ from slipstream.measure.loadgen import Issue
 from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Metric, Records, Runs, metric_for
 from slipstream.measure.stats import Bounds
-from slipstream.plugins import ENGINES, FRAMEWORKS
+from slipstream.plugins import BUILD, ENGINES, FRAMEWORKS, RETRAIN
 from slipstream.runner.context import Context
 from slipstream.spec import BASELINE, Objective, Spec, Target
 from slipstream.steps import scores as scoring
@@ -338,14 +338,14 @@ def _artifact(output: StepOutput) -> Artifact:
 
 
 def _baseline(context: Context) -> StepOutput:
-    output = context.inputs.output_of("retrain")
+    output = context.inputs.output_of(RETRAIN)
     if output is None:
         raise DataError(f"step validate: IN.json has no upstream output of retrain for {context.cell.key}")
     return output
 
 
 def _built(context: Context, cell: Cell) -> StepOutput:
-    output = context.inputs.output_of("build", cell)
+    output = context.inputs.output_of(BUILD, cell)
     if output is None:
         raise DataError(f"step validate: IN.json has no upstream output of build {cell.key}; that step failed")
     return output

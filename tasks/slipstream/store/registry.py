@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from slipstream.contract import Artifact, Release, Verdict
 from slipstream.errors import RegistryError, SlipstreamError, Unavailable
+from slipstream.plugins import VALIDATE
 from slipstream.spec.fields import RELEASE_ALIASES
 from slipstream.store import signing
 
@@ -106,7 +107,7 @@ class Registry:
                     SHA256: artifact.sha256,
                     "slipstream.cell": cell,
                     PIPELINE_RUN: pipeline_run_id,
-                    **verdict_tags("validate", verdicts),
+                    **verdict_tags(VALIDATE, verdicts),
                 }
                 source = f"models:/{artifact.model_id}"
                 model_version = self._client.create_model_version(

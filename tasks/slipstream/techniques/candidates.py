@@ -25,7 +25,7 @@ from slipstream.frameworks.base import (
     require_own_architecture,
 )
 from slipstream.measure.metrics.base import metric_for, value
-from slipstream.plugins import FRAMEWORKS
+from slipstream.plugins import FRAMEWORKS, RETRAIN
 from slipstream.runner.context import Context
 from slipstream.spec import Cluster, Prune, Quantize, Spec
 from slipstream.store.signature import signature
@@ -45,7 +45,7 @@ def source_of(context: Context) -> StepOutput:
     """The output that a technique works on: of the recipe's technique before it, or of retrain."""
     techniques: Sequence[str] = context.spec.techniques(context.cell.recipe)
     before = techniques[: techniques.index(context.step)]
-    return context.upstream(before[-1] if before else "retrain")
+    return context.upstream(before[-1] if before else RETRAIN)
 
 
 def write_onnx(context: Context, source: Path, model: Any, **changes: Any) -> Path:

@@ -15,6 +15,7 @@ from slipstream.contract.handover import Distilled
 from slipstream.data.user_code import user_code_digest
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import Schedule, SoftTargets, toolchain, trainer_for
+from slipstream.plugins import RETRAIN
 from slipstream.runner.context import Context, workers
 from slipstream.spec import Distill, Spec
 from slipstream.techniques import candidates
@@ -36,7 +37,7 @@ def run(context: Context) -> StepOutput:
     """Train the student and log it as a candidate."""
     spec, data, section = context.spec, context.data, _section(context.spec)
     framework = trainer_for(spec.model.framework)
-    teacher = context.upstream("retrain")
+    teacher = context.upstream(RETRAIN)
     assert teacher.artifact is not None
     context.run.params(section.model_dump(mode="json"))
     student = context.train_on_all(train)
@@ -55,7 +56,7 @@ def train(context: Context) -> Any:
     """The trained student; every process of the group calls it. The teacher answers in the first one."""
     spec, section = context.spec, _section(context.spec)
     framework = trainer_for(spec.model.framework)
-    teacher = context.upstream("retrain")
+    teacher = context.upstream(RETRAIN)
     assert teacher.artifact is not None
     logits = candidates.soft_answers(context, framework, teacher.artifact)
     student = framework.build(section.student, spec.seed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from slipstream.plugins import BUILD, VALIDATE
 from slipstream.reports import wording
 
 TRAINED = "test_"
@@ -10,9 +11,9 @@ TRAINED = "test_"
 
 def achieved(step: str, metrics: Mapping[str, float]) -> tuple[str, ...]:
     """Such as (`top1 91.9 %`, `−0.2 points`), or (`46 kB`); empty where the step measures nothing."""
-    if step == "validate":
+    if step == VALIDATE:
         return tuple(_validated(metrics))
-    if step == "build":
+    if step == BUILD:
         return (wording.size(int(metrics["size_bytes"])),) if "size_bytes" in metrics else ()
     return tuple(_candidate(metrics))
 

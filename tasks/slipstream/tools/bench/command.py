@@ -10,6 +10,7 @@ from slipstream import spec as specs
 from slipstream.errors import EXIT_INPUT, InputError, Unavailable
 from slipstream.home import Home, write_atomically
 from slipstream.platform import addresses
+from slipstream.plugins import RETRAIN, VALIDATE
 from slipstream.tools.bench import Bench, page
 
 
@@ -42,8 +43,8 @@ def _measure(files: Sequence[Path], folder: Path, run: str) -> str:
 def _measure_one(home: Home, file: Path, folder: Path, run: str, environment: dict[str, str]) -> bool:
     """Whether there was a run to measure; the process says why not."""
     spec = specs.load(file)
-    environments = {spec.environment_of("validate", target) for target in spec.targets}
-    special = environments - {spec.environment_of("retrain", None)}  # an engine's own has the framework's too
+    environments = {spec.environment_of(VALIDATE, target) for target in spec.targets}
+    special = environments - {spec.environment_of(RETRAIN, None)}  # an engine's own has the framework's too
     python = home.require_python(min(special or environments), f"bench of {spec.name}")
     out = folder / f"{spec.name}.json"
     command = [str(python), "-m", "slipstream.tools.bench.measure", str(file), "--run", run, "--out", str(out)]

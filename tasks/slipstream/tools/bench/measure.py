@@ -26,7 +26,7 @@ from slipstream.home import write_atomically
 from slipstream.measure import latency
 from slipstream.measure.latency import Plan
 from slipstream.plan.flow import cell_of, cells
-from slipstream.plugins import FRAMEWORKS
+from slipstream.plugins import BUILD, FRAMEWORKS, RETRAIN, VALIDATE
 from slipstream.spec import BASELINE, Spec
 from slipstream.steps.validate import interval, single
 from slipstream.store.tracking import STEP, Tracking, fetch
@@ -45,10 +45,8 @@ def last_run(tracking: Tracking, run_key: str | None = None) -> tuple[str, list[
             continue
         children = tracking.search({"mlflow.parentRunId": pipeline.info.run_id})
         steps = [r for r in children if r.info.status == "FINISHED"]
-        outputs = [
-            tracking.output(r.info.run_id) for r in steps if r.data.tags[STEP] in ("retrain", "build", "validate")
-        ]
-        if any(o.step == "validate" for o in outputs):
+        outputs = [tracking.output(r.info.run_id) for r in steps if r.data.tags[STEP] in (RETRAIN, BUILD, VALIDATE)]
+        if any(o.step == VALIDATE for o in outputs):
             return key, outputs
     which = f"run {run_key}" if run_key else "finished run"
     raise InputError(f"spec {tracking.spec.name}: no {which} with validated engines; start one with `slipstream run`")
@@ -57,15 +55,15 @@ def last_run(tracking: Tracking, run_key: str | None = None) -> tuple[str, list[
 def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan = PLAN) -> Bench:
     """Load every validated engine and the eager baseline, and time them all in the same rounds."""
     by_step = {(o.step, o.cell.key if o.cell else None): o for o in outputs}
-    keys = [key for key in cells(spec) if ("validate", key) in by_step and ("build", key) in by_step]
+    keys = [key for key in cells(spec) if (VALIDATE, key) in by_step and (BUILD, key) in by_step]
     test = splits.load(spec).test
     threads = max(target.threads for target in spec.targets.values())
     eager = f"{spec.model.framework} eager FP32"
-    folders = {key: _folder(by_step["build", key], spec) for key in keys}
+    folders = {key: _folder(by_step[BUILD, key], spec) for key in keys}
     memory = {key: peak_memory_mib(folder, test.inputs) for key, folder in folders.items()}
     models = {key: load_engine(folder) for key, folder in folders.items()}
     subjects = {key: single(model, test) for key, model in models.items()}
-    subjects[eager] = single(load_eager(_folder(by_step["retrain", None], spec), threads=threads), test)
+    subjects[eager] = single(load_eager(_folder(by_step[RETRAIN, None], spec), threads=threads), test)
     comparison = latency.compare(
         subjects,
         len(test),
@@ -74,7 +72,7 @@ def measure(spec: Spec, run_key: str, outputs: Iterable[StepOutput], plan: Plan 
         tails=tuple(subjects),
         progress=lambda d, t, _: log.info("round %d/%d", d, t),
     )
-    rows = {key: row_of(key, by_step["validate", key]) for key in keys}
+    rows = {key: row_of(key, by_step[VALIDATE, key]) for key in keys}
     crowded = comparison.crowded(threads)
 
     def ratio(subject: str, reference: str | None) -> Interval | None:
