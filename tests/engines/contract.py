@@ -1,11 +1,12 @@
-"""What every engine must do. A test module subclasses `EngineContract` and supplies the target."""
+"""What every engine must do. A test module subclasses `EngineContract` and supplies the target; conftest.py has the
+candidates."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.engines.candidates import network, quantized, write
+from tests.engines.candidates import network, write
 from tests.engines.images import CLASSES, SHAPE, samples
 
 from slipstream import digests, hardware
@@ -16,16 +17,6 @@ from slipstream.errors import DataError, EngineError
 from slipstream.frameworks.base import ONNX
 from slipstream.spec import Target
 from slipstream.steps.build import reference
-
-
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("fp32") / "candidate", network())
-
-
-@pytest.fixture(scope="module")
-def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("int8") / "candidate", quantized(network()), is_quantized=True)
 
 
 def edit_manifest(engine: Path, **changes: object) -> None:

@@ -1,7 +1,7 @@
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from tests.engines.contract import EngineContract, fp32, int8  # noqa: F401 (fixtures)
+from tests.engines.contract import EngineContract
 from tests.engines.images import samples
 
 from slipstream.data.splits import INPUT_DTYPES
@@ -22,14 +22,14 @@ class TestOnnxRuntime(EngineContract):
     pass
 
 
-def test_int8_is_fused_into_integer_operators(int8, target, tmp_path):  # noqa: F811
+def test_int8_is_fused_into_integer_operators(int8, target, tmp_path):
     build_engine(int8, target, tmp_path / "engine")
     operators = [n.op_type for n in onnx.load(tmp_path / "engine" / OPTIMISED).graph.node]
     assert operators.count("QLinearConv") == 2
     assert "Conv" not in operators
 
 
-def test_an_engine_that_does_not_load_has_no_peak_but_a_reason(fp32, target, tmp_path):  # noqa: F811
+def test_an_engine_that_does_not_load_has_no_peak_but_a_reason(fp32, target, tmp_path):
     build_engine(fp32, target, tmp_path / "engine")
     (tmp_path / "engine" / OPTIMISED).write_bytes(b"not a model")
     with pytest.raises(EngineError, match=r"cannot be run: .*model\.onnx") as raised:

@@ -1,6 +1,6 @@
 import openvino as ov
 import pytest
-from tests.engines.contract import EngineContract, fp32, int8  # noqa: F401 (fixtures)
+from tests.engines.contract import EngineContract
 from tests.engines.images import samples
 
 from slipstream import hardware
@@ -21,13 +21,13 @@ class TestOpenVINO(EngineContract):
     pass
 
 
-def test_weights_stay_in_fp32(fp32, target, tmp_path):  # noqa: F811
+def test_weights_stay_in_fp32(fp32, target, tmp_path):
     build_engine(fp32, target, tmp_path / "engine")
     constants = [o for o in ov.Core().read_model(tmp_path / "engine" / IR).get_ops() if o.get_type_name() == "Constant"]
     assert "f16" not in {c.get_element_type().get_type_name() for c in constants}
 
 
-def test_fp32_is_pinned_and_int8_really_runs_in_int8(fp32, int8, target, tmp_path):  # noqa: F811
+def test_fp32_is_pinned_and_int8_really_runs_in_int8(fp32, int8, target, tmp_path):
     precisions = {}
     for name, candidate in (("fp32", fp32), ("int8", int8)):
         build_engine(candidate, target, tmp_path / name)
@@ -47,7 +47,7 @@ def test_bf16_is_refused_on_a_cpu_without_it():
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has neither avx512_bf16 nor amx_bf16")
-def test_bf16_is_near_fp32_but_not_equal(fp32, target, tmp_path):  # noqa: F811
+def test_bf16_is_near_fp32_but_not_equal(fp32, target, tmp_path):
     x = samples(8)
     answers = []
     for precision in ("f32", "bf16"):
@@ -58,7 +58,7 @@ def test_bf16_is_near_fp32_but_not_equal(fp32, target, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "HETERO:CPU", "MULTI:CPU"])
-def test_joined_devices_answer_as_the_device_itself(fp32, target, tmp_path, device):  # noqa: F811
+def test_joined_devices_answer_as_the_device_itself(fp32, target, tmp_path, device):
     joined = target.model_copy(update={"device": device})
     manifest = build_engine(fp32, joined, tmp_path / "joined")
     build_engine(fp32, target, tmp_path / "alone")
@@ -85,7 +85,7 @@ def test_a_precision_that_the_device_would_silently_change_is_refused():
             ENGINE.check(Target(engine="openvino", device=device, precision="f16"))
 
 
-def test_options_reach_the_compiled_model(fp32, target, tmp_path):  # noqa: F811
+def test_options_reach_the_compiled_model(fp32, target, tmp_path):
     found = {}
     for name, options in {"default": {}, "own": {"hint": "throughput", "num_streams": 2}}.items():
         build_engine(fp32, target.model_copy(update={"options": options, "threads": 2}), tmp_path / name)
@@ -112,8 +112,8 @@ def test_wrong_options_are_refused_with_all_that_there_are(options, said):
 
 
 def test_int8_that_was_judged_with_exact_sums_is_refused_where_they_saturate(
-    fp32,  # noqa: F811
-    int8,  # noqa: F811
+    fp32,
+    int8,
     target,
     tmp_path,
     monkeypatch,
@@ -136,7 +136,7 @@ def test_int8_that_was_judged_with_exact_sums_is_refused_where_they_saturate(
                 load_engine(folder)
 
 
-def test_an_engine_for_another_kind_of_gpu_is_refused(fp32, target, tmp_path):  # noqa: F811
+def test_an_engine_for_another_kind_of_gpu_is_refused(fp32, target, tmp_path):
     manifest = build_engine(fp32, target, tmp_path / "engine")
     gpu = manifest.model_copy(update={"target": target.model_copy(update={"device": "GPU"})})
     assert "device_name" in ENGINE.relations(manifest)

@@ -11,7 +11,7 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="needs TensorRT for RTX: the
 from onnx import helper, numpy_helper
 from tests.engines.ahead import ahead, has_gpu, port, text
 from tests.engines.candidates import network, quantized, write
-from tests.engines.contract import EngineContract, fp32, int8  # noqa: F401 (fixtures)
+from tests.engines.contract import EngineContract
 from tests.engines.images import CLASSES, SHAPE
 
 from slipstream.engines.base import build_engine, engine_for, load_engine, read_manifest, why_not_loadable
@@ -59,7 +59,7 @@ def precisions(folder: Path, *nodes: str) -> set[str]:
     ],
 )
 def test_an_engine_is_built_for_gpus_that_are_elsewhere_in_the_precision_that_was_asked_for(
-    fp32: Path,  # noqa: F811
+    fp32: Path,
     tmp_path: Path,
     capability: float | str,
     precision: str,
@@ -92,7 +92,7 @@ def test_fp16_halves_the_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["f32", "f16", "bf16"])
 def test_qdq_nodes_become_int8_kernels_whatever_the_rest_computes_in(
-    int8: Path,  # noqa: F811
+    int8: Path,
     tmp_path: Path,
     precision: str,
 ) -> None:
@@ -102,7 +102,7 @@ def test_qdq_nodes_become_int8_kernels_whatever_the_rest_computes_in(
     assert manifest.figures["layers_int8"] >= 3
 
 
-def test_the_layers_say_what_was_fused(fp32: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_layers_say_what_was_fused(fp32: Path, tmp_path: Path) -> None:
     build_engine(fp32, ahead(), tmp_path / "engine")
     fused = [set(row["onnx"].split(", ")) for row in layers_of(tmp_path / "engine")]
     assert {"conv1", "relu1"} in fused
@@ -208,14 +208,14 @@ def test_without_a_file_there_is_no_timing_cache() -> None:
 
 
 @no_gpu
-def test_an_engine_for_a_gpu_is_not_loaded_without_one(fp32: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_engine_for_a_gpu_is_not_loaded_without_one(fp32: Path, tmp_path: Path) -> None:
     build_engine(fp32, ahead(), tmp_path / "engine")
     with pytest.raises(EngineError, match=r"compute capability 8\.6, and not to be loaded here: no NVIDIA GPU"):
         load_engine(tmp_path / "engine")
     assert "no NVIDIA GPU" in (why_not_loadable(ahead()) or "")
 
 
-def test_the_wrong_gpu_is_refused(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_wrong_gpu_is_refused(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_engine(fp32, ahead("8.6, 8.9"), tmp_path / "engine")
     turing = gpu.Gpu(0, "NVIDIA T4", "7.5", "580.95.05", "0000:00:1e.0")
     monkeypatch.setattr(gpu, "find", lambda ordinal: turing)
@@ -306,7 +306,7 @@ def test_dynamic_quantization_is_refused_with_its_node_and_what_to_use(tmp_path:
         build_engine(write(tmp_path / "candidate", model), ahead(), tmp_path / "engine")
 
 
-def test_what_the_builder_refuses_is_an_engine_error_with_its_reason(fp32: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_the_builder_refuses_is_an_engine_error_with_its_reason(fp32: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"cannot build candidate: .*'dense' for Turing \(SM75\)"):
         build_engine(fp32, ahead(7.5), tmp_path / "engine")
 
@@ -345,7 +345,7 @@ class TestOnAGpu(EngineContract):
     def target(self) -> Target:
         return Target(engine="tensorrt", device="GPU", batch=(1, 1, 8))
 
-    def test_manifest_names_everything_that_was_built(self, engine: Path, fp32: Path, target: Target) -> None:  # noqa: F811
+    def test_manifest_names_everything_that_was_built(self, engine: Path, fp32: Path, target: Target) -> None:
         manifest = read_manifest(engine)
         assert set(manifest.files) == {PLAN, "layers.json"}
         assert manifest.fingerprint == engine_for("tensorrt").fingerprint(target)
@@ -353,7 +353,7 @@ class TestOnAGpu(EngineContract):
 
     def test_an_unknown_device_is_refused_before_anything_is_written(
         self,
-        fp32: Path,  # noqa: F811
+        fp32: Path,
         target: Target,
         tmp_path: Path,
     ) -> None:
@@ -361,7 +361,7 @@ class TestOnAGpu(EngineContract):
             build_engine(fp32, target.model_copy(update={"device": "GPU.97"}), tmp_path / "none")
         assert not (tmp_path / "none").exists()
 
-    def test_batches_beyond_the_profile_are_run_in_parts(self, engine: Path, fp32: Path) -> None:  # noqa: F811
+    def test_batches_beyond_the_profile_are_run_in_parts(self, engine: Path, fp32: Path) -> None:
         runner = load_engine(engine)
         x = np.random.default_rng(0).normal(size=(19, *SHAPE)).astype(np.float32)
         one_by_one = np.concatenate([runner.run(x[i : i + 1]) for i in range(len(x))])

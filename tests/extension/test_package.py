@@ -55,7 +55,18 @@ def test_a_whole_accuracy_validation_uses_all_of_it(site: Path, mlflow_server: s
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_contract_suites_pass(site: Path, source: Path, tmp_path: Path, which: str) -> None:
     suite = str(source / "tests" / "test_warp.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-c", str(package.ROOT / "pyproject.toml")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.conftest",
+        "-p",
+        "tests.engines.conftest",
+        "-c",
+        str(package.ROOT / "pyproject.toml"),
+    ]
     done = run(site, *command, "--rootdir", str(package.ROOT), "--basetemp", str(tmp_path / "own"), "-m", which, suite)
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout.splitlines()[-1]

@@ -1,11 +1,10 @@
-# ruff: noqa: F811 (pytest passes fixtures by the name of the parameter)
 import socket
 import threading
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from tests.steps.stages import FAIL, PASS, World, fake, world, world_maker  # noqa: F401 (fixtures)
+from tests.steps.stages import FAIL, PASS, World
 
 from slipstream.contract import Release
 from slipstream.errors import RegistryError, Unavailable
