@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO
 
 from slipstream.errors import InputError, Unavailable
 
@@ -176,15 +177,23 @@ def _absolute(place: str | None) -> str | None:
     return place if "://" in place else str(Path(place).resolve())
 
 
-def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Write aside, flush to disk, rename: a reader sees the old content or the new, never half of either.
+@contextmanager
+def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Open a file to write aside; at the end flush it to disk and rename it to `path`.
 
-    `mode` is what the file is created with, before the umask; 0o600 for what holds secrets.
+    A reader sees the old content or the new, never half of either. `mode` is what the file is created with, before the
+    umask; 0o600 for what holds secrets.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
+        yield file
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """Write a whole file as `replacing` does."""
+    with replacing(path, mode) as file:
+        file.write(content if isinstance(content, bytes) else content.encode())

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from slipstream.frameworks.base import Job, Schedule, SoftTargets
 from slipstream.frameworks.keras_losses import Loss, ends_in_softmax, logarithm, loss_of
 from slipstream.frameworks.keras_runtime import keras, tf
 from slipstream.frameworks.training import DECOUPLED_WEIGHT_DECAY, MOMENTUM, WEIGHT_DECAY, hold_out
+from slipstream.home import replacing
 from slipstream.measure.metrics.base import metric_for, value
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,8 @@ class Checkpoint:
 
     def save(self, state: Mapping[str, npt.ArrayLike]) -> None:
         """Replace the state."""
-        aside = self.path.with_suffix(".aside")
-        with aside.open("wb") as file:
+        with replacing(self.path) as file:
             np.savez(file, **{name: np.asarray(value) for name, value in state.items()})  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.path)
 
 
 class Training(training.Training):

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from slipstream.frameworks import torch_distributed, training
 from slipstream.frameworks.base import ALONE, Group, Job, Schedule, SoftTargets
 from slipstream.frameworks.torch_losses import Loss, loss_of
 from slipstream.frameworks.training import DECOUPLED_WEIGHT_DECAY, MOMENTUM, WEIGHT_DECAY, hold_out
+from slipstream.home import replacing
 from slipstream.measure.metrics.base import metric_for, value
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,8 @@ class Checkpoint:
         """Replace the state: tensors, numbers, strings, and lists and dicts of them."""
         if not self._group.leads:
             return
-        aside = self.path.with_suffix(".aside")
-        with aside.open("wb") as file:
+        with replacing(self.path) as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.path)
 
 
 class Training(training.Training):

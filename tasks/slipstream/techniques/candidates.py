@@ -1,7 +1,6 @@
 """What the steps that make candidates share: the folder, the log entry in MLflow, the quality."""
 
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from slipstream.frameworks.base import (
     read_manifest,
     require_own_architecture,
 )
+from slipstream.home import replacing
 from slipstream.measure.metrics.base import metric_for, value
 from slipstream.plugins import FRAMEWORKS, RETRAIN
 from slipstream.runner.context import Context
@@ -124,15 +124,8 @@ def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> n
             _log.info("teacher: answering %d images", len(split))
             folder = fetch(teacher)
             require_own_architecture(folder, context.spec)
-            _store(path, framework.logits(framework.load(folder), split.inputs))
+            with replacing(path) as file:
+                np.save(file, framework.logits(framework.load(folder), split.inputs))
     context.group.broadcast_file(path)
     answers: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
     return answers
-
-
-def _store(path: Path, answers: npt.NDArray[np.float32]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
-        np.save(file, answers)
-    aside.replace(path)
