@@ -16,7 +16,7 @@ from slipstream.runner import run as runner
 from slipstream.runner.context import Context
 from slipstream.steps.trial import small_scale_test
 from slipstream.store.tracking import Tracking
-from slipstream.traffic import guarded
+from slipstream.traffic import answers, guarded
 from slipstream.traffic.base import Routes
 from slipstream.traffic.fake import Behaviour, FakeController
 
@@ -57,6 +57,21 @@ def test_a_good_challenger_passes_and_the_traffic_is_as_before(world: World, fak
         ("canary", 20, 220),
     ]
     assert output.details["champion_release"] == champion.name
+
+
+def test_answers_that_the_logs_hold_only_in_part_are_compared_part_by_part(
+    world: World, fake: FakeController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segmentation maps of 2,500 requests take three times the room of a log, and ended the test after four minutes."""
+    monkeypatch.setattr(answers, "LIMIT_BYTES", 30_000)
+    fake.log_bytes = 30_000
+    outputs, champion, _ = with_champion(world, fake)
+    output = small_scale_test(world.context("trial", outputs), fake)
+    assert all(v.passed for v in output.verdicts) and at_rest(world, fake, champion)
+    phases = {p["phase"]: p["requests"] for p in output.details["timeline"]}
+    assert {"shadow", "shadow.2", "canary"} <= set(phases)
+    assert sum(n for phase, n in phases.items() if phase.startswith("shadow")) == 700
+    assert (output.details["figures"]["pairs"], output.details["figures"]["different"]) == (700, 0)
 
 
 def test_the_first_release_is_compared_with_the_baseline(world: World, fake: FakeController) -> None:

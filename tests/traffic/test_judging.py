@@ -1,6 +1,6 @@
 """The verdicts of the small-scale test, on evidence that is made up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,12 @@ def pairs(n: int, *, wrong: int = 0, champion_ms: float = 2.0, challenger_ms: fl
     ]
 
 
+def evidence_of(stage: Stage, pairs: Sequence[Pair] = (), unanswered: int = 0, **more: Any) -> Evidence:
+    evidence = Evidence(stage, **more)
+    evidence.add_pairs(pairs, unanswered)
+    return evidence
+
+
 def canary(n: int, *, ms: float = 3.0) -> list[Record]:
     return [Record(f"r-{i}", 0, 0.0, 200, "v2", np.zeros((1, 3), np.float32), ms) for i in range(n)]
 
@@ -60,7 +66,7 @@ def stage_of(fake: FakeController, split: Split = SPLIT, errors: int = 0, **spec
 
 
 def judged(stage: Stage, evidence: dict[str, Any]) -> dict[str, str]:
-    found = Evidence(stage, **evidence)
+    found = evidence_of(stage, **evidence)
     return {v.gate: v.answer for v in found.verdicts()}
 
 
@@ -117,7 +123,7 @@ def test_a_latency_that_fails_on_an_overloaded_machine_holds_the_release(
     stage = stage_of(fake, **LIMIT)
     assert "fail" in judged(stage, GOOD | {"pairs": pairs(2500, **change)}).values()
     stage.seen.crowds.append("processes of this machine waited for a processor 97 % of the time")
-    verdicts = Evidence(stage, pairs=pairs(2500, **change), canary=canary(100)).verdicts()
+    verdicts = evidence_of(stage, pairs=pairs(2500, **change), canary=canary(100)).verdicts()
     assert combine(verdicts) == "inconclusive"
     assert any("97 % of the time" in v.reason for v in verdicts)
 
@@ -126,7 +132,7 @@ def test_later_looks_at_a_fixed_bound_ask_for_more(fake: FakeController) -> None
     bounds = []
     for looks in (1, 2, 4):
         [verdict] = [
-            v for v in Evidence(stage_of(fake), pairs=pairs(2500), looks=looks).verdicts() if v.gate == "accuracy"
+            v for v in evidence_of(stage_of(fake), pairs=pairs(2500), looks=looks).verdicts() if v.gate == "accuracy"
         ]
         assert verdict.high is not None
         bounds.append(verdict.high)
@@ -152,11 +158,11 @@ def boxes(n: int, *, missed: int = 0) -> tuple[Split, list[Pair]]:
 def test_boxes_are_judged_by_map_and_matched_boxes(fake: FakeController, missed: int, answer: str) -> None:
     split, found = boxes(500, missed=missed)
     stage = stage_of(fake, split, objective={"confidence": 0.95, "metric": "map"})
-    evidence = Evidence(stage, pairs=found, canary=canary(500))
+    evidence = evidence_of(stage, pairs=found, canary=canary(500))
     answers = {v.gate: v.answer for v in evidence.verdicts()}
     assert (answers["accuracy"], answers["disagreement"]) == (answer, answer)
     figures = evidence.figures()
     assert figures["different"] == missed
     assert figures["champion_quality"] == pytest.approx(100)
-    few = Evidence(stage, pairs=found[-20:], canary=canary(500))
+    few = evidence_of(stage, pairs=found[-20:], canary=canary(500))
     assert {v.gate: v.answer for v in few.verdicts()}["accuracy"] == "inconclusive"

@@ -14,7 +14,7 @@ from slipstream.contract import Release
 from slipstream.data.splits import Split
 from slipstream.errors import DataError
 from slipstream.measure.metrics.base import Metric, Records, finite
-from slipstream.serving.answers import read_output
+from slipstream.serving.answers import LIMIT_BYTES, read_output
 from slipstream.traffic.base import TrafficController
 from slipstream.traffic.load import REQUEST_TIMEOUT_S, Record
 
@@ -89,6 +89,24 @@ class FromRecords:
             {r.id: answer for r in records if (answer := _answered(r, r.mirrored)) is not None},
             {r.id: answer for r in records if (answer := _answered(r.mirrored, r)) is not None},
         )
+
+
+def room(controller: TrafficController, releases: Iterable[Release]) -> int | None:
+    """Requests whose answers the servers' logs hold at once, by the sizes of the last ones; None where no log tells.
+
+    Half of what a log keeps, since users' own requests are in it too.
+    """
+    logs = [path for release in releases if (path := controller.answers(release)) is not None and path.exists()]
+    sizes = [size for path in logs if (size := _last_line_bytes(path))]
+    return max(1, LIMIT_BYTES // 2 // max(sizes)) if sizes else None
+
+
+def _last_line_bytes(path: Path) -> int:
+    """Length of a log's last whole line; 0 without one. A longer line than is looked at counts as that long."""
+    with path.open("rb") as log:
+        log.seek(max(0, path.stat().st_size - LIMIT_BYTES // 8))
+        lines = log.read().split(b"\n")[:-1]
+    return len(lines[-1]) + 1 if lines else 0
 
 
 def mark(path: Path) -> Mark:

@@ -23,6 +23,7 @@ from slipstream.contract import Release
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.frameworks.base import OUTPUT
 from slipstream.serving import client
+from slipstream.serving.answers import LIMIT_BYTES, AnswerLog
 from slipstream.traffic.base import Endpoint, Observation, Routes, require_judged
 
 Answer = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
@@ -65,6 +66,8 @@ class FakeController:
     behaviours: dict[str, Behaviour] = field(default_factory=dict)
     """Release name → behaviour; a release that is not named answers well."""
     seed: int = 0
+    log_bytes: int = LIMIT_BYTES
+    """Size at which an answer log is rotated."""
     hosts: set[str] = field(default_factory=set)
     """Host headers that requests came with."""
 
@@ -179,15 +182,10 @@ class FakeController:
         return 200, json.dumps({"model_name": release.model, "outputs": [tensor]}).encode()
 
     def _log(self, release: Release, request_id: str, output: npt.NDArray[Any], latency_ms: float) -> None:
-        line = {
-            "id": request_id,
-            "release": release.key,
-            "at": time.time(),
-            "latency_ms": latency_ms,
-            "output": output.tolist(),
-        }
-        with self._lock, self.answers(release).open("a") as log:
-            log.write(json.dumps(line) + "\n")
+        with self._lock:
+            log = AnswerLog(self.answers(release), release.key, self.log_bytes)
+            log.write(request_id, latency_ms, output)
+            log.close()
 
 
 def _decode(content: bytes) -> npt.NDArray[Any]:

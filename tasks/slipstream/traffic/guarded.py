@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from slipstream.data.splits import Split
 from slipstream.errors import Unavailable
 from slipstream.measure import guardrails, pressure, stats
 from slipstream.spec import Spec
+from slipstream.traffic import answers
+from slipstream.traffic.answers import Pair
 from slipstream.traffic.base import Routes, TrafficController
 from slipstream.traffic.guard import CAP, Guard, Seen
 from slipstream.traffic.load import Load, Record, Sent, Watch, send
@@ -200,6 +202,26 @@ class Stage:
         if guard.breach is not None:
             log.warning("traffic: %s stopped: %s: %s", name, guard.breach.gate, guard.breach.reason)
         return Phase(name, sent.records, guard.breach)
+
+    def compared(
+        self, name: str, routes: Routes, requests: int, rate_per_s: float
+    ) -> Iterator[tuple[Phase, list[Pair], int]]:
+        """Phases of so many requests in all, each with the pairs of both answers and how many the challenger owes.
+
+        One phase, unless the answers, such as maps, are so large that the servers' logs hold only a part of them. Ends
+        with the phase that a guardrail stopped. Raises DataError where users' own requests filled a log.
+        """
+        both = (self.champion, self.challenger)
+        room = answers.room(self.controller, both) or requests
+        parts = -(-requests // room)
+        for part in range(parts):
+            pairing = answers.pairing(self.controller, *both)
+            size = requests // parts + (part < requests % parts)
+            phase = self.phase(name if part == 0 else f"{name}.{part + 1}", routes, size, rate_per_s)
+            pairs, unanswered = pairing.pairs(phase.records) if phase.breach is None else ([], 0)
+            yield phase, pairs, unanswered
+            if phase.breach is not None:
+                return
 
     def _send(self, name: str, requests: int, rate_per_s: float, watch: Watch, **figures: float) -> Sent:
         load = Load(

@@ -22,28 +22,33 @@ class Evidence:
     """What shadow and canary have found, beside what the guardrails have counted in `stage.seen`."""
 
     stage: Stage
-    pairs: list[Pair] = field(default_factory=list)
-    """In the order of the requests."""
+    latest: dict[int, Pair] = field(default_factory=dict)
+    """Sample → the last pair of answers to it: a short split is asked again and again, and the same answer is no new
+    evidence. Not all pairs, since answers may be large."""
+    champion_ms: list[float] = field(default_factory=list)
+    challenger_ms: list[float] = field(default_factory=list)
+    """Latencies inside the servers, on the same requests at the same time, in the order of the requests."""
     unanswered: int = 0
     """Mirrored requests that the champion answered and the challenger did not."""
     canary: list[Record] = field(default_factory=list)
     looks: int = 0
-    """How often more pairs were added, and thus looked at."""
+    """How often the evidence was looked at after more pairs were added."""
 
     def add_pairs(self, pairs: Sequence[Pair], unanswered: int) -> None:
-        """The pairs of one more shadow, in the order of the requests."""
-        self.pairs += pairs
+        """More pairs, in the order of the requests."""
+        self.latest |= {pair.sample: pair for pair in pairs}
+        self.champion_ms += [pair.champion.latency_ms for pair in pairs]
+        self.challenger_ms += [pair.challenger.latency_ms for pair in pairs]
         self.unanswered += unanswered
-        self.looks += 1
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """One verdict for each question."""
         limits, objective, stage = self.stage.spec.guardrails, self.stage.spec.objective, self.stage
         rng, sure = np.random.default_rng(stage.spec.seed), objective.confidence
         at_this_look = guardrails.looks_confidence(sure, max(self.looks, 1))
-        champion_ms, challenger_ms = self._server_ms()
+        champion_ms, challenger_ms = self.champion_ms, self.challenger_ms
         drop = metrics.drop(self.metric, *self._records(), at_this_look, rng)
-        differ = stats.wilson(self._different(), len(self._asked_once()), at_this_look)
+        differ = stats.wilson(self._different(), len(self.latest), at_this_look)
         served = [r.served_ms for r in self.canary if r.release == stage.challenger.name and not r.failed]
         verdicts = [
             stage.errors(),
@@ -60,19 +65,18 @@ class Evidence:
 
     def figures(self) -> dict[str, Any]:
         """Numbers for the record."""
-        champion_ms, challenger_ms = self._server_ms()
         quality = [100 * metrics.value(self.metric, records) for records in self._records()]
         return {
-            "pairs": len(self.pairs),
-            "samples": len(self._asked_once()),
+            "pairs": len(self.champion_ms),
+            "samples": len(self.latest),
             "different": self._different(),
             "unanswered": self.unanswered,
             "canary_requests": len(self.canary),
             "canary_answered_by_challenger": sum(r.release == self.stage.challenger.name for r in self.canary),
             "champion_quality": quality[0] if np.isfinite(quality[0]) else None,
             "challenger_quality": quality[1] if np.isfinite(quality[1]) else None,
-            "champion_server_p50_ms": _median(champion_ms),
-            "challenger_server_p50_ms": _median(challenger_ms),
+            "champion_server_p50_ms": _median(self.champion_ms),
+            "challenger_server_p50_ms": _median(self.challenger_ms),
             "noisy": self.stage.transient() is not None,
         }
 
@@ -83,18 +87,10 @@ class Evidence:
 
     def _records(self) -> tuple[Records, Records]:
         """Those of champion's and challenger's answers."""
-        return answers.records(self._asked_once(), self.stage.split, self.metric)
+        return answers.records([*self.latest.values()], self.stage.split, self.metric)
 
     def _different(self) -> int:
-        return answers.different(self._asked_once(), self.metric)
-
-    def _asked_once(self) -> list[Pair]:
-        """One pair for each sample. A short split is asked again and again, and the same answer is no new evidence."""
-        return list({pair.sample: pair for pair in self.pairs}.values())
-
-    def _server_ms(self) -> tuple[list[float], list[float]]:
-        """Latencies inside the servers, on the same requests at the same time."""
-        return [p.champion.latency_ms for p in self.pairs], [p.challenger.latency_ms for p in self.pairs]
+        return answers.different(self.latest.values(), self.metric)
 
 
 def _median(values: list[float]) -> float | None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from slipstream.contract import Verdict, combine
 from slipstream.measure.waivers import waive
-from slipstream.traffic import answers
 from slipstream.traffic.guarded import Phase, Stage
 from slipstream.traffic.judging import Evidence
 
@@ -58,14 +57,14 @@ def _waived(stage: Stage, evidence: Evidence) -> tuple[Verdict, ...]:
 
 def _shadow(stage: Stage, evidence: Evidence, suffix: str) -> Phase:
     """Mirror every request to the challenger, and pair the answers by request id."""
-    settings, errors = stage.spec.small_scale_test, stage.seen.tally.challenger_errors
-    pairing = answers.pairing(stage.controller, stage.champion, stage.challenger)
-    routes = stage.weights(0, mirror=stage.challenger)
-    phase = stage.phase(f"shadow{suffix}", routes, settings.shadow, settings.rate_per_s)
-    if phase.breach is None:
-        pairs, unanswered = pairing.pairs(phase.records)
-        stage.seen.tally.add_missing(unanswered - (stage.seen.tally.challenger_errors - errors))
-        evidence.add_pairs(pairs, unanswered)
+    settings, tally = stage.spec.small_scale_test, stage.seen.tally
+    routes, errors = stage.weights(0, mirror=stage.challenger), tally.challenger_errors
+    for phase, pairs, unanswered in stage.compared(f"shadow{suffix}", routes, settings.shadow, settings.rate_per_s):
+        if phase.breach is None:
+            tally.add_missing(unanswered - (tally.challenger_errors - errors))
+            evidence.add_pairs(pairs, unanswered)
+            errors = tally.challenger_errors
+    evidence.looks += 1
     return phase
 
 

@@ -6,15 +6,16 @@ gets a copy of every request where the splitter can mirror to it, so that there 
 
 import datetime
 import logging
+from collections.abc import Sequence
 
 from slipstream.contract import Verdict, combine
 from slipstream.errors import DataError
 from slipstream.measure import guardrails, sequential
 from slipstream.measure.waivers import waive
-from slipstream.traffic import answers
-from slipstream.traffic.answers import Pairing
+from slipstream.traffic.answers import Pair
 from slipstream.traffic.guard import CAP
 from slipstream.traffic.guarded import Phase, Stage
+from slipstream.traffic.load import Record
 
 log = logging.getLogger(__name__)
 
@@ -57,21 +58,20 @@ def _step(stage: Stage, name: str, share: int) -> Phase:
     settings = stage.spec.rollout
     if share < 100 or not _copies(stage):
         return stage.phase(name, stage.weights(share), settings.requests, settings.rate_per_s)
-    pairing = answers.pairing(stage.controller, stage.champion, stage.challenger)
     routes = stage.weights(share, mirror=stage.champion)
-    phase = stage.phase(name, routes, settings.requests, settings.rate_per_s)
-    if phase.breach is None:
-        stage.seen.peaks += _peaks(pairing, phase)
+    records: list[Record] = []
+    try:
+        for phase, pairs, _ in stage.compared(name, routes, settings.requests, settings.rate_per_s):
+            records += phase.records
+            stage.seen.peaks += _peaks(pairs)
+    except DataError as error:  # a log that users' own requests have filled; the earlier steps have been compared
+        log.warning("rollout: the answers at 100 %% are not compared: %s", error)
+        return Phase(name, records, None)
     return phase
 
 
-def _peaks(pairing: Pairing, phase: Phase) -> list[list[float]]:
-    """Slowest answers of blocks of requests that both answered, as times in the servers."""
-    try:
-        pairs, _ = pairing.pairs(sorted(phase.records, key=lambda r: r.index))
-    except DataError as error:  # a log that users' own requests have filled; the earlier steps have been compared
-        log.warning("rollout: the answers at 100 %% are not compared: %s", error)
-        return []
+def _peaks(pairs: Sequence[Pair]) -> list[list[float]]:
+    """Slowest answers of blocks of requests that both answered, in their order, as times in the servers."""
     champion_ms, challenger_ms = ([p.champion.latency_ms for p in pairs], [p.challenger.latency_ms for p in pairs])
     peaks = sequential.blocks(champion_ms, challenger_ms, guardrails.BLOCK)
     columns = (peaks.champion_ms, peaks.champion_n, peaks.challenger_ms, peaks.challenger_n)
