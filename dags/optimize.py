@@ -157,12 +157,13 @@ def trigger_form(spec: Spec) -> dict[str, Param]:
 
 def describe(spec: Spec) -> str:
     """The DAG's page in the Airflow UI."""
-    recipes = "\n".join(f"| `{name}` | {' → '.join(steps) or 'as it is'} |" for name, steps in spec.recipes.items())
+    recipes = {name: spec.techniques(name) for name in spec.recipes}
+    rows = "\n".join(f"| `{name}` | {' → '.join(steps) or 'as it is'} |" for name, steps in recipes.items())
     targets = "\n".join(f"| `{n}` | {t.engine}, {t.device}, {t.threads} threads |" for n, t in spec.targets.items())
     return (
         f"Makes **{spec.model.name}** faster; {spec.objective.metric} may drop by at most {spec.objective.max_drop} "
         f"points.\n\nStarts by its schedule ({spec.schedule or 'none'}), by this form, or when the alias "
-        f"`{spec.model.alias}` moves.\n\n| recipe | techniques |\n| --- | --- |\n{recipes}\n\n"
+        f"`{spec.model.alias}` moves.\n\n| recipe | techniques |\n| --- | --- |\n{rows}\n\n"
         f"| target | engine |\n| --- | --- |\n{targets}\n"
     )
 

@@ -67,7 +67,16 @@ def test_yaml_cannot_construct_objects() -> None:
 
 
 names = st.from_regex(re.compile(fields.NAME, re.ASCII), fullmatch=True)
-recipe = st.sets(st.sampled_from(techniques_of("torch"))).map(lambda s: [t for t in specs.TECHNIQUES if t in s])
+uses = {
+    "distill": st.just("distill")
+    | st.fixed_dictionaries({"distill": st.fixed_dictionaries({"epochs": st.integers(1, 9)})}),
+    "prune": st.just("prune") | st.fixed_dictionaries({"prune": st.fixed_dictionaries({"rounds": st.integers(1, 9)})}),
+    "simplify": st.just("simplify"),
+    "quantize": st.just("quantize") | st.just({"quantize": {"scheme": "int8", "samples": 99}}),
+}
+recipe = st.sets(st.sampled_from(techniques_of("torch"))).flatmap(
+    lambda chosen: st.tuples(*(uses[t] for t in specs.TECHNIQUES if t in chosen)).map(list)
+)
 function = st.from_regex(r"[a-z]{1,8}(\.[a-z]{1,8}){0,2}:[a-z_]{1,8}", fullmatch=True)
 value = st.integers(-10, 10) | st.booleans() | st.text("abc: '\"#%", max_size=8) | st.floats(-1, 1)
 call = function | st.fixed_dictionaries(
@@ -128,9 +137,27 @@ def test_the_schema_describes_every_field_and_allows_the_short_forms() -> None:
 
 def test_a_recipe_has_its_own_scheme_and_is_built_where_that_runs() -> None:
     spec = specs.load(ROOT / "tests/specs/good-schemes.yaml")
-    assert [spec.quantize.of(recipe).scheme for recipe in spec.recipes] == ["int8", "int8-dynamic", "int8"]
-    assert spec.quantize.of("dynamic").schemes == {}
+    assert [spec.scheme_of(recipe) for recipe in spec.recipes] == ["int8", "int8-dynamic", None]
     assert [spec.runs("dynamic", target) for target in ("server", "portable")] == [False, True]
     assert spec.runs("int8", "server") and spec.runs("slim", "server")
     fewer = with_choices(spec, recipes=["int8"])
-    assert (list(fewer.recipes), fewer.quantize.schemes) == (["int8"], {})
+    assert list(fewer.recipes) == ["int8"]
+
+
+def test_a_technique_has_the_settings_of_its_section_but_for_those_of_the_recipe() -> None:
+    spec = specs.load(ROOT / "tests/specs/good-recipe-settings.yaml")
+    half, most = spec.section("prune", "half"), spec.section("prune", "most")
+    assert (half.sparsity, half.rounds) == ((0.2, 0.5), 3) and (most.sparsity, most.rounds) == ((0.3, 0.8), 5)
+    assert half.epochs == most.epochs == 1
+    tiny = spec.section("distill", "tiny")
+    assert (tiny.student.function, tiny.epochs, tiny.temperature) == ("code.tiny:tiny", 9, 4)
+    assert spec.section("distill", "half") is None and spec.section("simplify", "tiny") is None
+    assert spec.functions["recipes.tiny.distill.student"].function == "code.tiny:tiny"
+    assert tiny.student in spec.architectures and spec.techniques("tiny") == ("distill", "quantize")
+
+
+def test_training_for_int8_is_left_out_of_a_recipe_with_another_scheme() -> None:
+    trained = specs.Quantize(epochs=3)
+    assert trained.over({"scheme": "int8-weights"}).epochs == 0 and trained.over({"samples": 99}).epochs == 3
+    with pytest.raises(ValueError, match="quantization-aware training is for scheme int8"):
+        trained.over({"scheme": "int8-weights", "epochs": 1})

@@ -41,7 +41,7 @@ class TestQuantize(TechniqueContract):
                 "model_type": "transformer",
                 "learning_rate": 0.002,
             }
-            fixed = frozenset({"epochs", "schemes"})  # PyTorch's models are not trained for INT8; `of` applies schemes
+            fixed = frozenset({"epochs"})  # PyTorch's models are not trained for INT8
             return Case("quantize", spec, "int8", source, measured, changes, fixed)
 
         return case

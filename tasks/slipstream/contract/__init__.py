@@ -6,7 +6,8 @@ Both are small; bytes travel through the MLflow artefact store and are named her
 
 import hashlib
 import json
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,6 +24,10 @@ class Section(BaseModel):
     """Base of every part of a spec or of the settings: immutable, and a misspelt key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def over(self, changes: Mapping[str, Any]) -> Self:
+        """Return this section with other values for some keys. Raise ValidationError for values that do not fit."""
+        return self.model_validate({**self.model_dump(mode="json", exclude_unset=True), **changes})
 
 
 class Artifact(Document):

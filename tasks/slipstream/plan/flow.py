@@ -134,9 +134,8 @@ def with_choices(spec: Spec, *, max_drop: float | None = None, recipes: Sequence
     if recipes is not None:
         if unknown := sorted(set(recipes) - set(spec.recipes)):
             raise InputError(f"recipes {', '.join(unknown)}: not in spec {spec.name}; known: {', '.join(spec.recipes)}")
-        for chosen in (document["recipes"], document["quantize"]["schemes"]):
-            for name in set(chosen) - set(recipes):
-                del chosen[name]
+        for name in set(document["recipes"]) - set(recipes):
+            del document["recipes"][name]
     return parse(yaml.safe_dump(document, sort_keys=False), f"run of {spec.name}")
 
 

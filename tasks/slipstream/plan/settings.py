@@ -104,12 +104,12 @@ class Settings(Section):
         for table in (self.resources, spec.resources):
             for key in ("default", step):
                 if key in table:
-                    resources = table[key].over(resources)
+                    resources = table[key].on_top_of(resources)
         return resources
 
     def resources_of_servers(self) -> Resources:
         """Resources of a model server on Kubernetes."""
-        return self.resources.get("serving", Resources()).over(self.resources.get("default", Resources()))
+        return self.resources.get("serving", Resources()).on_top_of(self.resources.get("default", Resources()))
 
     def image_of_servers(self, environment: str = SERVE) -> str:
         """Image of a model server on Kubernetes; `environment` is that of the engine's servers."""

@@ -42,6 +42,11 @@ class Context:
         return self.inputs.cell
 
     @property
+    def section(self) -> Any:
+        """The settings of this technique in its recipe."""
+        return self.spec.section(self.step, self.cell.recipe)
+
+    @property
     def workdir(self) -> Path:
         """Folder for checkpoints; the same again when a killed step is tried again. Removed when the step is done."""
         path = self._workdir

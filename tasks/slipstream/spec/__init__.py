@@ -8,10 +8,10 @@ import importlib
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import Field, ValidationError, create_model, model_validator
 
 from slipstream.contract import Section
 from slipstream.errors import SpecError
@@ -19,6 +19,7 @@ from slipstream.plugins import BASELINE, ENGINES, FRAMEWORKS, SELECT, STEPS, TEC
 from slipstream.spec.document import MAX_BYTES, decode, read
 from slipstream.spec.explain import explain
 from slipstream.spec.fields import PATTERNS, Call, Name, Optimizer, Schedule
+from slipstream.spec.recipes import Use, changes_of, name_of
 from slipstream.spec.resources import Resources, Toleration, Training
 from slipstream.spec.sections import (
     Cluster,
@@ -43,11 +44,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    Technique = str
-else:
-    Technique = Literal[tuple(TECHNIQUES)]
-
 
 class Spec(Section):
     """One model, from trained to released."""
@@ -60,8 +56,9 @@ class Spec(Section):
     """A function that returns the splits, or files."""
     objective: Objective = Objective()
     """How good it must stay, how fast it must get."""
-    recipes: dict[Name, tuple[Technique, ...]]
-    """Named lists of techniques, in the order distill, prune, cluster, simplify, quantize."""
+    recipes: dict[Name, tuple[Use, ...]]
+    """Named lists of techniques, in the order distill, prune, cluster, simplify, quantize. A technique may have
+    settings of its own, over those of its section: `[{prune: {sparsity: [0.3, 0.6]}}, quantize]`."""
     distill: Distill | None = None
     """Settings of distillation."""
     prune: Prune = Prune()
@@ -94,34 +91,39 @@ class Spec(Section):
             raise ValueError("recipes is empty; name at least one, such as `int8: [quantize]`")
         if not self.targets:
             raise ValueError("targets is empty; name at least one, such as `server: {engine: openvino}`")
-        for name, techniques in self.recipes.items():
-            if name == BASELINE:
-                raise ValueError(f"recipes.{name}: the name is reserved for the unchanged model")
-            if list(techniques) != [t for t in TECHNIQUES if t in techniques]:
-                raise ValueError(
-                    f"recipes.{name}: {list(techniques)} must name each technique once, in the order "
-                    f"{', '.join(TECHNIQUES)}"
-                )
-            has = techniques_of(self.model.framework)
-            if missing := [t for t in techniques if t not in has]:
-                raise ValueError(
-                    f"recipes.{name}: {', '.join(missing)} cannot be done for a model of framework "
-                    f"{self.model.framework}, which has {', '.join(has)}"
-                )
-            for technique in techniques:
-                if TECHNIQUES[technique].section is not None and getattr(self, technique) is None:
-                    raise ValueError(
-                        f"recipes.{name}: there is no section `{technique}:`, and {technique} has settings without a "
-                        "default; `slipstream schema` lists them"
-                    )
-            if name in self.quantize.schemes and self.scheme_of(name) is None:
-                raise ValueError(f"quantize.schemes.{name}: recipe {name} does not quantize; remove it")
-        if unknown := sorted(set(self.quantize.schemes) - set(self.recipes)):
-            raise ValueError(f"quantize.schemes.{unknown[0]}: not a recipe; known: {', '.join(self.recipes)}")
+        for name in self.recipes:
+            self._require_recipe(name)
         if unknown := sorted(set(self.resources) - {"default", *STEPS}):
             choices = ", ".join(("default", *STEPS))
             raise ValueError(f"resources.{unknown[0]}: not a step; known: {choices}")
         return self
+
+    def _require_recipe(self, name: str) -> None:
+        """Raise ValueError for a recipe whose techniques, or their settings, cannot be."""
+        if name == BASELINE:
+            raise ValueError(f"recipes.{name}: the name is reserved for the unchanged model")
+        techniques = self.techniques(name)
+        if list(techniques) != [t for t in TECHNIQUES if t in techniques]:
+            raise ValueError(
+                f"recipes.{name}: {list(techniques)} must name each technique once, in the order "
+                f"{', '.join(TECHNIQUES)}"
+            )
+        has = techniques_of(self.model.framework)
+        if missing := [t for t in techniques if t not in has]:
+            raise ValueError(
+                f"recipes.{name}: {', '.join(missing)} cannot be done for a model of framework "
+                f"{self.model.framework}, which has {', '.join(has)}"
+            )
+        for technique in techniques:
+            try:
+                section = self.section(technique, name)
+            except ValidationError as error:
+                raise ValueError(explain(error, f"recipes.{name}.{technique}", section_of(technique))) from None
+            if TECHNIQUES[technique].section is not None and section is None:
+                raise ValueError(
+                    f"recipes.{name}: there is no section `{technique}:`, and {technique} has settings without a "
+                    "default; `slipstream schema` lists them"
+                )
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
@@ -135,14 +137,15 @@ class Spec(Section):
     @model_validator(mode="after")
     def _trainable(self) -> Self:
         name, info = self.model.framework, FRAMEWORKS[self.model.framework]
-        prunes = any("prune" in techniques for techniques in self.recipes.values())
-        if prunes and self.prune.method not in info.prune_methods:
-            raise ValueError(
-                f"prune.method: {self.prune.method} cannot be done for a model of framework {name}, which has "
-                f"{', '.join(info.prune_methods)}"
-            )
-        if self.schemes and self.quantize.epochs and not info.quantization_aware:
-            raise ValueError(f"quantize.epochs: models of framework {name} are not trained for INT8; make it 0")
+        for recipe in self.recipes:
+            prune = self.section("prune", recipe)
+            if prune is not None and prune.method not in info.prune_methods:
+                raise ValueError(
+                    f"prune.method: {prune.method} cannot be done for a model of framework {name}, which has "
+                    f"{', '.join(info.prune_methods)}"
+                )
+            if self.trains_for_int8(recipe) and not info.quantization_aware:
+                raise ValueError(f"quantize.epochs: models of framework {name} are not trained for INT8; make it 0")
         if self.training.workers > 1 and not info.distributed:
             raise ValueError(f"training.workers: models of framework {name} are not trained by several; make it 1")
         return self
@@ -201,11 +204,13 @@ class Spec(Section):
 
     def scheme_of(self, recipe: str) -> str | None:
         """The scheme of a recipe; None for one that does not quantize."""
-        return self.quantize.of(recipe).scheme if "quantize" in self.techniques(recipe) else None
+        quantize = self.section("quantize", recipe)
+        return None if quantize is None else str(quantize.scheme)
 
     def trains_for_int8(self, recipe: str) -> bool:
         """Whether a recipe has quantization-aware training."""
-        return self.scheme_of(recipe) is not None and self.quantize.of(recipe).epochs > 0
+        quantize = self.section("quantize", recipe)
+        return quantize is not None and quantize.epochs > 0
 
     @property
     def schemes(self) -> set[str]:
@@ -216,20 +221,47 @@ class Spec(Section):
     def functions(self) -> dict[str, Call]:
         """The user's functions that the spec names, but for the metric, by their fields."""
         functions = {"data": self.data} if isinstance(self.data, Call) else {}
-        for field in ("model", *TECHNIQUES):
-            section = getattr(self, field, None)
-            functions |= {f"{field}.{key}": value for key, value in section or () if isinstance(value, Call)}
+        sections = {"model": self.model} | {technique: getattr(self, technique, None) for technique in TECHNIQUES}
+        sections |= {f"recipes.{r}.{t}": self.section(t, r) for r in self.recipes for t in self.techniques(r)}
+        for field, section in sections.items():
+            calls = {f"{field}.{key}": value for key, value in section or () if isinstance(value, Call)}
+            functions |= {name: call for name, call in calls.items() if call not in functions.values()}
         return functions
 
     @property
     def architectures(self) -> tuple[Call, ...]:
         """Functions that may build a candidate's network: the model's own, and those that techniques' sections name."""
-        may = ("model.architecture", *TECHNIQUES)
+        may = ("model.architecture", "recipes", *TECHNIQUES)
         return tuple(call for field, call in self.functions.items() if field in may or field.partition(".")[0] in may)
 
-    def techniques(self, recipe: str) -> tuple[Technique, ...]:
+    def techniques(self, recipe: str) -> tuple[str, ...]:
         """Techniques of a recipe; the baseline has none."""
-        return () if recipe == BASELINE else self.recipes[recipe]
+        return () if recipe == BASELINE else tuple(map(name_of, self.recipes[recipe]))
+
+    def section(self, technique: str, recipe: str) -> Any:
+        """The settings of a technique in a recipe: its section, with what the recipe says itself.
+
+        None where the recipe does not have the technique, and for one without settings. Raise ValidationError for
+        values that do not fit.
+        """
+        uses = self.recipes.get(recipe, ())
+        changes = next((changes_of(use) for use in uses if name_of(use) == technique), None)
+        section = getattr(self, technique, None)
+        if changes is None or (section is None and not changes):
+            return None
+        if section is None:
+            return section_of(technique).model_validate(dict(changes))
+        return section.over(changes) if changes else section
+
+
+def section_of(technique: str) -> type[Section]:
+    """Return the class of a technique's settings; an empty section for one without. Raise what importing it raises."""
+    path = TECHNIQUES[technique].section
+    if path is None:
+        return Section
+    module, _, name = path.partition(":")
+    section: type[Section] = getattr(importlib.import_module(module), name)
+    return section
 
 
 def _plugin_sections() -> Iterator[tuple[str, Any]]:
@@ -240,9 +272,8 @@ def _plugin_sections() -> Iterator[tuple[str, Any]]:
     for name, info in list(TECHNIQUES.items()):
         if info.section is None or info.section.startswith(f"{__name__}."):
             continue
-        module, _, attribute = info.section.partition(":")
         try:
-            section: type[BaseModel] = getattr(importlib.import_module(module), attribute)
+            section = section_of(name)
             if name in Spec.model_fields:
                 raise ValueError(f"the spec has a key {name} already")
             required = any(field.is_required() for field in section.model_fields.values())

@@ -11,13 +11,14 @@ from pydantic import BaseModel, ValidationError
 
 from slipstream.spec.document import shortened, shown
 from slipstream.spec.fields import PATTERNS
+from slipstream.spec.recipes import NAME_ONLY, WITH_SETTINGS
 from slipstream.spec.sections import FILES, FUNCTION
 
 Context = Mapping[str, Any]
 
 MOST = 20
 """Problems that are listed; the rest is counted."""
-INTERNAL = (FILES, FUNCTION, "[key]")
+INTERNAL = (FILES, FUNCTION, NAME_ONLY, WITH_SETTINGS, "[key]")
 """Parts of pydantic's locations that are no field of the spec."""
 PYDANTIC = {"Input should be": "must be", "String should": "must"}
 """How pydantic begins, and how an error here does."""

@@ -45,6 +45,6 @@ class Resources(Section):
     image: str | None = None
     """Image to run instead of the one of the step's environment."""
 
-    def over(self, base: "Resources") -> "Resources":
+    def on_top_of(self, base: "Resources") -> "Resources":
         """These, and what they leave out from `base`."""
         return Resources(**(base.model_dump(exclude_none=True) | self.model_dump(exclude_none=True)))

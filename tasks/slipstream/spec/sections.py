@@ -3,7 +3,7 @@
 import datetime
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -12,7 +12,6 @@ from slipstream.plugins import ENGINES, FRAMEWORKS, METRICS, SCHEMES
 from slipstream.spec.fields import (
     FUNCTION_NAME,
     FileUri,
-    Name,
     Optimizer,
     Percent,
     RegisteredModel,
@@ -220,10 +219,8 @@ class Quantize(Section):
 
     scheme: Scheme = "int8"
     """Number format: `int8` for weights and activations, with ranges from calibration; `int8-dynamic` with ranges
-    found anew for each input; `int8-weights` and `int4-weights` for weights alone, which saves memory."""
-    schemes: dict[Name, Scheme] = Field(default={})
-    """Another scheme for single recipes, by their names, such as `weights: int8-weights`. A recipe is built for the
-    targets whose engine runs its scheme."""
+    found anew for each input; `int8-weights` and `int4-weights` for weights alone, which saves memory. A recipe is
+    built for the targets whose engine runs its scheme."""
     samples: Annotated[int, Field(ge=16, le=100_000)] = 300
     """Calibration samples, drawn from the training split only."""
     per_channel: bool = True
@@ -239,17 +236,31 @@ class Quantize(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 0.001
     """Peak of its one-cycle schedule."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_schemes(cls, value: object) -> object:
+        """Earlier versions had a scheme for each recipe here; candidates that they made have an empty mapping."""
+        if isinstance(value, Mapping) and "schemes" in value:
+            if schemes := value["schemes"]:
+                name, scheme = next(iter(schemes.items())) if isinstance(schemes, Mapping) else ("NAME", "SCHEME")
+                raise ValueError(
+                    "schemes: a recipe says its own scheme now: write "
+                    f"`{name}: [{{quantize: {{scheme: {scheme}}}}}]` under recipes, and leave this out"
+                )
+            return {key: kept for key, kept in value.items() if key != "schemes"}
+        return value
+
     @model_validator(mode="after")
     def _trains_for_int8(self) -> Self:
         if self.epochs and not SCHEMES[self.scheme].calibrated:
             raise ValueError(f"epochs: quantization-aware training is for scheme int8, not {self.scheme}; make it 0")
         return self
 
-    def of(self, recipe: str) -> Self:
-        """The settings for one recipe: `scheme` is its own, and there is training for INT8 alone."""
-        scheme = self.schemes.get(recipe, self.scheme)
-        epochs = self.epochs if SCHEMES[scheme].calibrated else 0
-        return self.model_copy(update={"scheme": scheme, "schemes": {}, "epochs": epochs})
+    def over(self, changes: Mapping[str, Any]) -> Self:
+        """See Section. Training is for INT8 alone: a recipe with another scheme leaves it out."""
+        scheme = SCHEMES.get(str(changes.get("scheme", self.scheme)))
+        trained = scheme is None or scheme.calibrated
+        return super().over(changes if trained else {"epochs": 0, **changes})
 
 
 class Target(Section):

@@ -157,11 +157,8 @@ def _networks(
     """
     loaded = context.data
     networks: dict[str, tuple[str, Call | None, Callable[[], Any]]] = {}
-    for field, call in {
-        "model.architecture": spec.model.architecture,
-        "distill.student": spec.distill.student if spec.distill else None,
-    }.items():
-        if call is not None:
+    for field, call in spec.functions.items():
+        if field == "model.architecture" or field.endswith("distill.student"):
             build = partial(trainer_for(spec.model.framework).build, call, spec.seed)
             networks[field] = (call.function, call, build)
     if spec.model.file is not None:
@@ -172,21 +169,27 @@ def _networks(
         if problems and field == "model.architecture":
             return  # a file of its weights has the same problems
         if not problems:
-            yield from _pruning(spec, field, network, loaded)
+            if field != "model.file":
+                yield from _pruning(spec, field, architecture, network, loaded)
             answers.append(framework.logits(network, loaded.train.inputs[:2]))
             save = partial(framework.save, network, architecture, loaded.test)
             yield from rehearse(context.home, f"{field}: {name}", save, buildable, context.workdir)
 
 
-def _pruning(spec: Spec, field: str, network: Any, loaded: Data) -> Iterator[SlipstreamError]:
+def _pruning(
+    spec: Spec, field: str, architecture: Call | None, network: Any, loaded: Data
+) -> Iterator[SlipstreamError]:
     """Why channels cannot be removed from a network that some recipe prunes; asked before it is trained."""
-    distilled = field == "distill.student"
-    pruned = [r for r, steps in spec.recipes.items() if "prune" in steps and ("distill" in steps) == distilled]
-    if field != "model.file" and pruned and spec.prune.method == "channels":
+    for recipe in spec.recipes:
+        prune, distill = spec.section("prune", recipe), spec.section("distill", recipe)
+        begins_with = distill.student if distill else spec.model.architecture
+        if prune is None or prune.method != "channels" or begins_with != architecture:
+            continue
         try:
-            prunes(spec.model.framework).require_prunable(network, loaded.train, spec.prune)
+            prunes(spec.model.framework).require_prunable(network, loaded.train, prune)
         except ModelError as error:
-            yield ModelError(f"recipes.{pruned[0]}: {field}: {error}")
+            yield ModelError(f"recipes.{recipe}: {field}: {error}")
+            return
 
 
 def _network(
@@ -238,7 +241,7 @@ def _answers(spec: Spec, what: str, outputs: npt.NDArray[Any], loaded: Data) -> 
         yield ModelError(f"{what} answers with {classes} classes, but the data names {len(loaded.classes)}")
     labels = loaded.train.labels[: len(outputs)]
     training = {name for name, info in TECHNIQUES.items() if info.trains}
-    tuned = [r for r, techniques in spec.recipes.items() if training & set(techniques) or spec.trains_for_int8(r)]
+    tuned = [r for r in spec.recipes if training & set(spec.techniques(r)) or spec.trains_for_int8(r)]
     if tuned and spec.model.loss is None and not _are_classes(outputs, labels):
         yield SpecError(
             f"recipes.{tuned[0]}: trains on the labels, but cross entropy does not take outputs {outputs.shape} with "

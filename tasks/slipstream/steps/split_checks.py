@@ -48,9 +48,11 @@ def _shared(loaded: Data, train: set[bytes], distinct: int) -> Iterator[Slipstre
 
 def _enough(spec: Spec, loaded: Data, distinct: int) -> Iterator[SlipstreamError]:
     """Too few samples to calibrate with, or for the margin ever to be proven."""
-    if any(SCHEMES[scheme].calibrated for scheme in spec.schemes):
+    sections = [spec.section("quantize", recipe) for recipe in spec.recipes]
+    calibrated = [s.samples for s in sections if s is not None and SCHEMES[s.scheme].calibrated]
+    if calibrated:
         try:
-            loaded.calibration(spec.quantize.samples, spec.seed)
+            loaded.calibration(max(calibrated), spec.seed)
         except DataError as error:
             yield error
     if not metric_for(spec.objective.metric).mean:

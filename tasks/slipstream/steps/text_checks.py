@@ -37,7 +37,7 @@ def data(spec: Spec, loaded: Data) -> Iterator[SlipstreamError]:
                 f"targets.{name}.lengths: the data has texts of {longest} tokens, but the greatest length is "
                 f"{target.lengths[-1]}; add a greater one, or cut the texts"
             )
-    pruned = [recipe for recipe, techniques in spec.recipes.items() if "prune" in techniques]
+    pruned = [recipe for recipe in spec.recipes if "prune" in spec.techniques(recipe)]
     if pruned and tokens.is_token_ids(train_inputs):
         yield SpecError(
             f"recipes.{pruned[0]}: channels of networks on token ids cannot be pruned; distil to fewer layers instead"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipstream.contract import Artifact, StepOutput
+from slipstream.contract import Artifact, StepInput, StepOutput
 from slipstream.data.splits import Split
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import (
@@ -39,6 +39,13 @@ def fresh_folder(context: Context, name: str = "candidate") -> Path:
     folder = context.workdir / name
     shutil.rmtree(folder, ignore_errors=True)
     return folder
+
+
+def settings_of(technique: str, spec: Spec, inputs: StepInput) -> dict[str, Any]:
+    """Return the settings of a technique in the recipe of a step, as JSON."""
+    assert inputs.cell is not None, f"{technique} needs a cell"
+    settings: dict[str, Any] = spec.section(technique, inputs.cell.recipe).model_dump(mode="json")
+    return settings
 
 
 def source_of(context: Context) -> StepOutput:

@@ -10,14 +10,14 @@ from slipstream.contract import StepInput, StepOutput
 from slipstream.data.user_code import user_code_digest
 from slipstream.frameworks.base import Schedule, toolchain
 from slipstream.runner.context import Context
-from slipstream.spec import Spec
+from slipstream.spec import Cluster, Spec
 from slipstream.techniques import candidates
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
     """What decides the result, beside the candidate and the data."""
     return {
-        "cluster": spec.cluster.model_dump(mode="json"),
+        "cluster": candidates.settings_of("cluster", spec, inputs),
         "loss": user_code_digest(spec.model.loss),
         "seed": spec.seed,
         "versions": toolchain(spec.model.framework),
@@ -26,7 +26,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 def run(context: Context) -> StepOutput:
     """Cluster, fine-tune, and log the result as a candidate."""
-    section = context.spec.cluster
+    section: Cluster = context.section
     source = candidates.source_of(context)
     assert source.artifact is not None
     context.run.params(section.model_dump(mode="json"))

@@ -6,7 +6,7 @@ Details: `student` and `teacher_sha256`. Metrics: `test_NAME` of the student and
 NAME is the metric, `parameters`.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy.typing as npt
 
@@ -23,7 +23,8 @@ from slipstream.techniques import candidates
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
     """What decides the result, beside the teacher and the data."""
-    section = _section(spec)
+    assert inputs.cell is not None, "distill needs a cell"
+    section: Distill = spec.section("distill", inputs.cell.recipe)
     return {
         "distill": section.model_dump(mode="json"),
         "student": user_code_digest(section.student),
@@ -35,7 +36,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 def run(context: Context) -> StepOutput:
     """Train the student and log it as a candidate."""
-    spec, data, section = context.spec, context.data, _section(context.spec)
+    spec, data, section = context.spec, context.data, cast(Distill, context.section)
     framework = trainer_for(spec.model.framework)
     teacher = context.upstream(RETRAIN)
     assert teacher.artifact is not None
@@ -54,7 +55,7 @@ def run(context: Context) -> StepOutput:
 
 def train(context: Context) -> Any:
     """The trained student; every process of the group calls it. The teacher answers in the first one."""
-    spec, section = context.spec, _section(context.spec)
+    spec, section = context.spec, cast(Distill, context.section)
     framework = trainer_for(spec.model.framework)
     teacher = context.upstream(RETRAIN)
     assert teacher.artifact is not None
@@ -65,11 +66,6 @@ def train(context: Context) -> Any:
     soft = SoftTargets(logits, section.temperature, section.soft_weight)
     framework.fit(student, context.job, schedule, "student", soft)
     return student
-
-
-def _section(spec: Spec) -> Distill:
-    assert spec.distill is not None, "the spec refuses a recipe that distills without a distill section"
-    return spec.distill
 
 
 def _require_same_classes(student: npt.NDArray[Any], teacher: npt.NDArray[Any], section: Distill) -> None:

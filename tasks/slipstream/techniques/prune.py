@@ -23,9 +23,11 @@ log = logging.getLogger(__name__)
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
     """What decides the result, beside the candidate and the data."""
-    student = spec.distill.student if spec.distill else None
+    assert inputs.cell is not None, "prune needs a cell"
+    distill = spec.section("distill", inputs.cell.recipe)
+    student = distill.student if distill else None
     return {
-        "prune": spec.prune.model_dump(mode="json"),
+        "prune": candidates.settings_of("prune", spec, inputs),
         "architectures": [user_code_digest(spec.model.architecture), user_code_digest(student)],
         "loss": user_code_digest(spec.model.loss),
         "seed": spec.seed,
@@ -46,15 +48,15 @@ class Pruned:
 
 def run(context: Context) -> StepOutput:
     """Cut and fine-tune, round by round, and log the result as a candidate."""
-    spec = context.spec
     source = candidates.source_of(context)
     assert source.artifact is not None
-    context.run.params(spec.prune.model_dump(mode="json"))
-    if spec.prune.method != "channels":
+    prune: Prune = context.section
+    context.run.params(prune.model_dump(mode="json"))
+    if prune.method != "channels":
         return _single_weights(context, source)
     pruned = context.train_on_all(train)
     pruner, before, rounds = pruned.pruner, pruned.before, pruned.rounds
-    _require_smaller(before, rounds[-1], spec.prune)
+    _require_smaller(before, rounds[-1], prune)
     folder = candidates.fresh_folder(context)
     pruner.save(folder, context.data.test)
     artifact = candidates.log(context, folder, "pruned", parents=[source.artifact.model_id])
@@ -64,7 +66,7 @@ def run(context: Context) -> StepOutput:
 
 def _single_weights(context: Context, source: StepOutput) -> StepOutput:
     """Train with ever more weights held at zero."""
-    spec, prune = context.spec, context.spec.prune
+    spec, prune = context.spec, context.section
     assert source.artifact is not None
     soft = _soft_targets(context, trainer_for(spec.model.framework), source.artifact)
     schedule = Schedule(prune.epochs, prune.learning_rate, optimizer=prune.optimizer)
@@ -89,7 +91,7 @@ def train(context: Context) -> Pruned:
     pruner = framework.pruner(context.fetch(source))
     before = pruner.figures()
     soft = _soft_targets(context, framework, source.artifact)
-    rounds = [_round(context, framework, pruner, soft, number) for number in range(spec.prune.rounds)]
+    rounds = [_round(context, framework, pruner, soft, number) for number in range(context.section.rounds)]
     return Pruned(pruner, before, rounds)
 
 
@@ -109,7 +111,7 @@ def _soft_targets(context: Context, framework: Trainer, source: Artifact) -> Sof
     With two rounds of one epoch to a sparsity of 0.5 the example's ResNet-14 ends at 91.3 % with them, and at
     90.9 % without (92.0 % before; one seed each).
     """
-    prune = context.spec.prune
+    prune: Prune = context.section
     if prune.soft_weight == 0:
         return None
     logits = candidates.soft_answers(context, framework, source)
@@ -120,7 +122,7 @@ def _round(
     context: Context, framework: Trainer, pruner: Pruner, soft: SoftTargets | None, number: int
 ) -> dict[str, float]:
     """One round; `sparsity`, `macs`, `parameters` and the quality after it."""
-    prune = context.spec.prune
+    prune: Prune = context.section
     pruner.prune(sparsity_schedule(prune)[number], prune.round_to)
     schedule = Schedule(
         prune.epochs,

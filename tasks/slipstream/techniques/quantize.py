@@ -8,7 +8,7 @@ is quantized (onnx/quantize/coverage.py), and how far the answers to the calibra
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ from slipstream.onnx.quantize.coverage import require_quantized
 from slipstream.onnx.session import Session
 from slipstream.plugins import FRAMEWORKS
 from slipstream.runner.context import Context
-from slipstream.spec import Spec
+from slipstream.spec import Quantize, Spec
 from slipstream.techniques import candidates
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ CALIBRATION = "calibration.npz"
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
     """What decides the result, beyond the candidate and the data."""
     assert inputs.cell is not None, "quantize needs a cell"
-    section = spec.quantize.of(inputs.cell.recipe)
+    section: Quantize = spec.section("quantize", inputs.cell.recipe)
     trained = {"loss": user_code_digest(spec.model.loss), **toolchain(spec.model.framework)} if section.epochs else {}
     return {
         "quantize": section.model_dump(mode="json"),
@@ -51,7 +51,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 def run(context: Context) -> StepOutput:
     """Quantize the recipe's latest candidate."""
-    spec, section = context.spec, context.spec.quantize.of(context.cell.recipe)
+    spec, section = context.spec, cast(Quantize, context.section)
     source = candidates.source_of(context)
     assert source.artifact is not None
     candidate, metrics = _trained(context, context.fetch(source))
@@ -78,7 +78,7 @@ def run(context: Context) -> StepOutput:
 
 def _trained(context: Context, candidate: Path) -> tuple[Path, dict[str, float]]:
     """The candidate, trained for INT8 where the spec asks for that, and figures of the training."""
-    section = context.spec.quantize.of(context.cell.recipe)
+    section: Quantize = context.section
     if not section.epochs:
         return candidate, {}
     constrained, figures = candidates.train_constrained(
@@ -101,7 +101,7 @@ def draw(context: Context) -> tuple[npt.NDArray[Any], Calibration]:
     Raises DataError when there are too few, when all are equal, or when the test split has one of them too.
     """
     data, spec = context.data, context.spec
-    indices = data.calibration(spec.quantize.samples, spec.seed)
+    indices = data.calibration(context.section.samples, spec.seed)
     chosen = data.train.take(indices)
     names = [d.hex() for d in chosen.sample_digests()]
     require_unseen(names, data)

@@ -109,6 +109,8 @@ def _plain(shape: Mapping[str, Any]) -> str:
     if kind == "array":
         items = shape.get("prefixItems") or [shape["items"]]
         return f"{'two' if 'prefixItems' in shape else 'list'} of: {_type(items[0])}"
+    if kind == "object" and "properties" in shape:
+        return "one of them with settings"
     if kind == "object":
         values = shape.get("patternProperties", {"": shape.get("additionalProperties")}).values()
         return f"name → {_type(next(iter(values)))}"
