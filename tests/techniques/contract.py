@@ -48,10 +48,13 @@ class Case:
         assert output is not None
         return output
 
-    def identity_with(self, **changes: Any) -> str:
-        """The step's identity when keys of its section have other values."""
+    def identity_with(self, *, in_recipe: bool = False, **changes: Any) -> str:
+        """The step's identity when keys of its section, or the recipe's own settings, have other values."""
         document = self.spec.model_dump(mode="json")
-        if changes:
+        if changes and in_recipe:
+            uses = document["recipes"][self.recipe]
+            document["recipes"][self.recipe] = [{t: changes} if t == self.technique else t for t in uses]
+        elif changes:
             document[self.technique] = {**(document[self.technique] or {}), **changes}
         spec = Spec.model_validate(document)
         return identity(self.technique, module_for(self.technique).settings(spec, self.given), self.given)
@@ -97,7 +100,9 @@ class TechniqueContract:
         assert set(case.changes) | case.fixed == keys, "the case must name every key of the section"
         identities = {case.identity_with()}
         for key, value in case.changes.items():
-            identities.add(case.identity_with(**(value if isinstance(value, dict) else {key: value})))
+            changes = value if isinstance(value, dict) else {key: value}
+            identities.add(case.identity_with(**changes))
+            assert case.identity_with(in_recipe=True, **changes) in identities, "wherever the setting is written"
         assert len(identities) == 1 + len(case.changes)
 
     @pytest.mark.slow
