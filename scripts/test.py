@@ -38,6 +38,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
             "tests/platform",
             "tests/storage",
             "tests/orchestrate/watch",
+            "tests/tools",
             "tests/tools/bench",
             "tests/tools/init",
         ),

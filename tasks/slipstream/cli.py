@@ -39,6 +39,31 @@ def validate(spec: SpecFile) -> None:
 
 
 @app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(help="New folder; its name becomes the spec's.")],
+) -> None:
+    """Write a project to start from: spec, network, data, Makefile, README, CI file."""
+    from slipstream.tools import new as command
+
+    for path in command.new(folder):
+        typer.echo(path)
+
+
+@app.command()
+def setup(
+    specs: Annotated[
+        list[Path], typer.Argument(help="Spec files whose environments are installed.", metavar="SPEC...")
+    ],
+) -> None:
+    """Install the virtual environments that specs need, into .envs; a checkout has `make setup` for that."""
+    from slipstream.home import Home
+    from slipstream.spec import load
+    from slipstream.tools import setup as command
+
+    command.make(Home.from_environment(), command.environments([load(spec) for spec in specs]))
+
+
+@app.command()
 def init(
     model: Annotated[
         str,

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parent
 DAG = "optimize.py"
 """A file that is in slipstream's DAG folder and in no other."""
+INSTALL = "`slipstream setup SPEC` installs it, and `make setup` in a checkout"
+"""What to do where an environment lacks something."""
 PRIVATE = 0o700
 """Mode of the home: it holds addresses, published specs and logs, which are for its owner alone."""
 
@@ -93,8 +95,8 @@ class Home:
         python = self.python(environment)
         if not python.exists():
             raise InputError(
-                f"{purpose} needs the environment {environment}, but {python} does not exist; `make setup` in a "
-                "checkout installs the environments, and SLIPSTREAM_ENVS names their folder"
+                f"{purpose} needs the environment {environment}, but {python} does not exist; {INSTALL}, "
+                "and SLIPSTREAM_ENVS names the folder"
             )
         return python
 
@@ -141,14 +143,19 @@ def dags_folder() -> Path:
 
     Never a folder of the user's: SLIPSTREAM_CODE holds the functions that specs name, and nothing of Airflow's.
     """
-    if (root := checkout()) is not None:
-        return root / "dags"
-    # pyproject.toml lists dags/ under data-files; where an installer puts those differs, and its record says it.
-    files = metadata.files("slipstream") or []
-    for file in files:
-        if file.parts[-4:] == ("share", "slipstream", "dags", DAG):
-            return Path(str(file.locate())).resolve().parent
-    raise Unavailable("this installation of slipstream has no DAGs; install its wheel, or run it from a checkout")
+    root = checkout()
+    return root / "dags" if root is not None else shared("dags", DAG).parent
+
+
+def shared(*parts: str) -> Path:
+    """A file that the wheel installed beside the package. Raises Unavailable.
+
+    pyproject.toml lists them under data-files; where an installer puts those differs, and its record says it.
+    """
+    for file in metadata.files("slipstream") or []:
+        if file.parts[-2 - len(parts) :] == ("share", "slipstream", *parts):
+            return Path(str(file.locate())).resolve()
+    raise Unavailable(f"this installation of slipstream has no {'/'.join(parts)}; install its wheel")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 from slipstream.errors import Unavailable
-from slipstream.home import Home, dags_folder, write_atomically
+from slipstream.home import INSTALL, Home, dags_folder, write_atomically
 from slipstream.platform import postgresql, supervisor
 from slipstream.platform.addresses import Addresses, Secrets, port_of
 from slipstream.platform.airflow_api import AirflowApi
@@ -119,5 +119,5 @@ def _installed_version(home: Home) -> str:
     """Version of Airflow in its environment, from the name of its metadata folder."""
     folders = sorted((home.envs / "airflow").glob("lib/python3*/site-packages/apache_airflow_core-*.dist-info"))
     if not folders:
-        raise Unavailable(f"{home.envs / 'airflow'}: no Airflow in this environment; run `make setup`")
+        raise Unavailable(f"{home.envs / 'airflow'}: no Airflow in this environment; {INSTALL}")
     return folders[-1].name.removeprefix("apache_airflow_core-").removesuffix(".dist-info")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from slipstream.errors import Unavailable
-from slipstream.home import Home, file_lock, write_atomically
+from slipstream.home import INSTALL, Home, file_lock, write_atomically
 from slipstream.platform import launch, programs
 from slipstream.platform.launch import MARK
 from slipstream.platform.programs import Program
@@ -215,7 +215,7 @@ def _require_start(home: Home, name: str, executable: Path, seconds: float = 10)
     while (now := state(home, name).state) != "RUNNING":
         if now in ("BACKOFF", "FATAL") or time.monotonic() > deadline:
             _forget(home, name)
-            raise Unavailable(f"{name}: {executable} is not there; `make setup` installs the environments")
+            raise Unavailable(f"{name}: {executable} is not there; {INSTALL}")
         time.sleep(0.05)
 
 

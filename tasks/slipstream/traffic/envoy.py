@@ -20,7 +20,7 @@ from slipstream import digests
 from slipstream.contract import Document, Release
 from slipstream.engines.base import server_environment
 from slipstream.errors import RegistryError, SlipstreamError, Unavailable
-from slipstream.home import Home, file_lock, write_atomically
+from slipstream.home import INSTALL, Home, file_lock, write_atomically
 from slipstream.platform import addresses, programs, supervisor
 from slipstream.platform.addresses import is_free
 from slipstream.traffic import envoy_config
@@ -69,7 +69,7 @@ def program(home: Home) -> programs.Program:
     """
     binaries = sorted((home.envs / "serve").glob("lib/python3*/site-packages/envoy/_bin/envoy"))
     if not binaries:
-        raise Unavailable(f"{home.envs / 'serve'}: no Envoy in this environment; run `make setup`")
+        raise Unavailable(f"{home.envs / 'serve'}: no Envoy in this environment; {INSTALL}")
     # Hot restart shares memory between Envoys with the same base id, also with a stranger's.
     options = ("--concurrency", "1", "--disable-hot-restart", "--log-level", "warning")
     command = (str(binaries[0]), "-c", str(home.envoy / "bootstrap.yaml"), *options)
