@@ -22,7 +22,14 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "e2e": (".venv", ("tests/e2e",)),
     "steps": (
         ".envs/torch",
-        ("tests/steps", "tests/techniques", "tests/onnx/quantize", "tests/measure", "tests/measure/metrics"),
+        (
+            "tests/steps",
+            "tests/techniques",
+            "tests/orchestrate/test_local.py",
+            "tests/onnx/quantize",
+            "tests/measure",
+            "tests/measure/metrics",
+        ),
     ),
     "stages": (".envs/serve", ("tests/kserve", "tests/release", "tests/store/test_registry.py", *STAGES)),
     "core": (

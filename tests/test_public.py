@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 PUBLIC = {
     "Data", "DataError", "EngineInfo", "Home", "MetricInfo", "Report", "RolledBack", "RuntimeInfo", "Section",
     "SlipstreamError", "Spec", "Split", "TechniqueInfo", "Tokenizer", "Training",
-    "load", "report", "rollback", "run", "status",
+    "load", "optimize", "report", "rollback", "run", "status",
 }  # fmt: skip
 """Users' code depends on these names; one that goes is a change for CHANGELOG.md."""
 

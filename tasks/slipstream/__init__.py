@@ -45,7 +45,7 @@ _CLASSES = {
 }
 """Public class → its module, which is imported at the first use: `import slipstream` loads nothing."""
 
-__all__ = ["load", "report", "rollback", "run", "status", *_CLASSES]  # noqa: PLE0604 (all are strings)
+__all__ = ["load", "optimize", "report", "rollback", "run", "status", *_CLASSES]  # noqa: PLE0604 (all are strings)
 
 
 def __getattr__(name: str) -> Any:
@@ -71,6 +71,19 @@ def run(spec: Path | str, **choices: Any) -> str:
     from slipstream.orchestrate.watch import start
 
     return start.start(Home.from_environment(), Path(spec), choices).run_id
+
+
+def optimize(spec: "Spec | Path | str") -> "Report":
+    """Run stage 1 of a spec here, without Airflow, and return its report: every engine with its evidence.
+
+    Nothing is deployed. The report draws itself in a terminal (rich) and in a notebook, and `report.table()` is a
+    pandas DataFrame. Raise InputError when the check refuses the spec, Unavailable where MLflow is missing.
+    """
+    from slipstream.home import Home
+    from slipstream.orchestrate import local
+    from slipstream.spec import Spec, load
+
+    return local.optimize(Home.from_environment(), spec if isinstance(spec, Spec) else load(spec))
 
 
 def status() -> "list[ServiceStatus]":

@@ -1,9 +1,11 @@
 """What a report says, as data. `report.json` is this document; the page and the terminal table only draw it."""
 
+import io
 from typing import Any, Literal
 
 from slipstream.contract import Document, Verdict
 from slipstream.contract.evidence import Row
+from slipstream.errors import InputError
 from slipstream.spec import Objective
 
 Outcome = Literal["released", "unchanged", "held", "rejected", "stopped", "rolled_back", "failed"]
@@ -132,6 +134,36 @@ class Report(Document):
     sample: Sample | None = None
     facts: dict[str, Any]
     """Whatever else select and rollout said, such as the champion that was compared with."""
+
+    def table(self) -> Any:
+        """Return the engines as a pandas DataFrame: a row for each cell, with its figures and its verdicts.
+
+        Raise InputError where pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError(f"a report's table needs pandas, which this environment lacks ({error})") from error
+
+        rows = [
+            {"cell": row.cell, "status": row.status, "release": row.release}
+            | (row.evidence.model_dump(mode="json") if row.evidence is not None else {})
+            | {f"gate_{verdict.gate}": verdict.answer for verdict in row.verdicts}
+            for row in self.rows
+        ]
+        return pandas.DataFrame(rows).set_index("cell") if rows else pandas.DataFrame()
+
+    def __rich__(self) -> Any:
+        from slipstream.reports import tables
+
+        return tables.summary(self)
+
+    def _repr_html_(self) -> str:
+        from rich.console import Console
+
+        console = Console(record=True, file=io.StringIO(), width=110)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format='<pre style="line-height:1.2">{code}</pre>')
 
     @property
     def winning_row(self) -> Row | None:
