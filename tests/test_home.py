@@ -101,6 +101,10 @@ def test_a_wheel_brings_the_dags_along(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    pins = {path.parent.name: path for path in (ROOT / "containers").glob("*/constraints.txt")}
+    for environment, path in pins.items():
+        (source / "containers" / environment).mkdir(parents=True)
+        shutil.copy(path, source / "containers" / environment)
     subprocess.run(
         [str(uv), "build", "--wheel", "-q", "-o", str(tmp_path), str(source)],
         check=True,
@@ -110,6 +114,7 @@ def test_a_wheel_brings_the_dags_along(tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("*.whl")
     shipped = {name.partition("/data/")[2] for name in zipfile.ZipFile(wheel).namelist() if "/data/" in name}
     expected = {f"share/slipstream/{path.relative_to(ROOT)}" for path in (ROOT / "dags").rglob("*.py")}
+    expected |= {f"share/slipstream/constraints/{name}/constraints.txt" for name in pins if name != "core"}
     assert shipped == expected
     prefix = tmp_path / "prefix"
     # Not pip: with --prefix it uninstalls what its own environment has.

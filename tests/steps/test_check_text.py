@@ -112,8 +112,9 @@ def test_a_network_that_cannot_be_pruned_is_named_before_training() -> None:
     framework = framework_for("torch")
     pruned = spec(recipes={"int8": ["quantize"], "small": ["prune", "quantize"]}, prune={"round_to": 4, "epochs": 1})
     attention_alone = framework.build(Call(function="tests.engines.text_networks:encoder"), 0)
-    (problem,) = said(check._pruning(pruned, "model.architecture", attention_alone, data()))
+    own = pruned.model.architecture
+    (problem,) = said(check._pruning(pruned, "model.architecture", own, attention_alone, data()))
     assert problem.startswith("recipes.small: model.architecture: prune: no channel can be removed")
-    assert said(check._pruning(spec(), "model.architecture", attention_alone, data())) == []
+    assert said(check._pruning(spec(), "model.architecture", own, attention_alone, data())) == []
     prunable = framework.build(Call(function="tests.engines.text_networks:transformer"), 0)
-    assert said(check._pruning(pruned, "model.architecture", prunable, data())) == []
+    assert said(check._pruning(pruned, "model.architecture", own, prunable, data())) == []
