@@ -1,7 +1,7 @@
 """The installation's settings: where steps run, in which images, with how much of a machine.
 
-One YAML file, `settings.yaml` in SLIPSTREAM_HOME or where SLIPSTREAM_SETTINGS says; without one the defaults hold. A
-spec may override the resources of its steps (`resources:`), and nothing else: a spec that runs on a laptop runs on a
+One YAML file, `settings.yaml` in SLIPSTREAM_HOME or the file that SLIPSTREAM_SETTINGS names; without one, defaults
+apply. A spec may override only the resources of its steps (`resources:`): a spec that runs on a laptop runs on a
 cluster unchanged.
 """
 
@@ -25,28 +25,28 @@ class Docker(Section):
     """Steps as containers of the Docker daemon on this machine. SLIPSTREAM_HOME and the code are mounted."""
 
     url: str | None = None
-    """Daemon; DOCKER_HOST or the usual socket when none is given."""
+    """Address of the daemon; by default, DOCKER_HOST or the usual socket."""
     network: str = "host"
     """Network of the containers. They must reach MLflow, Envoy and the store."""
     mounts: tuple[str, ...] = ()
-    """Further folders, `SOURCE:TARGET[:ro]`, such as data that the spec's functions read."""
+    """Additional folders, `SOURCE:TARGET[:ro]`, such as data that the spec's functions read."""
 
 
 class Serving(Section):
-    """Engines as InferenceServices of KServe (SLIPSTREAM_TRAFFIC=kserve)."""
+    """Engines as KServe InferenceServices (SLIPSTREAM_TRAFFIC=kserve)."""
 
     runtime: Literal["slipstream", "stock"] = "slipstream"
-    """Who serves an engine: the image of the environment `serve`, or the runtime that KServe has for its format."""
+    """Server of an engine: the image of the environment `serve`, or KServe's runtime for its format."""
     namespace: str | None = None
-    """Namespace of the InferenceServices; that of the step pods when none is given."""
+    """Namespace of the InferenceServices; by default, that of the step pods."""
     service_account: str | None = None
-    """Service account of the model servers, to which the store's credentials are attached in KServe's way."""
+    """Service account of the model servers, with the store's credentials attached as KServe expects."""
     min_replicas: Annotated[int, Field(ge=1)] = 1
-    """Model servers of a release that are always there."""
+    """Minimum number of model servers of a release."""
     max_replicas: Annotated[int, Field(ge=1)] | None = None
-    """Model servers of a release at most; unlimited when none is given."""
+    """Maximum number of model servers of a release; by default, unlimited."""
     ready_timeout_s: Annotated[int, Field(gt=0)] = 600
-    """How long a release may take to be scheduled, to fetch its engine and to be ready, in seconds."""
+    """Time limit for a release to be scheduled, fetch its engine and become ready, in seconds."""
 
 
 class Kubernetes(Section):
@@ -55,7 +55,7 @@ class Kubernetes(Section):
     namespace: str = "slipstream"
     """Namespace of the pods."""
     service_account: str = "slipstream-step"
-    """Service account of steps that only compute; it has no rights."""
+    """Service account of steps that only compute; it has no permissions."""
     release_service_account: str = "slipstream-release"
     """Service account of steps that move traffic (trial, rollout, rollback)."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
@@ -67,39 +67,39 @@ class Kubernetes(Section):
     env_from_secrets: tuple[str, ...] = ()
     """Secrets whose keys become environment variables, such as the store's credentials."""
     cache_claim: str | None = None
-    """PersistentVolumeClaim for cached artefacts and checkpoints; without one they live as long as the pod."""
+    """PersistentVolumeClaim for cached artifacts and checkpoints; without one, they last as long as the pod."""
     code_config_map: str | None = None
-    """ConfigMap with the user's Python files, mounted at SLIPSTREAM_CODE; without one the image holds the code."""
+    """ConfigMap with the user's Python files, mounted at SLIPSTREAM_CODE; without one, the image contains the code."""
     settings_config_map: str | None = None
-    """ConfigMap with these settings as `settings.yaml`, for the steps that move traffic; they read how to serve."""
+    """ConfigMap with these settings as `settings.yaml`, for the steps that move traffic, which need `serving`."""
     keep_failed_hours: Annotated[float, Field(ge=0)] = 24.0
-    """How long a failed pod is kept for a look at it."""
+    """How long a failed pod is kept for inspection."""
     start_timeout_s: Annotated[int, Field(gt=0)] = 600
-    """How long a pod may take to be scheduled and to pull its image, in seconds."""
+    """Time limit for a pod to be scheduled and to pull its image, in seconds."""
     host_network: bool = False
-    """Whether pods share the node's network; for test clusters without a network of their own."""
+    """Whether pods share the node's network; for test clusters without a pod network."""
     serving: Serving = Serving()
     """How engines are served; their resources are those of `serving` in `resources`."""
 
 
 class Settings(Section):
-    """What the installation says."""
+    """Settings of the installation."""
 
     runtime: str = "subprocess"
     """Where steps run: `subprocess`, `docker` or `kubernetes`. SLIPSTREAM_RUNTIME overrides it."""
     image: str = "slipstream-{environment}:{version}"
     """Images of the environments; `{environment}` is `torch`, `serve`, …, `{version}` slipstream's own version."""
     environment: dict[str, str] = Field(default={})
-    """Environment variables for every step, beside those of the platform."""
+    """Environment variables for every step, in addition to those of the platform."""
     resources: dict[str, Resources] = Field(default={})
-    """What a step may use, by the step's name; `default` is for all steps. Specs override it."""
+    """What a step may use, by step name; `default` applies to all steps. Specs override it."""
     docker: Docker = Docker()
     """For the runtime `docker`."""
     kubernetes: Kubernetes = Kubernetes()
     """For the runtime `kubernetes`."""
 
     def resources_of(self, step: str, spec: Spec) -> Resources:
-        """Resources of a step, most specific first: spec's step, spec's default, settings' step, settings' default."""
+        """Return a step's resources, most specific first: spec's step, spec's default, settings' step and default."""
         resources = Resources()
         for table in (self.resources, spec.resources):
             for key in ("default", step):
@@ -108,28 +108,28 @@ class Settings(Section):
         return resources
 
     def resources_of_servers(self) -> Resources:
-        """Resources of a model server on Kubernetes."""
+        """Return the resources of a model server on Kubernetes."""
         return self.resources.get("serving", Resources()).on_top_of(self.resources.get("default", Resources()))
 
     def image_of_servers(self, environment: str = SERVE) -> str:
-        """Image of a model server on Kubernetes; `environment` is that of the engine's servers."""
+        """Return the image of a model server on Kubernetes; `environment` is that of the engine's servers."""
         default = self.image.format(environment=environment, version=versions("slipstream")["slipstream"])
         return self.resources_of_servers().image or default
 
     def image_of(self, step: str, spec: Spec, target: str | None = None) -> str:
-        """Image of a step: the one that its resources name, or its environment's. `target` is that of its cell."""
+        """Return a step's image: the one that its resources name, or its environment's. `target` is its cell's."""
         environment = spec.environment_of(step, target)
         default = self.image.format(environment=environment, version=versions("slipstream")["slipstream"])
         return self.resources_of(step, spec).image or default
 
 
 def path_of(home: Home) -> Path:
-    """Where the settings lie."""
+    """Return the path of the settings."""
     return Path(os.environ.get("SLIPSTREAM_SETTINGS", home.root / "settings.yaml"))
 
 
 def load(home: Home) -> Settings:
-    """Read the settings; defaults when there is no file. Raises SpecError with one line for each mistake."""
+    """Read the settings, or return defaults if there is no file. Raise SpecError with one line for each mistake."""
     path = path_of(home)
     chosen = os.environ.get("SLIPSTREAM_RUNTIME")
     document: object = {}

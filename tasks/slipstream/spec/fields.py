@@ -1,4 +1,4 @@
-"""The types that fields of a spec have, and what their patterns mean in an error."""
+"""The types of a spec's fields, and descriptions of their patterns for errors."""
 
 import re
 from typing import Annotated, Literal
@@ -18,10 +18,10 @@ PATTERNS = {
     NAME: "a name of lower-case letters, digits and hyphens, at most 40 of them",
     REGISTRY: "of the form models:/NAME@ALIAS, such as models:/fashion-resnet@source",
 }
-"""What a pattern means, for the error that quotes it."""
+"""Description of each pattern, for error messages."""
 
 RELEASE_ALIASES = ("champion", "previous", "challenger")
-"""What serves, what rollback returns to, and what is under test: aliases of engines, which slipstream moves itself."""
+"""The serving, the previous and the tested release: aliases of engines, which slipstream moves itself."""
 
 Name = Annotated[str, Field(pattern=NAME)]
 
@@ -34,7 +34,7 @@ def function(value: str) -> str:
 
 
 def registry(value: str) -> str:
-    """Raise ValueError where the alias is one of slipstream's own: a retrain would point it at a checkpoint."""
+    """Raise ValueError if the alias is one of slipstream's own: a retrain would point it at a checkpoint."""
     alias = value.rpartition("@")[2]
     if alias.lower() in RELEASE_ALIASES:
         raise ValueError(
@@ -45,7 +45,7 @@ def registry(value: str) -> str:
 
 
 def percent(value: object) -> object:
-    """`5%` and `5` both mean five percent."""
+    """Return the value without a percent sign: `5%` and `5` both mean five percent."""
     if isinstance(value, str) and value.strip().endswith("%"):
         return value.strip().removesuffix("%").strip()
     return value
@@ -70,7 +70,7 @@ Optimizer = Literal["sgd", "adamw"]
 
 
 class Call(Section):
-    """A function in the user's code and the keyword arguments it is called with."""
+    """A function in the user's code and its keyword arguments."""
 
     function: FunctionName
     """`module:function`, importable from the folder that SLIPSTREAM_CODE names."""
@@ -88,5 +88,5 @@ UserFunction = Annotated[
 
 
 def in_bytes(memory: str) -> int:
-    """`4Gi` in bytes; the value matches MEMORY."""
+    """Return an amount of memory such as `4Gi` in bytes; the value matches MEMORY."""
     return round(float(memory[:-2]) * float(1024) ** ("KMGT".index(memory[-2]) + 1))
