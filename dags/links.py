@@ -1,4 +1,4 @@
-"""Links from a task in Airflow to what it recorded in MLflow. Computed once, when the task ends; kept as an XCom."""
+"""Links from an Airflow task to what it recorded in MLflow. Computed once, when the task ends; stored as an XCom."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from slipstream.plan import flow
 from slipstream.reports import urls
 
 TIMEOUT_S = 3
-"""A link is a convenience: MLflow being slow or away must not hold up the end of a task."""
+"""Timeout of a request for a link. Links are a convenience: a slow or missing MLflow must not delay the end of a
+task."""
 
 
 class MlflowRunLink(BaseOperatorLink):
@@ -21,7 +22,7 @@ class MlflowRunLink(BaseOperatorLink):
     name = "MLflow run"
 
     def get_link(self, operator: Any, *, ti_key: Any) -> str:
-        """The address; empty where MLflow knows no such run or does not answer."""
+        """Return the address, or an empty string if MLflow does not know the run or does not answer."""
         step, cell = flow.task_of(operator.task_id)
         tags = {"slipstream.step": step} | ({"slipstream.cell": cell.key} if cell else {})
         return _address(urls.mlflow_run, operator.model, str(ti_key.run_id), tags)
@@ -33,12 +34,12 @@ class ReportLink(BaseOperatorLink):
     name = "Report"
 
     def get_link(self, operator: Any, *, ti_key: Any) -> str:
-        """The address; empty where MLflow knows no such run or does not answer."""
+        """Return the address, or an empty string if MLflow does not know the run or does not answer."""
         return _address(urls.report, operator.model, str(ti_key.run_id), {"slipstream.step": "pipeline"})
 
 
 def _address(page: Callable[[str, str, str], str], model: str, run_key: str, tags: dict[str, str]) -> str:
-    """Address of a page of the newest run of a model's experiment with these tags, by MLflow's REST API."""
+    """Return the page address of the newest run of a model's experiment with these tags, through MLflow's REST API."""
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not server.startswith("http"):
         return ""

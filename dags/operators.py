@@ -1,4 +1,4 @@
-"""A step as an Airflow task. What it builds on comes from `slipstream.plan.flow`, where it runs from `runtimes`."""
+"""A step as an Airflow task. Its upstream tasks come from `slipstream.plan.flow`, its runtime from `runtimes`."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -24,8 +24,8 @@ from slipstream.spec import BASELINE, Spec
 OUTPUT = "output"
 """XCom key of a step's OUT document."""
 
-# A step that was killed or found a service down is tried again after some 15 and 30 s; what is wrong stays wrong
-# and is not (runtimes/).
+# Retried after 15 s and 30 s, if the step was killed or a service was down. Input and gate errors are permanent and are
+# not retried (runtimes/).
 RETRIES = {
     "retries": 2,
     "retry_delay": timedelta(seconds=15),
@@ -36,7 +36,7 @@ RETRIES = {
 
 @dataclass(frozen=True)
 class PipelineRun:
-    """What a task knows of its run, read from Airflow's context."""
+    """The part of Airflow's context that a task needs of its run."""
 
     context: Any
 
@@ -57,31 +57,31 @@ class PipelineRun:
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """Stages that the trigger form left out."""
+        """Stages that the trigger form excluded."""
         return flow.skipped_stages(self.context["params"].get("stop_after", "none"))
 
     def snapshot(self) -> None:
-        """Freeze the spec for this run, so that a spec published meanwhile changes only later runs."""
+        """Freeze the spec for this run, so that a spec published meanwhile affects only later runs."""
         params = self.context["params"]
         published = catalog.read(Home.from_environment(), self.spec_name)
         chosen = flow.with_choices(published, max_drop=params["max_drop"], recipes=params["recipes"])
         storage.write_text(self.spec_uri, spec.dump(chosen))
 
     def outputs(self, tasks: Iterable[Task]) -> list[StepOutput]:
-        """All outputs that these tasks have left so far; those of failed and skipped ones are not there."""
+        """Return all outputs that these tasks have left so far, without those of failed and skipped tasks."""
         pulled = self.context["ti"].xcom_pull(task_ids=[task.id for task in tasks], key=OUTPUT)
         return [StepOutput.model_validate(value) for value in pulled if value is not None]
 
     def choices(self) -> dict[str, Any]:
-        """The run-time choices that a step may need."""
+        """Return the run-time choices that a step may need."""
         params = self.context["params"]
         return {k: params.get(k) for k in ("source_version", "recipes")} | {"skip_stages": list(self.skipped)}
 
 
 class StepOperator(BaseOperator):
-    """Runs the step that the task's id names: for a recipe (`quantize.int8`), a cell (`build.int8.server`), or the run.
+    """Runs the step that the task id names: for a recipe (`quantize.int8`), a cell (`build.int8.server`), or the run.
 
-    Its template field is the cell, which Airflow shows beside the task.
+    Its template field is the cell, which Airflow shows next to the task.
     """
 
     template_fields = ("cell",)
@@ -95,7 +95,7 @@ class StepOperator(BaseOperator):
         self.cell = cell.key if cell else None
 
     def execute(self, context: Any) -> None:
-        """Run the step and hand on its output."""
+        """Run the step and return its output."""
         run = PipelineRun(context)
         try:
             if self.step == CHECK:
@@ -108,11 +108,11 @@ class StepOperator(BaseOperator):
         context["ti"].xcom_push(OUTPUT, runtimes.run_step(self.step, run.spec_uri, inputs, context))
 
     def on_kill(self) -> None:
-        """Airflow ends the task: end the step's processes too."""
+        """End the step's processes when Airflow ends the task."""
         runtimes.stop_step()
 
     def _inputs(self, run: PipelineRun, chosen: Spec) -> StepInput:
-        """The IN document. Raises AirflowSkipException when the step has nothing to do in this run."""
+        """Return the IN document. Raise AirflowSkipException if the step has nothing to do in this run."""
         task = flow.task_of(self.task_id)
         if task.cell is not None and task.cell.recipe not in (BASELINE, *chosen.recipes):
             raise AirflowSkipException(f"recipe {task.cell.recipe} is not among this run's: see the trigger form")
@@ -127,9 +127,10 @@ class StepOperator(BaseOperator):
 
 
 def skip_unless_wanted(run: PipelineRun, step: str, outputs: Sequence[StepOutput]) -> None:
-    """Skip stages that the form left out, and the rollout when the best engine already serves.
+    """Skip stages that the form excluded, and the rollout if the best engine already serves.
 
-    The small-scale test runs then too: it tests nothing, but gives the champion what traffic a killed run left split.
+    The small-scale test runs even then: it tests nothing, but returns to the champion any traffic that a killed run
+    left split.
     """
     stage = flow.stage_of(step)
     if stage in run.skipped:
@@ -140,16 +141,17 @@ def skip_unless_wanted(run: PipelineRun, step: str, outputs: Sequence[StepOutput
 
 
 def ask_only_if_wanted(context: Any) -> None:
-    """Hook of the approval task: nobody is asked about a rollout that will not happen."""
+    """Hook of the approval task: skip the question if no rollout will follow."""
     run = PipelineRun(context)
     skip_unless_wanted(run, "approval", run.outputs([Task(SELECT)]))
 
 
 def settle(context: Any) -> str:
-    """The run's last word: raises AirflowFailException unless everything happened that should have.
+    """Raise AirflowFailException unless everything expected of the run happened.
 
-    Airflow takes a run's state from its leaves, and a leaf that runs after failures would end it green; a task whose
-    recipe was published away meanwhile has no state at all. So states and expected cells are both compared here.
+    Airflow takes a run's state from its leaves, and a leaf that runs after failures would mark the run successful; a
+    task whose recipe was removed by a new publication has no state at all. Therefore both states and expected cells are
+    compared here.
     """
     run, ti = PipelineRun(context), context["ti"]
     states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[run.key]).get(run.key, {})

@@ -1,7 +1,7 @@
-"""One DAG for each published spec: optimize, then three stages that say whether the result goes live.
+"""One DAG for each published spec: optimize, then three stages that decide whether the result is released.
 
-Read `pipeline` from top to bottom; it is the Airflow graph. What each step builds on is `slipstream.plan.flow`, what it
-does is `slipstream.steps`, where it runs is `runtimes`.
+Read `pipeline` from top to bottom; it is the Airflow graph. Dependencies are in `slipstream.plan.flow`, the steps in
+`slipstream.steps`, and where they run in `runtimes`.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ ONE_RELEASE: dict[str, Any] = {"pool": "release"}
 
 
 def pipeline(spec: Spec) -> DAG:
-    """The DAG of a spec."""
+    """Return the DAG of a spec."""
     with DAG(
         dag_id=catalog.dag_id(spec.name),
         description=f"{spec.model.name}: {len(spec.recipes)} recipes × {len(spec.targets)} targets "
@@ -73,7 +73,7 @@ def pipeline(spec: Spec) -> DAG:
 def place(spec: Spec, steps: Sequence[str], placed: dict[flow.Task, StepOperator], recipe: str | None = None) -> None:
     """Add the tasks of these steps, of one recipe or of all, each right after the tasks whose outputs it uses.
 
-    No recipe waits for another: an engine is built and judged as soon as its own candidate is there.
+    Recipes do not wait for each other: an engine is built and judged as soon as its own candidate exists.
     """
     of_stages = [planned for stage in flow.STAGES for planned in flow.tasks(spec, stage) if planned.step in steps]
     for planned in of_stages:
@@ -85,7 +85,7 @@ def place(spec: Spec, steps: Sequence[str], placed: dict[flow.Task, StepOperator
 
 
 def share_of(step: str) -> dict[str, Any]:
-    """The machine for a step alone where it trains or measures; half of it for what else is made of a candidate."""
+    """Return the pool slots of a step: the whole machine if it trains or measures, half of it otherwise."""
     info = STEPS[step]
     if info.moves_traffic:
         return ONE_RELEASE
@@ -95,7 +95,8 @@ def share_of(step: str) -> dict[str, Any]:
 
 
 def approval(spec: Spec) -> ApprovalOperator:
-    """A person says yes before traffic moves. No answer within a day is a no, and a no fails the run visibly."""
+    """Ask a person to approve before traffic moves. No answer within a day counts as a rejection, which fails the
+    run."""
     return ApprovalOperator(
         task_id="approval",
         subject=f"Roll out a new release of {spec.model.name}?",
@@ -112,12 +113,12 @@ def approval(spec: Spec) -> ApprovalOperator:
 
 @task(trigger_rule="all_done", retries=0)
 def outcome(**context: Any) -> str:
-    """Green only if everything happened that should have."""
+    """Succeed only if everything expected of the run happened."""
     return settle(context)
 
 
 def trigger_form(spec: Spec) -> dict[str, Param]:
-    """What may be chosen for a single run; everything else is the spec's to say."""
+    """Return the form of choices for a single run; everything else is fixed by the spec."""
     return {
         "max_drop": Param(
             spec.objective.max_drop,
@@ -156,7 +157,7 @@ def trigger_form(spec: Spec) -> dict[str, Param]:
 
 
 def describe(spec: Spec) -> str:
-    """The DAG's page in the Airflow UI."""
+    """Return the DAG's description in the Airflow UI."""
     recipes = {name: spec.techniques(name) for name in spec.recipes}
     rows = "\n".join(f"| `{name}` | {' → '.join(steps) or 'as it is'} |" for name, steps in recipes.items())
     targets = "\n".join(f"| `{n}` | {t.engine}, {t.device}, {t.threads} threads |" for n, t in spec.targets.items())
@@ -169,7 +170,7 @@ def describe(spec: Spec) -> str:
 
 
 def broken(name: str, error: SpecError) -> DAG:
-    """A stand-in for a spec that cannot be used: its DAG stays in the list and says what to mend."""
+    """Return a placeholder for an unusable spec, whose DAG stays in the list and says what to fix."""
     reason = str(error).encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
     with DAG(
         dag_id=catalog.dag_id(name),
@@ -190,7 +191,7 @@ def broken(name: str, error: SpecError) -> DAG:
 
 
 def dag_of(name: str, published: Spec | SpecError) -> DAG:
-    """The DAG of a published spec. It never raises: that would take the other specs' DAGs away."""
+    """Return the DAG of a published spec. Never raise: that would remove the other specs' DAGs."""
     if isinstance(published, SpecError):
         return broken(name, published)
     try:

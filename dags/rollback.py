@@ -1,4 +1,4 @@
-"""The way back by hand: `previous` serves again. `slipstream rollback MODEL` does the same from a terminal."""
+"""Manual rollback: `previous` serves again. `slipstream rollback MODEL` does the same from a terminal."""
 
 import logging
 from datetime import datetime
@@ -23,7 +23,7 @@ class RollbackOperator(StepOperator):
     """Runs the step `rollback` for the model that the form names."""
 
     def execute(self, context: Any) -> None:
-        """Any published spec of the model will do: the step needs its name and nothing that specs differ in."""
+        """Use any published spec of the model: the step needs only its name and nothing that differs between specs."""
         home, model = Home.from_environment(), context["params"]["model"]
         chosen = next((s for _, s in catalog.published(home) if isinstance(s, Spec) and s.model.name == model), None)
         if chosen is None:
@@ -37,10 +37,10 @@ class RollbackOperator(StepOperator):
 
 
 def models() -> list[str]:
-    """Registered models that published specs are about; empty when the specs cannot be listed."""
+    """Return the registered models of published specs; empty if the specs cannot be listed."""
     try:
         specs = [s for _, s in catalog.published(Home.from_environment()) if isinstance(s, Spec)]
-    except (SlipstreamError, OSError) as error:  # without a list of models the form takes any name
+    except (SlipstreamError, OSError) as error:  # without a list of models, the form accepts any name
         log.warning("the published specs cannot be listed: %s", error)
         return []
     return sorted({s.model.name for s in specs})
@@ -71,5 +71,5 @@ with DAG(
     default_args=RETRIES,
     tags=["slipstream"],
 ) as dag:
-    # Waits for a rollout under way, and goes before everything else that waits: two must not move traffic at once.
+    # Waits for a rollout in flight, ahead of everything else that waits: two must not move traffic at once.
     RollbackOperator(task_id="rollback", pool="release", priority_weight=1000)

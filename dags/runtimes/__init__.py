@@ -1,8 +1,8 @@
-"""Where steps run: as processes of this machine, as containers of its Docker daemon, as pods of a cluster.
+"""Where steps run: as processes on this machine, as containers of its Docker daemon, or as pods of a cluster.
 
-The DAGs know `run_step` and `stop_step` and nothing else. The settings name the runtime; another place to run is
-another module with a function `runtime()` that makes an object with the two methods of `Runtime`, and an entry in
-`plugins.RUNTIMES`, or an entry point of another package.
+The DAGs use only `run_step` and `stop_step`. The settings name the runtime. To add one, write a module with a function
+`runtime()` that returns an object with the two methods of `Runtime`, and add an entry to `plugins.RUNTIMES` or an entry
+point to your package.
 """
 
 import importlib
@@ -20,19 +20,19 @@ from slipstream.plan import settings
 from slipstream.plugins import RUNTIMES
 
 _running: list[Runtime] = []
-"""The runtime of the step that this task process waits for; a task process runs one step."""
+"""Runtime of the step that this task process waits for; a task process runs one step."""
 
 
 def run_step(step: str, spec_uri: str, inputs: StepInput, context: Any) -> dict[str, Any]:
-    """Run a step where the settings say and return its OUT document. Raises as `Runtime.run` does."""
+    """Run a step in the configured runtime and return its OUT document. Raise as `Runtime.run` does."""
     home = Home.from_environment()
     try:
         job = Job(step, spec_uri, inputs, settings.load(home), home)
         if job.settings.runtime not in RUNTIMES:
             raise InputError(f"runtime is {job.settings.runtime!r}; known: {', '.join(RUNTIMES)}")
-        storage.delete(job.made)  # an earlier attempt's; a step that ends without one has failed
+        storage.delete(job.made)  # left by an earlier attempt; a step that ends without one has failed
         storage.write_text(job.given, inputs.model_dump_json(indent=2))
-        # Imported only now: a provider takes a second.
+        # Imported on use: an Airflow provider takes a second.
         runtime: Runtime = importlib.import_module(RUNTIMES[job.settings.runtime].module).runtime()
         _running.append(runtime)
         try:
@@ -45,6 +45,6 @@ def run_step(step: str, spec_uri: str, inputs: StepInput, context: Any) -> dict[
 
 
 def stop_step() -> None:
-    """End the step under way; Airflow's `on_kill` ends here."""
+    """End the running step; called by Airflow's `on_kill`."""
     for runtime in _running:
         runtime.stop()

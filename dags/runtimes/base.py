@@ -1,4 +1,4 @@
-"""What every runtime has in common: the job, the documents around it, and what its exit code means."""
+"""Common parts of all runtimes: the job, the documents around it, and the meaning of its exit code."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from slipstream.spec import Resources, Spec
 
 @dataclass(frozen=True)
 class Job:
-    """One step to run: its documents lie beside the run's spec, in a folder or under an s3:// prefix."""
+    """One step to run: its documents are next to the run's spec, in a folder or under an s3:// prefix."""
 
     step: str
     spec_uri: str
@@ -66,7 +66,7 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """Arguments of the command `slipstream`, the same in every runtime."""
+        """Return the arguments of the command `slipstream`, the same in every runtime."""
         return ["step", self.step, f"--spec={self.spec_uri}", f"--inputs={self.given}", f"--outputs={self.made}"]
 
     def _beside(self, name: str) -> str:
@@ -77,9 +77,9 @@ class Runtime(Protocol):
     """A place where steps run."""
 
     def run(self, job: Job, context: Any) -> None:
-        """Run a step to its end; it has then written its OUT document. `context` is Airflow's.
+        """Run a step until it has ended and written its OUT document. `context` is Airflow's.
 
-        Raises AirflowFailException for a bad input or a failed gate (no retry), AirflowException for all else.
+        Raise AirflowFailException for a bad input or a failed gate (no retry), AirflowException for all other errors.
         """
         ...
 
@@ -89,10 +89,10 @@ class Runtime(Protocol):
 
 
 def raise_for(job: Job, code: int, lines: Sequence[str], *, out_of_memory: bool = False) -> None:
-    """Translate an exit code: 0 is fine, bad input and failed gates are final, all else may be tried again.
+    """Translate an exit code: 0 is success, bad input and failed gates are permanent, all other codes are retried.
 
-    `lines` are the last ones that the step printed; `out_of_memory` says that its memory limit killed it, which it
-    would do again.
+    `lines` are the last ones that the step printed; `out_of_memory` means that it exceeded its memory limit, which
+    would happen again.
     """
     if code == 0:
         return
@@ -108,7 +108,7 @@ def raise_for(job: Job, code: int, lines: Sequence[str], *, out_of_memory: bool 
 
 
 def message(lines: Iterable[str]) -> str:
-    """The error that `cli.main` printed: from its headline to the end, else the last line."""
+    """Return the error that `cli.main` printed: from its headline to the end, or else the last line."""
     text = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines if line.strip()]
     headlines = tuple(f"{h}: " for h in sorted(_headlines(errors.SlipstreamError)))
     starts = [i for i, line in enumerate(text) if line.startswith(headlines)]

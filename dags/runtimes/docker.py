@@ -21,20 +21,20 @@ from slipstream.platform import addresses
 from slipstream.spec.fields import in_bytes
 
 PASSED_ON = ("AWS_", "MLFLOW_", "SLIPSTREAM_")
-"""Variables of this process that a step needs, by their beginning."""
+"""Prefixes of this process's variables that are passed to a step."""
 STOP_GRACE_S = 4
-"""Between SIGTERM and SIGKILL; Airflow's own grace is 5 s."""
+"""Seconds between SIGTERM and SIGKILL; Airflow's own grace is 5 s."""
 HANGS_AFTER_S = 24 * 3600
-"""A step may say nothing for long; the client must not give up on its log before."""
+"""Client timeout: a step may print nothing for a long time, and the client must not give up on its log earlier."""
 
 
 def runtime() -> "Docker":
-    """This runtime."""
+    """Return this runtime."""
     return Docker()
 
 
 class _Container(DockerOperator):
-    """DockerOperator with what it does not offer: a locked-down container, and a bounded stop."""
+    """DockerOperator with additions: a locked-down container and a bounded stop."""
 
     restrictions: dict[str, Any] = {}  # noqa: RUF012 (set for each instance right after it is made)
 
@@ -47,7 +47,7 @@ class _Container(DockerOperator):
         return hook
 
     def on_kill(self) -> None:
-        """Ask the step to end, then make it."""
+        """Ask the step to end, then force it."""
         if self.container is not None:
             self.cli.stop(self.container["Id"], timeout=STOP_GRACE_S)
 
@@ -59,7 +59,7 @@ class Docker:
         self._operator: _Container | None = None
 
     def run(self, job: Job, context: Any) -> None:
-        """See Runtime. A container that a killed task left behind is removed first; its step resumes in the new one."""
+        """See Runtime. A container left by a killed task is removed first; its step resumes in the new one."""
         operator = self._operator = _operator(job, context)
         try:
             _connect(operator)
@@ -82,7 +82,7 @@ class Docker:
 
 
 def _connect(operator: _Container) -> None:
-    """Raise AirflowException, with the address, when the daemon does not answer."""
+    """Raise AirflowException, with the address, if the daemon does not answer."""
     try:
         operator.cli.ping()
     except AirflowException as error:
@@ -136,20 +136,20 @@ def _operator(job: Job, context: Any) -> _Container:
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
         "init": True,
-        # The release steps read the memory of model servers, which run beside them on this machine.
+        # The release steps read the memory use of model servers, which run on this machine too.
         "pid_mode": "host",
     }
     if resources.cpu is not None:
         operator.restrictions["nano_cpus"] = round(resources.cpu * 1e9)
-    if resources.memory is not None:  # no swap: a step that thrashes is worse than one that says what it lacks
+    if resources.memory is not None:  # no swap: a step that thrashes is worse than one that reports its lack of memory
         operator.restrictions["memswap_limit"] = str(in_bytes(resources.memory))
     return operator
 
 
 def _name(job: Job, context: Any) -> str:
-    """Container name: the same for every attempt at a task, so that a left-over one is found.
+    """Return the container's name, the same for every attempt at a task, so that a leftover one is found.
 
-    And another one for another home: runs that a schedule or a promotion starts are called the same in all of them.
+    It differs between homes: runs started by a schedule or a promotion have the same name in all of them.
     """
     ti, home = context["ti"], hashlib.sha256(str(job.home.root).encode()).hexdigest()[:8]
     name = f"slipstream-{home}-{ti.dag_id}-{job.inputs.run_key}-{job.name}"
@@ -176,13 +176,13 @@ def _gpus(count: int | None) -> list[DeviceRequest] | None:
 
 
 def _exit_code(state: dict[str, Any]) -> int:
-    """Exit code as subprocess tells it: minus the signal when a signal ended the container's process."""
+    """Return the exit code in subprocess's form: minus the signal if a signal ended the container's process."""
     code = int(state["ExitCode"])
     return 128 - code if code > 128 else code
 
 
 def _remove(operator: _Container) -> None:
-    """Remove the container, whatever became of it; its log is in the task's."""
+    """Remove the container, whatever its outcome; its log is in the task's log."""
     if operator.container is None:
         return
     try:

@@ -1,7 +1,6 @@
-"""Steps as pods of a cluster, by Airflow's KubernetesPodOperator: durable, so that a task that is tried again after
-its worker died finds its pod again; its log is streamed; it is deleted after success and kept for a while after
-failure. Documents travel through the store (SLIPSTREAM_RUNS), since a pod shares no folder with Airflow.
-"""
+"""Steps as pods of a cluster, through Airflow's durable KubernetesPodOperator: a task that is retried after its worker
+died finds its pod again; its log is streamed; the pod is deleted after success and kept for a while after failure.
+Documents are exchanged through the store (SLIPSTREAM_RUNS), since a pod shares no folder with Airflow."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,7 +18,7 @@ from slipstream.plugins import RETRAIN, STEPS
 
 
 def runtime() -> "Kubernetes":
-    """This runtime."""
+    """Return this runtime."""
     return Kubernetes()
 
 
@@ -66,14 +65,14 @@ class Kubernetes:
 
 
 def trains_together(job: Job) -> bool:
-    """Whether the step trains, and the spec wants more than one process for that."""
+    """Return whether the step trains and the spec wants more than one process for that."""
     if job.spec.training.workers == 1 or not STEPS[job.step].trains:
         return False
     return job.step != RETRAIN or (job.spec.model.train is not None and not job.inputs.params.get("source_version"))
 
 
 def require_store(job: Job) -> None:
-    """Raise AirflowFailException unless the run's documents lie where a pod can reach them."""
+    """Raise AirflowFailException unless the run's documents are where a pod can reach them."""
     if not job.spec_uri.startswith("s3://"):
         raise AirflowFailException(
             f"{job.spec_uri}: a pod cannot read this; set SLIPSTREAM_RUNS to a prefix in the store, such as "
@@ -82,7 +81,7 @@ def require_store(job: Job) -> None:
 
 
 def sweep(client: CoreV1Api, job: Job) -> None:
-    """Delete failed step pods that have been kept long enough: Kubernetes itself keeps bare pods for ever."""
+    """Delete failed step pods after their retention time; Kubernetes itself keeps bare pods forever."""
     settings = job.settings.kubernetes
     selector = ",".join(f"{k}={v}" for k, v in pods.LABELS.items())
     oldest = datetime.now(UTC) - timedelta(hours=settings.keep_failed_hours)

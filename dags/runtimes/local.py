@@ -1,4 +1,4 @@
-"""Steps as processes of this machine, each in the virtual environment that it needs."""
+"""Steps as processes on this machine, each in the virtual environment that it needs."""
 
 import ctypes
 import logging
@@ -16,16 +16,16 @@ from slipstream.platform import addresses
 log = logging.getLogger("slipstream.step")
 
 GRACE_S = 4
-"""Between SIGTERM and SIGKILL; Airflow's own grace is 5 s."""
+"""Seconds between SIGTERM and SIGKILL; Airflow's own grace is 5 s."""
 
 
 def runtime() -> "Subprocess":
-    """This runtime."""
+    """Return this runtime."""
     return Subprocess()
 
 
 class Subprocess:
-    """The step's own virtual environment on this machine, in a process group of its own."""
+    """The step's virtual environment on this machine, in a separate process group."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -42,7 +42,7 @@ class Subprocess:
         raise_for(job, code, lines)
 
     def _stream(self, command: list[str], environment: dict[str, str]) -> tuple[int, list[str]]:
-        """Run to the end, each line into the task log as it comes; returns the exit code and the last lines."""
+        """Run to the end, copying each line into the task log; return the exit code and the last lines."""
         parent = os.getpid()
         process = subprocess.Popen(
             command,
@@ -83,9 +83,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _die_with(parent: int) -> None:
-    """Runs in the child before exec: when the task process is killed with SIGKILL, the kernel ends the step.
+    """Runs in the child before exec: if the task process is killed with SIGKILL, the kernel ends the step.
 
-    By SIGTERM, which ends a step at once, unless it moves traffic and has something to put back first.
+    The signal is SIGTERM, which ends a step at once, unless it moves traffic and must first restore it.
     """
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # the parent died before the call above
@@ -100,7 +100,7 @@ def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """The step's environment: this one without Airflow's settings and secrets, and the platform's addresses."""
+    """Return the step's environment: this one without Airflow's settings and secrets, plus the platform's addresses."""
     home = job.home
     variables = {k: v for k, v in os.environ.items() if not k.lstrip("_").startswith("AIRFLOW")}
     variables |= {"SLIPSTREAM_HOME": str(home.root), "SLIPSTREAM_ENVS": str(home.envs)}

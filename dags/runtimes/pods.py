@@ -1,4 +1,4 @@
-"""The pod of a step: what it runs, what it may use, where it writes, and what is made of its end."""
+"""The pod of a step: command, resources, writable volumes, and how its end is interpreted."""
 
 import os
 from typing import Any
@@ -11,9 +11,9 @@ from runtimes.base import Job, raise_for
 from slipstream.plugins import STEPS
 
 CONFIGURATION = os.environ.get("KUBECONFIG")
-"""Without one: the cluster that Airflow itself runs in."""
+"""Cluster configuration; by default, the cluster that Airflow itself runs in."""
 HOME, CODE = "/var/lib/slipstream", "/opt/slipstream/code"
-"""Where the images keep what they write, and the user's code."""
+"""Where the images store their data, and the user's code."""
 SETTINGS = "/etc/slipstream/settings"
 """Where the settings are mounted."""
 LABELS = {"app.kubernetes.io/name": "slipstream", "app.kubernetes.io/component": "step"}
@@ -22,7 +22,7 @@ ANY_USER = 10001
 
 
 def arguments(job: Job) -> dict[str, Any]:
-    """Arguments of the KubernetesPodOperator for a step."""
+    """Return the arguments of the KubernetesPodOperator for a step."""
     settings, resources = job.settings.kubernetes, job.resources
     folders, mounts = volumes(job)
     return {
@@ -73,13 +73,13 @@ def arguments(job: Job) -> dict[str, Any]:
 
 
 def account(job: Job) -> str:
-    """The step's service account."""
+    """Return the step's service account."""
     settings = job.settings.kubernetes
     return settings.release_service_account if STEPS[job.step].moves_traffic else settings.service_account
 
 
 def environment(job: Job) -> dict[str, str]:
-    """What is not a secret and not the same for all."""
+    """Return the variables that are not secret and differ between steps."""
     return {
         "SLIPSTREAM_HOME": HOME,
         "SLIPSTREAM_CODE": CODE,
@@ -90,7 +90,8 @@ def environment(job: Job) -> dict[str, str]:
 
 
 def sources(job: Job) -> list[k8s.V1EnvFromSource]:
-    """ConfigMaps and Secrets that become environment variables; secrets thus appear in no pod specification."""
+    """Return the ConfigMaps and Secrets that become environment variables, so no secret appears in a pod
+    specification."""
     settings = job.settings.kubernetes
     return [
         *(k8s.V1EnvFromSource(config_map_ref=k8s.V1ConfigMapEnvSource(name=n)) for n in settings.env_from_config_maps),
@@ -99,7 +100,7 @@ def sources(job: Job) -> list[k8s.V1EnvFromSource]:
 
 
 def volumes(job: Job) -> tuple[list[k8s.V1Volume], list[k8s.V1VolumeMount]]:
-    """What a step may write to, and the user's code."""
+    """Return the volumes that a step may write to, and the user's code."""
     settings = job.settings.kubernetes
     claim = settings.cache_claim and k8s.V1PersistentVolumeClaimVolumeSource(claim_name=settings.cache_claim)
     folder = None if claim else k8s.V1EmptyDirVolumeSource()
@@ -120,7 +121,7 @@ def volumes(job: Job) -> tuple[list[k8s.V1Volume], list[k8s.V1VolumeMount]]:
 
 
 def explain(job: Job, pod: k8s.V1Pod, container: str = "base") -> None:
-    """Raise what the step's container says of its end; nothing when it does not say (evicted, never started)."""
+    """Raise the error that the step's container reports; nothing if it reports none (evicted, never started)."""
     statuses = pod.status.container_statuses or []
     ended = next((s.state.terminated for s in statuses if s.name == container and s.state.terminated), None)
     if ended is not None:

@@ -24,7 +24,8 @@ POLL_S = 2.0
 
 
 class TrainJob:
-    """The TrainJob of a step. The same name for every attempt at a task, so that a running one is found again."""
+    """The TrainJob of a step. Its name is the same for every attempt at a task, so that a running one is found
+    again."""
 
     def __init__(self, client: ApiClient, job: Job, context: Any) -> None:
         self.job, self.namespace = job, job.settings.kubernetes.namespace
@@ -34,7 +35,7 @@ class TrainJob:
         self._logged = 0
 
     def run(self) -> None:
-        """Create it, or find it, and follow it to its end. Raises as `Runtime.run` does."""
+        """Create or find the job, and follow it to its end. Raise as `Runtime.run` does."""
         self._sweep()
         self._create()
         ended = self._await_end()
@@ -48,7 +49,7 @@ class TrainJob:
         raise AirflowException(f"step {self.job.step}: TrainJob {self.name} failed: {self._reason()}")
 
     def _await_end(self) -> str:
-        """`Complete` or `Failed`. Raises AirflowException when it is deleted, or does not start in time."""
+        """Return `Complete` or `Failed`. Raise AirflowException if the job is deleted, or does not start in time."""
         began, patience = time.monotonic(), self.job.settings.kubernetes.start_timeout_s
         while (ended := self._ended()) is None:
             if self._read() is None:
@@ -66,7 +67,7 @@ class TrainJob:
         return ended
 
     def delete(self) -> None:
-        """Remove it with its pods; fine when it is gone."""
+        """Remove the job with its pods, if it still exists."""
         self._delete(self.name)
 
     def _delete(self, name: str) -> None:
@@ -79,7 +80,7 @@ class TrainJob:
         return (GROUP, VERSION, self.namespace, PLURAL, self.name)
 
     def _create(self) -> None:
-        """A running one goes on; a failed one of an earlier attempt makes place."""
+        """Create the job. A running one continues; a failed one of an earlier attempt is replaced."""
         if self._ended() == "Failed":
             self.delete()
             while self._read() is not None:
@@ -123,7 +124,7 @@ class TrainJob:
         return {c["type"]: c for c in entries if c["status"] == "True"}
 
     def _ended(self) -> str | None:
-        """`Complete`, `Failed`, or None while it is under way or not there."""
+        """Return `Complete`, `Failed`, or None if the job is running or missing."""
         return next((kind for kind in ("Complete", "Failed") if kind in self._conditions()), None)
 
     def _reason(self) -> str:
@@ -131,13 +132,13 @@ class TrainJob:
         return f"{failed.get('reason')}: {failed.get('message')}"
 
     def _leader(self) -> Any:
-        """Pod of process 0; None while there is none."""
+        """Return the pod of process 0, or None if there is none."""
         selector = f"{SET_NAME}={self.name},{INDEX}=0"
         leaders = self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
         return leaders[0] if leaders else None
 
     def _follow_log(self) -> None:
-        """Lines of process 0 that were not shown yet. A poll, since a stream would end with the connection."""
+        """Show new log lines of process 0. This polls, since a stream would end with the connection."""
         leader = self._leader()
         if leader is None or leader.status.phase == "Pending":
             return
@@ -148,7 +149,7 @@ class TrainJob:
         self._logged = len(lines)
 
     def _sweep(self) -> None:
-        """Delete failed ones that have been kept long enough."""
+        """Delete failed jobs after their retention time."""
         oldest = datetime.now(UTC) - timedelta(hours=self.job.settings.kubernetes.keep_failed_hours)
         for name in self._failed_before(oldest):
             self._delete(name)
@@ -166,7 +167,7 @@ class TrainJob:
 
 
 def _reasons(pod: Any) -> Iterator[str]:
-    """Why a pod waits, as the scheduler and the node say it."""
+    """Return why a pod waits, as reported by the scheduler and the node."""
     if pod is None:
         yield "no pod was made for it; is Kubeflow Trainer running?"
         return
@@ -179,7 +180,7 @@ def _reasons(pod: Any) -> Iterator[str]:
 
 
 def _unless_gone(call: Callable[[], Any]) -> Any:
-    """Result of a call; None when its object is not there."""
+    """Return the result of a call, or None if its object does not exist."""
     try:
         return call()
     except ApiException as error:

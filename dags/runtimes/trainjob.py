@@ -1,12 +1,13 @@
 """Manifests for a step that trains in several pods: Kubeflow Trainer v2 (API trainer.kubeflow.org/v1alpha1 as of 2.2).
 
-A TrainJob says what to run in how many pods; the TrainingRuntime that it refers to says how such pods look. Trainer
-makes a JobSet of both, with PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT in each pod, from which the
-step's own command finds its group (slipstream/frameworks/launched.py): no torchrun, whose exit code is always 1.
+A TrainJob specifies what to run in how many pods; the TrainingRuntime that it refers to specifies the pods. Trainer
+turns both into a JobSet, with PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT in each pod, from which
+the step's own command finds its group (slipstream/frameworks/launched.py): torchrun is not used, since its exit code is
+always 1.
 
-Two runtimes can be referred to. Trainer's own `torch-distributed` lets a failed pod be tried again on its own, up to
-six times, while the others are gone; and it cannot take variables from whole ConfigMaps and Secrets.
-`training_runtime` makes one that ends all pods when one fails, for Airflow to try again, and takes them.
+Two runtimes can be referred to. Trainer's own `torch-distributed` restarts a failed pod separately, up to six times,
+while the others are gone; and it cannot take variables from whole ConfigMaps and Secrets. `training_runtime` creates
+one that ends all pods when one fails, so that Airflow retries, and supports such variables.
 """
 
 import re
@@ -20,11 +21,11 @@ from slipstream.spec.fields import in_bytes
 
 API = "trainer.kubeflow.org/v1alpha1"
 MANAGER = "slipstream"
-"""Who patches the runtime; Kueue and others have entries of their own."""
+"""Manager of the runtime's patches; Kueue and others have separate entries."""
 NODE = "node"
-"""Name of the job and of its container in a runtime for training, as Trainer's plug-in for PyTorch expects it."""
+"""Name of the job and of its container in a training runtime, as Trainer's plug-in for PyTorch expects it."""
 LONGEST = 40
-"""Letters of a name: Trainer, JobSet and Job append to it, and the pods' host names end at 63."""
+"""Maximum length of a name: Trainer, JobSet and Job append to it, and the pods' host names end at 63."""
 RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 
 Manifest = dict[str, Any]
@@ -42,13 +43,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Pod:
-    """What the pods have beside image, command and resources."""
+    """Settings of the pods in addition to image, command and resources."""
 
     service_account: str | None = None
     pull_secrets: Sequence[str] = ()
     volumes: Sequence[Mapping[str, Any]] = ()
     mounts: Sequence[Mapping[str, Any]] = ()
-    """Where the container finds the volumes. A claim must be ReadWriteMany, or pods on other nodes never start."""
+    """Mount paths of the volumes. A claim must be ReadWriteMany, or pods on other nodes never start."""
     user: int = 10001
     """User and group of the images."""
 
@@ -66,9 +67,9 @@ def train_job(
     runtime: Reference = Reference(),
     pod: Pod = Pod(),
 ) -> Manifest:
-    """A TrainJob of `workers` pods that all run `command`, each with `resources`. Raises SpecError.
+    """Return a TrainJob of `workers` pods that all run `command`, each with `resources`. Raise SpecError.
 
-    Its condition `Complete` or `Failed` says how it ended; the exit code that counts is that of the pod with the
+    Its condition `Complete` or `Failed` is the outcome; the exit code that counts is that of the pod with the
     annotation batch.kubernetes.io/job-completion-index 0, process 0 of the group.
     """
     _check(name, workers, environment)
@@ -100,9 +101,9 @@ def training_runtime(
     config_maps: Sequence[str] = (),
     secrets: Sequence[str] = (),
 ) -> Manifest:
-    """A TrainingRuntime for slipstream's training steps; install it once, such as by the chart.
+    """Return a TrainingRuntime for slipstream's training steps; install it once, for example with the chart.
 
-    `config_maps` and `secrets` become environment variables, so that no TrainJob carries a secret.
+    `config_maps` and `secrets` become environment variables, so no TrainJob contains a secret.
     """
     container: Manifest = {
         "name": NODE,
@@ -135,9 +136,9 @@ def training_runtime(
 
 
 def requirements(resources: Resources) -> Manifest:
-    """Requests and limits: memory is both, GPUs are a limit.
+    """Return requests and limits: memory is both, GPUs are a limit.
 
-    Processors are reserved and not capped, since throttling would falsify measurements.
+    Processors are reserved but not capped, since throttling would distort measurements.
     """
     requests: dict[str, str] = {}
     limits: dict[str, str] = {}
@@ -169,7 +170,7 @@ def _variable(name: str, value: Variable) -> Manifest:
 
 
 def _patch(labels: Mapping[str, str], resources: Resources, pod: Pod) -> Manifest:
-    """What the runtime's pods get on top. They meet the restricted pod security standard."""
+    """Return the runtime's additions to the pods. They meet the restricted pod security standard."""
     spec: Manifest = {
         "securityContext": {
             "runAsNonRoot": True,

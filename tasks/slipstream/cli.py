@@ -10,7 +10,7 @@ import typer
 from slipstream import log_lines
 from slipstream.errors import InputError, SlipstreamError, of_system
 
-if TYPE_CHECKING:  # what a command needs is imported when it runs
+if TYPE_CHECKING:  # imports of a command's dependencies are inside it
     from slipstream.home import Home
     from slipstream.orchestrate.watch.start import Started
 
@@ -29,7 +29,7 @@ SpecFile = Annotated[Path, typer.Argument(help="Spec file (YAML).", metavar="SPE
 
 @app.command()
 def validate(spec: SpecFile) -> None:
-    """Check a spec; exits 0, or 2 with every error."""
+    """Check a spec; exit with 0, or with 2 and every error."""
     from slipstream import spec as specs
     from slipstream.reports.wording import count
 
@@ -86,7 +86,7 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
 ) -> None:
-    """Look at a model and at this machine, and write a spec to start from; says what it could not know."""
+    """Inspect a model and this machine, and write a spec to start from, which marks what it could not determine."""
     from slipstream.home import Home
     from slipstream.tools.init import command
 

@@ -1,4 +1,4 @@
-"""Digests of files, folders and source code: how slipstream knows that a thing is the thing."""
+"""Digests of files, folders and source code, which identify artifacts and results."""
 
 import hashlib
 import importlib.metadata
@@ -10,21 +10,22 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 OWN = __name__.partition(".")[0]
 GZIP = zlib.MAX_WBITS + 16
-"""What tells zlib to write gzip's format."""
+"""Flag that makes zlib write gzip's format."""
 
 
 def file(path: Path) -> str:
-    """sha256 of a file's bytes."""
+    """Return the sha256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 STORED = ".slipstream.json"
-"""What storage adds to a folder in S3 (storage/remote.py): no part of the folder itself."""
+"""File that storage adds to a folder in S3 (storage/remote.py): not part of the folder itself."""
 
 
 def folder(path: Path) -> str:
-    """sha256 over the relative names and digests of all files below a folder; times and modes do not count."""
+    """Return the sha256 over the relative names and digests of all files below a folder; times and modes do not
+    count."""
     total = hashlib.sha256()
     for entry in sorted(p for p in path.rglob("*") if p.is_file() and p != path / STORED):
         total.update(f"{entry.relative_to(path).as_posix()}\0{file(entry)}\n".encode())
@@ -32,12 +33,12 @@ def folder(path: Path) -> str:
 
 
 def folder_size(path: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Return the total bytes of all files below a folder."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
 def folder_gzip_size(path: Path) -> int:
-    """The same with each file compressed by gzip, as it travels: zeros that pruning left show only here."""
+    """Return the same with each file compressed by gzip, as for a download: only here do pruned zeros save space."""
     total = 0
     for entry in (p for p in path.rglob("*") if p.is_file()):
         packer = zlib.compressobj(wbits=GZIP)
@@ -50,7 +51,7 @@ def folder_gzip_size(path: Path) -> int:
 
 @cache
 def source(*parts: str) -> str:
-    """Digest of this package's own code: files or folders named relative to it, such as `engines`."""
+    """Return the digest of this package's own code: files or folders named relative to it, such as `engines`."""
     total = hashlib.sha256()
     for part in parts:
         path = PACKAGE / part
@@ -91,7 +92,7 @@ def plugin(module: str) -> dict[str, str]:
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """Installed versions of distributions; `absent` for one that is not installed."""
+    """Return installed versions of distributions; `absent` for one that is not installed."""
     version_of = {}
     for name in distributions:
         try:

@@ -4,14 +4,14 @@
     ├── Unavailable              exit 1   a service did not answer (MLflow, Airflow, S3, a model server)
     ├── Superseded               exit 1   a newer test, rollout or rollback owns the traffic of the model
     ├── Undecided                exit 1   a gate could not be judged: an outage, or an overloaded machine
-    ├── InputError               exit 2   what was given is wrong; a retry will not help
-    │   ├── SpecError                     the spec: file, field, mend
-    │   │   └── CodeError                 a function that the spec names: file, line, what it raised
+    ├── InputError               exit 2   an input is wrong; a retry will not help
+    │   ├── SpecError                     the spec: file, field, fix
+    │   │   └── CodeError                 a function that the spec names: file, line, exception
     │   ├── DataError                     a data set
     │   ├── ModelError                    a model, checkpoint or candidate
     │   ├── EngineError                   an engine that cannot be built or may not be loaded here
-    │   └── RegistryError                 the registry is not in the state that the evidence was taken in
-    └── GateFailed               exit 3   a gate said no (or could not say yes); a retry will not help
+    │   └── RegistryError                 the registry has changed since the evidence was recorded
+    └── GateFailed               exit 3   a gate failed or was inconclusive; a retry will not help
 
 A message says what is wrong, where, and what to do. `cli.main` exits with the code; `dags/runtimes`
 reads it and decides whether Airflow retries.
@@ -33,32 +33,32 @@ class SlipstreamError(Exception):
 
 
 class Unavailable(SlipstreamError):
-    """A service that the step needs did not answer; nothing was lost, try again."""
+    """A service that the step needs did not answer; nothing was lost, and a retry may help."""
 
     headline = "Service unavailable"
 
 
 class Superseded(SlipstreamError):
-    """A newer move owns the traffic of the model; this one changed nothing more. A retry looks at what it decided."""
+    """A newer move owns the traffic of the model; this one changed nothing more. A retry reads the newer decision."""
 
     headline = "Superseded"
 
 
 class Undecided(SlipstreamError):
-    """A gate could not be judged because of an outage or an overloaded machine; nothing was rejected, try again."""
+    """A gate could not be judged because of an outage or an overloaded machine; nothing was rejected, so retry."""
 
     headline = "Not decided"
 
 
 class InputError(SlipstreamError):
-    """What was given is wrong and stays wrong on a retry."""
+    """An input is wrong, and stays wrong on a retry."""
 
     exit_code = EXIT_INPUT
     headline = "Bad input"
 
 
 class SpecError(InputError):
-    """The spec does not say something that can be run."""
+    """The spec does not describe something that can be run."""
 
     headline = "Bad spec"
 
@@ -94,7 +94,7 @@ class RegistryError(InputError):
 
 
 class GateFailed(SlipstreamError):
-    """A gate answered fail or inconclusive; neither is a pass."""
+    """A gate failed or was inconclusive; neither is a pass."""
 
     exit_code = EXIT_GATE
     headline = "Gate failed"
@@ -104,11 +104,11 @@ PERMANENT = {
     errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM,
     errno.EROFS,
 }  # fmt: skip
-"""The system's errors about a path itself, which stay; a full disk or a lost connection may pass."""
+"""The system's errors about a path itself, which are permanent; a full disk or a lost connection may be temporary."""
 
 
 def of_system(error: OSError) -> SlipstreamError:
-    """What the operating system refused, as an error with the path and an exit code."""
+    """Return the operating system's refusal as an error with the path and an exit code."""
     what = error.strerror or type(error).__name__
     path = f"{error.filename}: " if error.filename is not None else ""
     kind = InputError if error.errno in PERMANENT and error.filename is not None else SlipstreamError

@@ -1,4 +1,4 @@
-"""What this machine is: part of the identity of engines and measurements, and named beside every figure."""
+"""Description of this machine: part of the identity of engines and measurements, and shown with every figure."""
 
 import os
 import platform
@@ -12,12 +12,12 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "am
 X86 = ("x86_64", "AMD64")
 EXACT_SUMS = {"avx512_vnni", "avx_vnni"}
 """x86 instruction sets that add products of uint8 and int8 in 32 bits. Without them libraries use AVX2's, which adds
-two products in 16 bits, and cuts off what exceeds them."""
+two products in 16 bits, and saturates."""
 
 
 @cache
 def describe() -> dict[str, str]:
-    """CPU model, the instruction sets that engines choose kernels by, usable cores, memory, system."""
+    """Return CPU model, the instruction sets that engines choose kernels by, usable cores, memory, system."""
     fields: dict[str, str] = {}
     if CPUINFO.exists():
         for line in CPUINFO.read_text().splitlines():
@@ -36,13 +36,13 @@ def describe() -> dict[str, str]:
 
 
 def int8_sums() -> str:
-    """`exact`, or `saturating` where fast kernels may cut off sums of products of uint8 and int8."""
+    """Return `exact`, or `saturating` if fast kernels may saturate in sums of products of uint8 and int8."""
     x86 = platform.machine() in X86
     return "saturating" if x86 and not EXACT_SUMS & set(describe()["cpu_features"].split()) else "exact"
 
 
 def _gpus(driver: Path = Path("/proc/driver/nvidia")) -> str:
-    """NVIDIA GPUs and their driver's version, as the driver tells in /proc, so that no library is needed."""
+    """Return NVIDIA GPUs and their driver's version from the driver's files in /proc, so that no library is needed."""
     cards = [path.read_text(errors="replace") for path in sorted(driver.glob("gpus/*/information"))]
     models = [match[1] for card in cards if (match := re.search(r"^Model:\s*(.+?)\s*$", card, re.MULTILINE))]
     version = driver / "version"
@@ -53,7 +53,7 @@ def _gpus(driver: Path = Path("/proc/driver/nvidia")) -> str:
 
 
 def sentence() -> str:
-    """The same, for people: `AMD EPYC, 2 cores, avx512_vnni …`."""
+    """Return the same in readable form: `AMD EPYC, 2 cores, avx512_vnni …`."""
     d = describe()
     machine = f"{d['cpu']}, {d['cores']} cores, {d['memory_gib']} GiB, {d['cpu_features'] or 'no vector extensions'}"
     return f"{machine}; {d['gpu']}" if "gpu" in d else machine

@@ -1,4 +1,4 @@
-"""Where things lie and which settings the environment carries. One place, so that no path is built twice."""
+"""Paths of the installation and settings from the environment, in one place, so that no path is built twice."""
 
 import fcntl
 import logging
@@ -18,32 +18,32 @@ log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
 DAG = "optimize.py"
-"""A file that is in slipstream's DAG folder and in no other."""
+"""A file that exists in slipstream's DAG folder and in no other."""
 INSTALL = "`slipstream setup SPEC` installs it, and `make setup` in a checkout"
-"""What to do where an environment lacks something."""
+"""What to do if an environment lacks something."""
 PRIVATE = 0o700
-"""Mode of the home: it holds addresses, published specs and logs, which are for its owner alone."""
+"""Mode of the home: it holds addresses, published specs and logs, which are private to its owner."""
 
 
 @dataclass(frozen=True)
 class Home:
-    """Folders of one installation. Everything that a run leaves on this machine lies under `root`."""
+    """Folders of one installation. Everything that a run leaves on this machine is under `root`."""
 
     root: Path
     envs: Path
     code: Path
     shared_specs: str | None = None
-    """Where published specs lie when it is not in `root`."""
+    """Location of published specs, if not in `root`."""
     shared_runs: str | None = None
-    """Where the documents of runs lie when it is not in `root`."""
+    """Location of the documents of runs, if not in `root`."""
 
     @classmethod
     def from_environment(cls) -> "Home":
         """Read SLIPSTREAM_HOME, SLIPSTREAM_ENVS, SLIPSTREAM_CODE, SLIPSTREAM_SPECS and SLIPSTREAM_RUNS.
 
-        The first three are folders, by default in the current folder; the environments are otherwise those of the
+        The first three are folders, by default in the current folder; otherwise, the environments are those of the
         checkout that slipstream runs from. The last two are folders or s3:// prefixes, by default in SLIPSTREAM_HOME:
-        where steps do not share a file system they are in S3.
+        if steps do not share a file system, they are in S3.
         """
         here = Path.cwd()
         envs = next((f / ".envs" for f in (here, checkout()) if f and (f / ".envs").is_dir()), here / ".envs")
@@ -57,7 +57,7 @@ class Home:
 
     @property
     def specs(self) -> str:
-        """Folder or s3:// prefix of the published specs; each YAML file right in it is a DAG."""
+        """Folder or s3:// prefix of the published specs; each YAML file directly in it is a DAG."""
         return self.shared_specs or str(self.root / "specs")
 
     @property
@@ -68,12 +68,12 @@ class Home:
 
     @property
     def work(self) -> Path:
-        """Checkpoints of steps under way, one folder for each identity."""
+        """Checkpoints of running steps, one folder for each identity."""
         return self.root / "work"
 
     @property
     def cache(self) -> Path:
-        """What was downloaded, one folder for each sha256 (storage/cache.py), and results that are quick to lose."""
+        """Downloads, one folder for each sha256 (storage/cache.py), and results that are cheap to recompute."""
         return self.root / "cache"
 
     @property
@@ -87,11 +87,11 @@ class Home:
         return self.root / "envoy"
 
     def python(self, environment: str) -> Path:
-        """Interpreter of an environment."""
+        """Return the interpreter of an environment."""
         return self.envs / environment / "bin" / "python"
 
     def require_python(self, environment: str, purpose: str) -> Path:
-        """Interpreter of an environment. Raises InputError, naming the purpose, where it is not installed."""
+        """Return the interpreter of an environment. Raise InputError, naming the purpose, if it is not installed."""
         python = self.python(environment)
         if not python.exists():
             raise InputError(
@@ -101,9 +101,9 @@ class Home:
         return python
 
     def prepare(self) -> None:
-        """Make the folder, for its owner alone. One that others may read is closed to them if it is a home or empty.
+        """Create the folder, private to its owner. An existing one is made private if it is a home or empty.
 
-        Raises InputError when it cannot be made or written to, or holds other files that others may read now.
+        Raise InputError if it cannot be created or written to, or holds other files that other users can read now.
         """
         try:
             self.root.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ class Home:
             ) from error
 
     def _is_home(self) -> bool:
-        """Whether slipstream's files lie here, or none: never close a folder such as /tmp to its other users."""
+        """Return whether the folder is empty or holds slipstream's files: never make a folder such as /tmp private."""
         names = {entry.name for entry in self.root.iterdir()}
         return not names or bool(names & {"platform.json", "platform.lock", "specs", "settings.yaml"})
 
@@ -133,24 +133,24 @@ class Home:
 
 
 def checkout() -> Path | None:
-    """The checkout that this package runs from; None when it was installed from a wheel."""
+    """Return the checkout that this package runs from; None if it was installed from a wheel."""
     root = PACKAGE.parent.parent
     return root if (root / "dags" / DAG).is_file() and (root / "pyproject.toml").is_file() else None
 
 
 def dags_folder() -> Path:
-    """Folder of slipstream's DAGs: of the checkout, else the one that the wheel installed. Raises Unavailable.
+    """Return the folder of slipstream's DAGs: the checkout's, or else the wheel's. Raise Unavailable.
 
-    Never a folder of the user's: SLIPSTREAM_CODE holds the functions that specs name, and nothing of Airflow's.
+    It is never a folder of the user: SLIPSTREAM_CODE holds the functions that specs name, and nothing for Airflow.
     """
     root = checkout()
     return root / "dags" if root is not None else shared("dags", DAG).parent
 
 
 def shared(*parts: str) -> Path:
-    """A file that the wheel installed beside the package. Raises Unavailable.
+    """Return a file that the wheel installed in addition to the package. Raise Unavailable.
 
-    pyproject.toml lists them under data-files; where an installer puts those differs, and its record says it.
+    pyproject.toml lists them under data-files; installers put those in different places, recorded in its metadata.
     """
     for file in metadata.files("slipstream") or []:
         if file.parts[-2 - len(parts) :] == ("share", "slipstream", *parts):
@@ -160,9 +160,10 @@ def shared(*parts: str) -> Path:
 
 @contextmanager
 def file_lock(path: Path, why: str | None = None, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock `path`, one process of this machine at a time; it goes with the process. `why` tells who waits.
+    """Hold the lock `path`, one process of this machine at a time; it ends with the process. `why` names the waiting
+    task.
 
-    Raises Unavailable where another one holds it and `wait` is false.
+    Raise Unavailable if another process holds it and `wait` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -178,7 +179,7 @@ def file_lock(path: Path, why: str | None = None, *, wait: bool = True) -> Itera
 
 
 def _absolute(place: str | None) -> str | None:
-    """A folder with its full path, an s3:// prefix as it is; None when nothing is given."""
+    """Return a folder with its full path, an s3:// prefix unchanged; None if none is given."""
     if not place:
         return None
     return place if "://" in place else str(Path(place).resolve())
@@ -188,8 +189,8 @@ def _absolute(place: str | None) -> str | None:
 def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open a file to write aside; at the end flush it to disk and rename it to `path`.
 
-    A reader sees the old content or the new, never half of either. `mode` is what the file is created with, before the
-    umask; 0o600 for what holds secrets.
+    A reader sees the old content or the new, never a mixture. `mode` is the file's mode at creation, before the umask;
+    0o600 for secrets.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,7 +1,7 @@
-"""The step contract: what goes into a step and what comes out, in every runtime.
+"""The step contract: the inputs and outputs of a step, in every runtime.
 
-`slipstream step NAME --spec SPEC --inputs IN.json --outputs OUT.json`: IN is a `StepInput`, OUT a `StepOutput`.
-Both are small; bytes travel through the MLflow artefact store and are named here by URI and sha256.
+`slipstream step NAME --spec SPEC --inputs IN.json --outputs OUT.json`: IN is a `StepInput`, OUT a `StepOutput`. Both
+are small; bytes are stored in the MLflow artifact store and are named here by URI and sha256.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ Answer = Literal["pass", "fail", "inconclusive"]
 
 
 class Document(BaseModel):
-    """Base of everything that is written as JSON."""
+    """Base of every document that is written as JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,10 +31,10 @@ class Section(BaseModel):
 
 
 class Artifact(Document):
-    """A folder in the MLflow artefact store."""
+    """A folder in the MLflow artifact store."""
 
     uri: str
-    """Location in the artefact store, such as `mlflow-artifacts:/3/models/m-…/artifacts`."""
+    """Location in the artifact store, such as `mlflow-artifacts:/3/models/m-…/artifacts`."""
     path: str
     """Folder below the URI whose content the digest covers."""
     sha256: str
@@ -42,7 +42,7 @@ class Artifact(Document):
     size_bytes: int
     """Sum of the sizes of its files."""
     model_id: str | None = None
-    """MLflow logged model, where it is one."""
+    """MLflow logged model, if it is one."""
 
 
 class Release(Document):
@@ -51,7 +51,7 @@ class Release(Document):
     model: str
     """Registered model; also the name in the Open Inference Protocol."""
     name: str
-    """Name among the model's releases, which stands for one engine for ever: `v3` for registry version 3,
+    """Name among the model's releases, which always identifies the same engine: `v3` for registry version 3,
     `baseline-1a2b3c4d` (from the engine's digest) for the unchanged model before the first release."""
 
     @property
@@ -74,7 +74,7 @@ class Verdict(Document):
     n: int = 0
     """Observations behind the estimate."""
     final: bool = False
-    """Whether another measurement can never change it: what is measured once, such as accuracy."""
+    """Whether further measurement can never change it, as for accuracy, which is measured once."""
 
     @property
     def passed(self) -> bool:
@@ -82,7 +82,7 @@ class Verdict(Document):
 
 
 class Cell(Document):
-    """A recipe, or a recipe on a target: the key under which outputs are found again."""
+    """A recipe, or a recipe on a target: the key that identifies outputs."""
 
     recipe: str
     target: str | None = None
@@ -93,7 +93,7 @@ class Cell(Document):
 
 
 class StepOutput(Document):
-    """What a step hands on."""
+    """The result of a step."""
 
     step: str
     cell: Cell | None = None
@@ -107,19 +107,19 @@ class StepOutput(Document):
     details: dict[str, Any] = {}
     """Small, step-specific facts, documented in the step's module."""
     signature: str = ""
-    """By the platform's key over all other fields (signing.py), made when the output is recorded."""
+    """By the platform's key over all other fields (signing.py), added when the output is recorded."""
 
     def signed_part(self) -> dict[str, Any]:
-        """What the signature covers: as JSON, so that reading the document back gives the same.
+        """Return the signed fields as JSON, so that reading the document back gives the same.
 
-        Without defaults: a field that a later version adds does not invalidate earlier signatures.
+        Defaults are omitted: a field that a later version adds does not invalidate earlier signatures.
         """
         part: dict[str, Any] = json.loads(self.model_dump_json(exclude_defaults=True, exclude={"signature"}))
         return part
 
 
 class StepInput(Document):
-    """What a step is given: the pipeline run it belongs to, its cell, and the outputs that it builds on."""
+    """Input of a step: the pipeline run it belongs to, its cell, and its upstream outputs."""
 
     run_key: str
     """Name of the pipeline run, the same as Airflow's run id."""
@@ -131,22 +131,22 @@ class StepInput(Document):
     """Run-time choices, such as the registry version that started the run."""
 
     def output_of(self, step: str, cell: Cell | None = None) -> StepOutput | None:
-        """The upstream output of `step` for `cell`; None when there is none."""
+        """Return the upstream output of `step` for `cell`, or None."""
         return next((o for o in self.upstream if o.step == step and o.cell == cell), None)
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values, equal text."""
+    """Return JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(value: Any) -> str:
-    """sha256 of a JSON value."""
+    """Return the sha256 of a JSON value."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 def combine(verdicts: tuple[Verdict, ...]) -> Answer:
-    """One fail fails; otherwise one inconclusive, or no verdict at all, is inconclusive."""
+    """Combine verdicts: any fail is a fail; otherwise any inconclusive, or no verdict at all, is inconclusive."""
     answers = {v.answer for v in verdicts}
     if "fail" in answers:
         return "fail"

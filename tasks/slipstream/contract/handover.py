@@ -1,4 +1,4 @@
-"""What each step hands on in `StepOutput.details`: a class for each; that of `validate` is in evidence.py."""
+"""Details of each step's output, in `StepOutput.details`: a class for each; that of `validate` is in evidence.py."""
 
 from typing import Any, Literal
 
@@ -24,9 +24,8 @@ class Checked(Details):
     sample_size: str = ""
     """How many test samples the objective needs."""
 
-
 class Retrained(Details):
-    """Where `retrain` has the baseline from."""
+    """Origin of the baseline from `retrain`."""
 
     version: str
     """Registry version of the trained model."""
@@ -34,7 +33,7 @@ class Retrained(Details):
 
 
 class Distilled(Details):
-    """What `distill` trained."""
+    """Result of `distill`."""
 
     student: str
     """Function that builds it."""
@@ -42,14 +41,14 @@ class Distilled(Details):
 
 
 class Pruned(Details):
-    """What `prune` did."""
+    """Result of `prune`."""
 
     rounds: tuple[dict[str, float], ...] = ()
     """Sparsity, quality, MACs and parameters after each round of `channels`."""
 
 
 class Calibration(Details):
-    """Samples that `quantize` calibrated with."""
+    """Calibration samples of `quantize`."""
 
     sha256: str
     """Digest of their indices and of each sample."""
@@ -59,47 +58,47 @@ class Calibration(Details):
 
 
 class Quantized(Details):
-    """What `quantize` did."""
+    """Result of `quantize`."""
 
     calibration: Calibration
 
 
 class Built(Details):
-    """What `build` made."""
+    """Result of `build`."""
 
     fingerprint: dict[str, str]
     """Facts that bind the engine."""
     not_loadable: str | None = None
-    """Why it cannot be loaded here; None when it can."""
+    """Why it cannot be loaded here; None if it can."""
     layers: int = 0
     """Rows of its table of layers; 0 for an engine that has none."""
 
 
 class Scored(Details):
-    """What an MLflow run of scores holds."""
+    """Content of an MLflow run of scores."""
 
     model: str
     """sha256 of the candidate or engine."""
     what: str = ""
-    """Its name for people."""
+    """Its display name."""
     test: str
     """Digest of the test split."""
     metric: str
     competing: int
-    """Engines that competed when it was scored."""
+    """Number of engines that competed when it was scored."""
 
 
 class Raced(Details):
-    """What an MLflow run of a race holds."""
+    """Content of an MLflow run of a race."""
 
     race: Race | None
-    """None where no engine could be loaded."""
+    """None if no engine could be loaded."""
     absent: dict[str, str] = Field(default_factory=dict)
-    """Cells that took no part → why."""
+    """Reasons, by cell, for those that took no part."""
 
 
 class Reported(Details):
-    """What `report` said."""
+    """Result of `report`."""
 
     outcome: str
     headline: str
@@ -107,58 +106,58 @@ class Reported(Details):
 
 
 class RolledBack(Details):
-    """What `rollback` left."""
+    """Result of `rollback`."""
 
     champion: str
     """Version that serves."""
     previous: str | None
     """Version that a further rollback returns to."""
     left: str | None
-    """Version that was left."""
+    """Version that was replaced."""
     done: str | None = None
-    """What an earlier request did, when this one had nothing to do."""
+    """What an earlier request did, if this one had nothing to do."""
 
 
 class Selection(Details):
-    """What `select` decided."""
+    """Decision of `select`."""
 
     rows: tuple[Row, ...] = ()
     """A row for each expected cell, in the spec's order."""
     winner: str | None
-    """Key of the cell whose engine is to be released; None when no engine passed."""
+    """Key of the cell whose engine is to be released; None if no engine passed."""
     version: str | None = None
     """Registry version of the winner's engine."""
     champion: str | None
     """Version that the challenger will be compared with; None before the first release."""
     already_champion: bool = False
-    """Whether the winner's engine is what serves already."""
+    """Whether the winner's engine already serves."""
     best_per_target: dict[str, str | None] = Field(default_factory=dict)
-    """Target → key of its best cell."""
+    """Key of the best cell, by target."""
     missing: tuple[str, ...] = ()
     """Cells that left no evidence."""
     comparison_only: dict[str, str] = Field(default_factory=dict)
-    """Cells of engines that are never released → why."""
+    """Reasons, by cell, for engines that are never released."""
     competing: int = 1
-    """Engines that the bounds account for."""
+    """Number of engines that the bounds account for."""
     race: Race | None = None
     """The run in which the engines took turns."""
     not_raced: dict[str, str] = Field(default_factory=dict)
-    """Cells that took no part in it → why."""
+    """Reasons, by cell, for engines that took no part in it."""
 
 
 class Observed(Details):
-    """What `trial` and `rollout` saw of the traffic."""
+    """Traffic observed by `trial` and `rollout`."""
 
     skipped: str | None = None
-    """Why nothing was tested or moved; None when something was."""
+    """Why nothing was tested or moved; None if something was."""
     timeline: tuple[dict[str, Any], ...] = ()
     """A point for each window of requests."""
     notes: tuple[str, ...] = ()
-    """What happened that a reader of the verdicts should know."""
+    """Events that a reader of the verdicts should know."""
 
 
 class Trial(Observed):
-    """What `trial` compared."""
+    """Comparison made by `trial`."""
 
     champion: str | None = None
     """Version; None before the first release."""
@@ -166,13 +165,13 @@ class Trial(Observed):
     challenger: str | None = None
     """Version."""
     figures: dict[str, Any] = Field(default_factory=dict)
-    """Figures behind the verdicts."""
+    """Numbers behind the verdicts."""
 
 
 class Rollout(Observed):
-    """What `rollout` released."""
+    """Release made by `rollout`."""
 
     released: str | None = None
-    """Version; None when nothing was released."""
+    """Version; None if nothing was released."""
     previous: str | None = None
     """Version that it replaced."""

@@ -19,16 +19,16 @@ from slipstream.spec import Call, Spec
 from slipstream.spec.document import shown
 
 INPUT_DTYPES = ("float32", "int64", "int32", "uint8")
-"""What inputs may be: what all engines take."""
+"""Types of inputs that all engines accept."""
 
 
 @dataclass(frozen=True)
 class Split:
     """Samples with labels.
 
-    `inputs` is (N, …) in the dtype, one of INPUT_DTYPES, and layout that the model takes at batch N; `labels` is
-    (N, …), numbers in the form that the metric takes: (N,) int64 classes, (N, M, 5) float32 boxes, (N, H, W) int64
-    maps (measure/metrics).
+    `inputs` is (N, …) in the dtype (one of INPUT_DTYPES) and layout that the model takes at batch N; `labels` is (N,
+    …), numbers in the form that the metric takes: (N,) int64 classes, (N, M, 5) float32 boxes, (N, H, W) int64 maps
+    (measure/metrics).
     """
 
     inputs: npt.NDArray[Any]
@@ -39,7 +39,7 @@ class Split:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over shape, dtype and bytes of inputs and labels."""
+        """Return the sha256 over shape, dtype and bytes of inputs and labels."""
         total = hashlib.sha256()
         for array in (self.inputs, self.labels):
             total.update(f"{array.shape}{array.dtype}".encode())
@@ -53,38 +53,39 @@ class Split:
         return [hashlib.blake2b(row[:end].data, digest_size=16).digest() for row, end in zip(rows, ends, strict=True)]
 
     def sample_digests(self) -> list[bytes]:
-        """A 16-byte digest for each sample's input, to tell whether two splits share one.
+        """Return a 16-byte digest of each sample's input, to detect samples that two splits share.
 
         A text's padding does not count: the same text may be padded to another length in the other split.
         """
         return list(self._sample_digests)
 
     def take(self, indices: npt.NDArray[np.intp]) -> "Split":
-        """The samples at `indices`, in that order."""
+        """Return the samples at `indices`, in that order."""
         return Split(self.inputs[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
 class Data:
-    """The splits of one data set, and the names of its classes (empty when the loader gives none)."""
+    """The splits of one data set, and the names of its classes (empty if the loader gives none)."""
 
     train: Split
     test: Split
     classes: tuple[str, ...] = ()
     tokenizer: str | None = None
-    """What makes inputs of text: the JSON of a Hugging Face `tokenizers` file, which travels with the release."""
+    """Tokenizer that converts text to inputs: the JSON of a Hugging Face `tokenizers` file, part of the release."""
 
     def digests(self) -> dict[str, str]:
-        """Digest of each split, and of the tokenizer where there is one."""
+        """Return the digest of each split, and of the tokenizer if there is one."""
         digest_of = {"train": self.train.digest, "test": self.test.digest}
         if self.tokenizer is not None:
             digest_of["tokenizer"] = hashlib.sha256(self.tokenizer.encode()).hexdigest()
         return digest_of
 
     def calibration(self, samples: int, seed: int) -> npt.NDArray[np.intp]:
-        """Indices into `train` of a calibration set of distinct samples, drawn at random, none of which is in `test`.
+        """Return indices into `train` of a calibration set of distinct, randomly drawn samples, none of which is in
+        `test`.
 
-        Raises DataError when the training split has too few samples of its own.
+        Raise DataError if the training split has too few such samples.
         """
         held_out = set(self.test.sample_digests())
         first: dict[bytes, int] = {}
@@ -102,7 +103,7 @@ class Data:
 
 
 def load(spec: Spec) -> Data:
-    """Load the spec's data set and check it. Raises DataError."""
+    """Load the spec's data set and check it. Raise DataError."""
     if isinstance(spec.data, Call):
         try:
             data = user_function(spec.data)(**spec.data.params)
@@ -121,7 +122,7 @@ def load(spec: Spec) -> Data:
 
 
 def _path(uri: str) -> Path:
-    # A path in a spec is relative to the user's code, which is what the step's current folder need not be.
+    # A path in a spec is relative to the user's code, which may differ from the step's current folder.
     return storage.fetch(uri if storage.is_remote(uri) else str(Home.from_environment().code / uri))
 
 
@@ -138,7 +139,7 @@ def _read(uri: str) -> Split:
         with np.load(path, allow_pickle=False) as arrays:
             return Split(arrays["inputs"], arrays["labels"])
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        # NumPy's own advice is to allow pickles, which run code.
+        # NumPy's own error suggests allowing pickles, which run code.
         reason = "it holds Python objects" if "pickle" in str(error) else str(error)
         raise DataError(f"{uri}: not an .npz file with arrays `inputs` and `labels`: {reason}") from error
 

@@ -1,7 +1,7 @@
-"""Token ids: what text is between a tokenizer and a network.
+"""Token ids: the form of text between a tokenizer and a network.
 
 A batch of token ids is (N, T) int64: each row is one text, padded at its end with `PAD`. T may differ from batch to
-batch, and padding more or less must not change an answer: the network leaves out what is `PAD`.
+batch, and the amount of padding must not change an answer: the network ignores `PAD`.
 """
 
 import os
@@ -15,25 +15,25 @@ from slipstream.errors import DataError
 
 PAD = 0
 STRETCH = 16
-"""Batches of training among which texts of like length are put together."""
+"""Number of training batches within which texts are grouped by length."""
 PADDING_NAMES = ("[PAD]", "<pad>", "<PAD>")
-"""What tokenizers call the token that fills up."""
+"""Names that tokenizers use for the padding token."""
 TOKENIZER = "tokenizer.json"
 """The tokenizer's file in an engine folder."""
 
 
 def is_token_ids(inputs: npt.NDArray[Any]) -> bool:
-    """Whether inputs are token ids: (N, T) int64. Ids of fixed meaning and number are better given as int32."""
+    """Return whether inputs are token ids: (N, T) int64. Pass ids of fixed meaning and number as int32."""
     return inputs.ndim == 2 and inputs.dtype == np.int64
 
 
 def sample_shape(inputs: npt.NDArray[Any]) -> tuple[int, ...]:
-    """Shape of one sample of inputs (N, …), as manifests have it: -1 where it varies from batch to batch."""
+    """Return the shape of one sample of inputs (N, …), as in manifests: -1 where it varies between batches."""
     return (-1,) if is_token_ids(inputs) else inputs.shape[1:]
 
 
 def lengths(inputs: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
-    """(N,) length of each text in ids (N, T), without padding."""
+    """Return the (N,) length of each text in ids (N, T), without padding."""
     used = inputs != PAD
     return np.where(used.any(axis=1), inputs.shape[1] - used[:, ::-1].argmax(axis=1), 0).astype(np.intp)
 
@@ -41,9 +41,10 @@ def lengths(inputs: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
 def alike(
     order: npt.NDArray[np.intp], lengths: npt.NDArray[np.intp], batch_size: int, random: np.random.Generator
 ) -> npt.NDArray[np.intp]:
-    """An epoch's order, changed so that the texts of a batch are of about one length, and hardly padded.
+    """Return an epoch's order, changed so that the texts of a batch have similar lengths and need little padding.
 
-    It is sorted only within stretches of `STRETCH` batches, and the batches are shuffled, so that it stays random.
+    Texts are sorted only within stretches of `STRETCH` batches, and the batches are shuffled, so the order stays
+    random.
     """
     batches = len(order) // batch_size
     whole, rest = np.split(order, [batches * batch_size])
@@ -54,13 +55,13 @@ def alike(
 
 
 def length(batch: npt.NDArray[np.int64]) -> int:
-    """Longest text in a batch (N, T), without padding; at least 1."""
+    """Return the length of the longest text in a batch (N, T), without padding; at least 1."""
     used = np.flatnonzero(batch.any(axis=0))
     return int(used[-1]) + 1 if len(used) else 1
 
 
 def trim(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The batch without the columns at its end that are all padding; a batch of anything but ids as it is."""
+    """Return the batch without trailing columns that are all padding; other inputs are unchanged."""
     return batch[:, : length(batch)] if is_token_ids(batch) else batch
 
 
@@ -68,13 +69,13 @@ class Tokenizer:
     """A tokenizer of the package `tokenizers`, from its JSON."""
 
     def __init__(self, document: str) -> None:
-        """Raises DataError when the document is none, or its padding is not `PAD`."""
+        """Raise DataError if the document is not a tokenizer, or its padding is not `PAD`."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take cores from the engine
         import tokenizers
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(document)
-        except Exception as error:  # the package raises nothing more special
+        except Exception as error:  # the package raises nothing more specific
             raise DataError(f"data.tokenizer: not the JSON of a Hugging Face tokenizer: {error}") from error
         self._padding = self._find_padding()
 
@@ -95,29 +96,29 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """Number of ids: the highest that it can give is one less."""
+        """Number of ids: one more than the highest possible id."""
         highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         return int(highest) + 1
 
     def limited(self, tokens: int) -> str:
-        """The tokenizer's JSON, cutting texts at so many tokens and padding at their end to the longest of a batch."""
+        """Return the tokenizer's JSON, set to cut texts at that many tokens and pad them to the longest of a batch."""
         self._tokenizer.enable_truncation(tokens)
         self._tokenizer.enable_padding(direction="right", pad_id=PAD, pad_token=self._padding)
         return str(self._tokenizer.to_str())
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        """(N, T) ids of N texts; of a tokenizer that `limited` wrote. T is at least 1."""
+        """Return the (N, T) ids of N texts, for a tokenizer that `limited` wrote. T is at least 1."""
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         batch = np.array(rows, np.int64)
         return batch if batch.shape[1] else np.full((len(rows), 1), PAD, np.int64)
 
     def decode(self, ids: npt.NDArray[np.int64]) -> str:
-        """A text that has these ids (T,), or nearly so: a tokenizer forgets capitals and spaces."""
+        """Return a text with approximately these ids (T,): a tokenizer forgets capitals and spaces."""
         return str(self._tokenizer.decode(ids[ids != PAD].tolist()))
 
 
 def require_consistent(document: str | None, *inputs: npt.NDArray[Any]) -> None:
-    """Raise DataError unless a data set's token ids are some, and its tokenizer, where it has one, gives such ids."""
+    """Raise DataError unless a data set's token ids are valid, and its tokenizer, if any, can give such ids."""
     if not all(is_token_ids(ids) for ids in inputs):
         if document is not None:
             shapes = ", ".join(f"{ids.shape[1:]} {ids.dtype}" for ids in inputs)

@@ -1,4 +1,4 @@
-"""The functions that a spec names as `module:function`, and what identities know of them."""
+"""The functions that a spec names as `module:function`, and their part in identities."""
 
 import ast
 import functools
@@ -24,16 +24,16 @@ PACKAGE = digests.PACKAGE
 
 
 RETRIED = (ConnectionError, TimeoutError, MemoryError)
-"""What user code may raise without being wrong: an outage or a busy machine, so that a retry may help."""
+"""Exceptions of user code that do not mean an error in it: an outage or a busy machine, so a retry may help."""
 
 
 def user_function(call: Call) -> Callable[..., Any]:
-    """Import a function from the user's code. Raises SpecError when it is not there, CodeError when its module fails.
+    """Import a function from the user's code. Raise SpecError if it does not exist, CodeError if its module fails.
 
-    The function that is returned raises CodeError for whatever the user's code raises, and for an attempt to exit.
+    The returned function raises CodeError for any exception of the user's code, and for an attempt to exit.
 
-    Only modules below SLIPSTREAM_CODE: the name may come from a manifest in the artifact store, and `os:system` is a
-    function too. Where the file lies is known before anything is imported.
+    Only modules below SLIPSTREAM_CODE are allowed: the name may come from a manifest in the artifact store, and
+    `os:system` is a function too. The file's location is determined before anything is imported.
     """
     module_name, _, name = call.function.partition(":")
     code = Home.from_environment().code
@@ -67,8 +67,8 @@ def user_function(call: Call) -> Callable[..., Any]:
 def blamed(what: str) -> Iterator[None]:
     """Raise CodeError, which names `what`, file and line, for exceptions of the user's code within the block.
 
-    SystemExit among them: its code would be taken for the step's own verdict. Slipstream's errors pass, and so does
-    what slipstream's code raised when the user's called it (a training function calls `fit`).
+    This includes SystemExit, whose code would be mistaken for the step's verdict. Slipstream's errors pass through, as
+    do errors of slipstream's code that the user's code called (a training function calls `fit`).
     """
     try:
         yield
@@ -81,7 +81,7 @@ def blamed(what: str) -> Iterator[None]:
 
 
 def told(error: BaseException) -> str:
-    """An exception of the user's code in one line: file and line, where there is one in the user's code, and what."""
+    """Return an exception of the user's code in one line: file and line, if known, and the exception."""
     place = _place(error)
     if isinstance(error, SystemExit):
         what = f"sys.exit({'' if error.code is None else repr(error.code)}): code that slipstream calls must not exit"
@@ -95,7 +95,7 @@ def told(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str | None:
-    """`file:line` of the last frame in the user's code; of the text that does not parse for a SyntaxError."""
+    """Return `file:line` of the last frame in the user's code; for a SyntaxError, of the text that does not parse."""
     if isinstance(error, SyntaxError) and error.filename and _is_users(error.filename):
         return f"{error.filename}:{error.lineno}"
     lines = [f"{f.f_code.co_filename}:{n}" for f, n in traceback.walk_tb(error.__traceback__) if _is_users_frame(f)]
@@ -103,7 +103,7 @@ def _place(error: BaseException) -> str | None:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether slipstream's code raised the error after the user's code had called it."""
+    """Return whether slipstream's code, called by the user's code, raised the error."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     users = [i for i, frame in enumerate(frames) if _is_users_frame(frame)]
     ours = [i for i, frame in enumerate(frames) if PACKAGE in Path(frame.f_code.co_filename).parents]
@@ -115,7 +115,8 @@ def _is_users_frame(frame: FrameType) -> bool:
 
 
 def _is_users(file: str) -> bool:
-    """Whether a file is the user's: below SLIPSTREAM_CODE, which may hold slipstream and environments as well."""
+    """Return whether a file is the user's: below SLIPSTREAM_CODE, which may also contain slipstream and
+    environments."""
     path = Path(file)
     return (
         path.is_relative_to(Home.from_environment().code)
@@ -125,7 +126,7 @@ def _is_users(file: str) -> bool:
 
 
 def user_code_digest(call: Call | None) -> str | None:
-    """Digest of a user function: its name, its parameters and its code; part of a step's identity."""
+    """Return the digest of a user function: its name, its parameters and its code; part of a step's identity."""
     if call is None:
         return None
     code = {name: digests.file(path) for name, path in _code_of(call).items()}
@@ -133,10 +134,11 @@ def user_code_digest(call: Call | None) -> str | None:
 
 
 def _code_of(call: Call) -> dict[str, Path]:
-    """Name → file of the modules that name and define a function, and of the user's code that they reach by imports.
+    """Return the files, by module name, of a function and of the user's code that it reaches through imports.
 
-    Import statements are read from the text, those inside functions too, and nothing is run: what is loaded by
-    `importlib.import_module` is not seen. Other packages are left out. Names, since paths differ between machines.
+    Import statements are read from the text, including those inside functions, and nothing is run; modules loaded by
+    `importlib.import_module` are not seen. Other packages are left out. Names are used, since paths differ between
+    machines.
     """
     function, code = user_function(call), Home.from_environment().code
     own = {call.function.partition(":")[0], function.__module__}
@@ -151,7 +153,7 @@ def _code_of(call: Call) -> dict[str, Path]:
 
 
 def _imports(name: str, path: Path) -> set[str]:
-    """Modules that the file of module `name` may import, and the packages that they and it are in."""
+    """Return modules that the file of module `name` may import, and the packages that contain them and it."""
     package = name if path.stem == "__init__" else name.rpartition(".")[0]
     modules = {name}
     try:
@@ -163,7 +165,7 @@ def _imports(name: str, path: Path) -> set[str]:
 
 
 def _imported(node: ast.AST, package: str) -> Iterator[str]:
-    """Names in an import statement that may be modules: of `from a import b`, both a and a.b."""
+    """Return names in an import statement that may be modules: for `from a import b`, both a and a.b."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -175,9 +177,9 @@ def _imported(node: ast.AST, package: str) -> Iterator[str]:
 
 
 def _module_file(name: str, code: Path) -> Path | None:
-    """The file of a module in the folder `code`, where it has one: a folder without `__init__.py` is a package too.
+    """Return a module's file in the folder `code`, if any; a folder without `__init__.py` is a package too.
 
-    Python's own finder would need that package imported to look into it.
+    Python's own finder would have to import that package to look into it.
     """
     place = code.joinpath(*name.split("."))
     files = [place / "__init__.py", *(place.with_name(place.name + s) for s in (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES))]

@@ -1,1 +1,2 @@
-"""Engines: what turns a candidate into bytes that are deployed. One module each, found by its name in plugins.py."""
+"""Engines, which turn a candidate into the bytes that are deployed. One module each, found by its name in
+plugins.py."""

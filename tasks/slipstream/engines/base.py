@@ -1,7 +1,7 @@
-"""The engine seam: what a module under engines/ implements, and the manifest that travels with every engine.
+"""The engine seam: what a module under engines/ implements, and the manifest of every engine.
 
-An engine folder holds `engine.json` (an `EngineManifest`) and the engine's own files. Adding an engine is one
-module with an object `ENGINE`, one entry in `plugins.ENGINES`, and a subclass of the contract tests.
+An engine folder holds `engine.json` (an `EngineManifest`) and the engine's own files. Adding an engine takes one module
+with an object `ENGINE`, one entry in `plugins.ENGINES`, and a subclass of the contract tests.
 """
 
 import importlib
@@ -24,37 +24,37 @@ from slipstream.spec import Target
 
 MANIFEST = "engine.json"
 LAYERS = "layers.json"
-"""Table of what an engine is made of, for engines that tell: `columns`, and `data` with a list for each row."""
+"""Table of an engine's layers, for engines that report them: `columns`, and `data` with a list for each row."""
 
 
 class Runner(Protocol):
     """A loaded engine. One runner serves one thread.
 
-    Equal batches get equal bits, in every runner of the same engine on the same machine: the contract suite asks for
-    it, and docs/engines.md says what is known of each engine. Another batch size may round differently.
+    Equal batches get equal bits, in every runner of the same engine on the same machine: the contract suite tests it,
+    and docs/engines.md gives the evidence for each engine. Another batch size may round differently.
     """
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, …) inputs in the candidate's dtype to (N, …) float32 outputs; N may vary from call to call."""
+        """Return (N, …) float32 outputs for inputs (N, …) in the candidate's dtype; N may vary from call to call."""
         ...
 
 
 class Engine(Protocol):
-    """What differs between OpenVINO, ONNX Runtime and the others."""
+    """Differences between OpenVINO, ONNX Runtime and the others."""
 
     distributions: tuple[str, ...]
-    """PyPI distributions whose versions belong to the identity of what it builds."""
+    """PyPI distributions whose versions are part of the identity of what it builds."""
 
     def check(self, target: Target) -> None:
-        """Raise EngineError, with what to do, when the target cannot be served on this machine."""
+        """Raise EngineError, saying what to do, if the target cannot be served on this machine."""
         ...
 
     def fingerprint(self, target: Target) -> dict[str, str]:
-        """Versions, device and hardware facts: recorded where an engine is built, compared where it is loaded."""
+        """Return versions, device and hardware facts: recorded when an engine is built, compared when it is loaded."""
         ...
 
     def relations(self, manifest: "EngineManifest") -> Mapping[str, Relation]:
-        """How facts of the fingerprint may differ where an engine that was built so is loaded.
+        """Return how facts of the fingerprint may differ when an engine that was built this way is loaded.
 
         A fact that is not named must be equal.
         """
@@ -63,47 +63,48 @@ class Engine(Protocol):
     def build(self, candidate: Path, target: Target, folder: Path) -> dict[str, float] | None:
         """Write the engine's files into `folder`. `candidate` is a candidate folder (frameworks/base.py).
 
-        What it measured on the way, if anything, is recorded with the build: name with unit → number.
+        Return measurements made during the build, if any: numbers by name with unit. They are recorded with the build.
         """
         ...
 
     def load(self, folder: Path, target: Target) -> Runner:
-        """Load the files that `build` wrote. The fingerprint has been compared before."""
+        """Load the files that `build` wrote. The fingerprint has already been compared."""
         ...
 
 
 @runtime_checkable
 class BuildsAhead(Protocol):
-    """What an engine has beside `Engine` when it also builds for hardware that is not here."""
+    """Additional methods of an engine that also builds for hardware in other machines."""
 
     def check_load(self, target: Target) -> None:
-        """Raise EngineError when an engine that `check` allows to build here cannot be loaded here."""
+        """Raise EngineError if an engine that `check` allows to build here cannot be loaded here."""
         ...
 
 
 @runtime_checkable
 class Caches(Protocol):
-    """What an engine has beside `Engine` when a build or a load leaves something that makes the next one faster."""
+    """Additional methods of an engine whose build or load produces something that speeds up the next one."""
 
     def cache_file(self, target: Target) -> Path | None:
-        """File that `build` and `load` read, if it is there, and keep up to date; None where there is none.
+        """Return the file that `build` and `load` read, if it exists, and keep up to date; None if there is none.
 
-        Its name must tell all that its content depends on: it is shared with every machine that asks for the name.
+        Its name must identify everything that its content depends on: it is shared with every machine that asks for the
+        name.
         """
         ...
 
 
 @runtime_checkable
 class UsesGpu(Protocol):
-    """What an engine has beside `Engine` when it runs on NVIDIA GPUs, so that they are watched while it is measured."""
+    """Additional methods of an engine that runs on NVIDIA GPUs, which are then monitored during measurements."""
 
     def gpu(self, target: Target) -> int:
-        """CUDA's number of the GPU that the target names."""
+        """Return CUDA's number of the GPU that the target names."""
         ...
 
 
 class Options(Section):
-    """Base of an engine's own options: what a target may say under `options`, one field with a docstring for each.
+    """Base of an engine's options: what a target may set under `options`, one field with a docstring for each.
 
     Values are taken as written: `"2"` is not a number, and `true` is not 1.
     """
@@ -115,9 +116,9 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def read_options(target: Target, model: type[OptionsT]) -> OptionsT:
-    """The target's options as the engine's own class of them.
+    """Return the target's options as the engine's class of options.
 
-    Raises EngineError with a line for each unknown key and each wrong value, and all options that the engine has.
+    Raise EngineError with a line for each unknown key and each wrong value, and all options that the engine has.
     """
     try:
         return model.model_validate(target.options)
@@ -135,31 +136,31 @@ def _problem(error: Any) -> str:
     where = ".".join(("options", *map(str, error["loc"])))
     if error["type"] == "extra_forbidden":
         return f"{where}: no such option; remove it or check its spelling"
-    if error["type"] == "value_error":  # a validator's own words
+    if error["type"] == "value_error":  # a validator's own message
         return f"{where}: {str(error['msg']).removeprefix('Value error, ')}"
     return f"{where}: {str(error['msg']).replace('Input should be', 'must be')}, not {error['input']!r}"
 
 
 class EngineManifest(Document):
-    """What `engine.json` says."""
+    """Contents of `engine.json`."""
 
     engine: str
     target: Target
     fingerprint: dict[str, str]
     candidate_sha256: str
     input_shape: tuple[int, ...]
-    """Shape of one sample, without the batch dimension; -1 where it varies from batch to batch."""
+    """Shape of one sample, without the batch dimension; -1 where it varies between batches."""
     input_dtype: str
     output_shape: tuple[int, ...]
     files: dict[str, str]
-    """File name → sha256."""
+    """sha256 by file name."""
     quantized: bool = False
     figures: dict[str, float] = Field(default={})
-    """What the engine measured when it was built; metrics of the step."""
+    """Measurements that the engine made during its build; metrics of the step."""
 
 
 def engine_for(name: str) -> Engine:
-    """The engine that a spec names. Raises EngineError when its libraries are not in this environment."""
+    """Return the engine that a spec names. Raise EngineError if its libraries are not in this environment."""
     try:
         module = importlib.import_module(ENGINES[name].module)
     except ImportError as error:
@@ -169,7 +170,7 @@ def engine_for(name: str) -> Engine:
 
 
 def read_manifest(folder: Path) -> EngineManifest:
-    """Read `engine.json`. Raises EngineError."""
+    """Read `engine.json`. Raise EngineError."""
     try:
         return EngineManifest.model_validate_json((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -188,7 +189,7 @@ def require_batch(batch: npt.NDArray[Any], shape: tuple[int, ...], dtype: npt.DT
 
 
 def why_not_loadable(target: Target) -> str | None:
-    """Why an engine that can be built here cannot be loaded here; None when it can. Raises EngineError."""
+    """Return why an engine that can be built here cannot be loaded here, or None if it can. Raise EngineError."""
     engine = engine_for(target.engine)
     try:
         if isinstance(engine, BuildsAhead):
@@ -199,15 +200,16 @@ def why_not_loadable(target: Target) -> str | None:
 
 
 def gpu_of(target: Target) -> int | None:
-    """CUDA's number of the GPU that the target's engine runs on; None for other devices."""
+    """Return CUDA's number of the GPU that the target's engine runs on, or None for other devices."""
     engine = engine_for(target.engine)
     return engine.gpu(target) if isinstance(engine, UsesGpu) else None
 
 
 def server_environment(folder: Path) -> str:
-    """The environment of the model server for an engine folder. Raises EngineError for one that is never released."""
+    """Return the environment of an engine folder's model server. Raise EngineError for an engine that is never
+    released."""
     if not (folder / MANIFEST).exists():
-        return SERVE  # whose server says what is wrong with the folder
+        return SERVE  # whose server reports what is wrong with the folder
     engine = read_manifest(folder).engine
     environment = ENGINES[engine].server
     if environment is None:
@@ -216,7 +218,7 @@ def server_environment(folder: Path) -> str:
 
 
 def cache_file(target: Target) -> Path | None:
-    """The file in which the target's engine keeps what makes the next build or load faster, if it has one."""
+    """Return the file in which the target's engine caches what speeds up the next build or load, if any."""
     engine = engine_for(target.engine)
     return engine.cache_file(target) if isinstance(engine, Caches) else None
 
@@ -224,7 +226,7 @@ def cache_file(target: Target) -> Path | None:
 def build_engine(candidate: Path, target: Target, folder: Path, tokenizer: str | None = None) -> EngineManifest:
     """Build a candidate folder for a target into `folder`, with its manifest, and a tokenizer's JSON.
 
-    Raises EngineError, ModelError.
+    Raise EngineError, ModelError.
     """
     from slipstream.frameworks import base as frameworks
 
@@ -253,11 +255,11 @@ def build_engine(candidate: Path, target: Target, folder: Path, tokenizer: str |
 
 
 def load_engine(folder: Path) -> Runner:
-    """Load an engine after its files and its fingerprint have been checked; in the target's length buckets, if any.
+    """Load an engine after its files and its fingerprint have been checked, with the target's length buckets, if any.
 
-    Under other facts than it was built under, it must also repeat its recorded answers. Raises EngineError, naming each
-    fact, when its relations forbid to load it here or when it answers differently, and when a file is not the one that
-    was built.
+    If the facts differ from those of its build, it must also reproduce its recorded answers. Raise EngineError, naming
+    each fact, if its relations forbid loading it here or if its answers differ, and if a file is not the one that was
+    built.
     """
     manifest = read_manifest(folder)
     engine = engine_for(manifest.engine)
@@ -282,13 +284,13 @@ def load_engine(folder: Path) -> Runner:
 
 
 def size_bytes(folder: Path) -> int:
-    """Size of an engine folder without its recorded answers, which are evidence rather than engine."""
+    """Return the size of an engine folder without its recorded answers, which are evidence, not part of the engine."""
     evidence = folder / recorded.FILE
     return digests.folder_size(folder) - (evidence.stat().st_size if evidence.exists() else 0)
 
 
 def record_answers(folder: Path, runner: Runner, samples: npt.NDArray[Any]) -> None:
-    """Record what a new engine answers to the first of the samples (N, …), and name the file in its manifest."""
+    """Record a new engine's answers to the first of the samples (N, …), and add the file to its manifest."""
     path = recorded.record(folder, runner, samples)
     manifest = read_manifest(folder)
     files = manifest.files | {path.name: digests.file(path)}

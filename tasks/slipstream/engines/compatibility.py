@@ -1,7 +1,7 @@
-"""Where an engine may be loaded: how each fact of its fingerprint may differ from the machine that loads it.
+"""Where an engine may be loaded: how each fact of its fingerprint may differ on the machine that loads it.
 
-An engine states a relation for each fact (`Engine.relations`); a fact without one must be equal. Loading says nothing
-about answers: an engine that is loaded under other facts than it was built under must also repeat its recorded answers
+An engine states a relation for each fact (`Engine.relations`); a fact without one must be equal. Being loadable does
+not guarantee equal answers: an engine whose facts differ from its build must also reproduce its recorded answers
 (recorded.py).
 """
 
@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class Relation(Enum):
-    """What a fact here must be, given what it was where the engine was built. The value is the wording in the docs."""
+    """How a fact here must relate to its value at the build. The value is the wording in the docs."""
 
     EQUAL = "equal"
     NOT_OLDER = "the same version or a later one"
@@ -23,7 +23,7 @@ class Relation(Enum):
 def differences(
     relations: Mapping[str, Relation], built: Mapping[str, str], here: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """A phrase for each fact of `built` that forbids loading the engine here; none when it may be loaded."""
+    """Return a phrase for each fact of `built` that forbids loading the engine here; empty if it may be loaded."""
     return tuple(
         f"{fact}: built with {value!r}, here {here.get(fact)!r}"
         for fact, value in built.items()

@@ -1,7 +1,7 @@
-"""Asks an engine about a target: can it be built, and can it be loaded? In the engine's own environment, if it has one.
+"""Asks an engine, in its own environment if it has one, whether a target can be built and loaded.
 
-A step of the framework's environment cannot load every engine's libraries. Where environments lie side by side (one
-machine), the question is put to a process of the engine's.
+A step in the framework's environment cannot import every engine's libraries. On one machine, which has all
+environments, the question goes to a process in the engine's environment.
 """
 
 import logging
@@ -23,18 +23,18 @@ WITHIN_S = 120
 
 
 class Finding(Document):
-    """What an engine says of a target."""
+    """What an engine reports about a target."""
 
     problem: str | None = None
     """Why it cannot be built."""
     not_loadable: str | None = None
-    """Why it cannot be loaded where it was asked; None when it can."""
+    """Why it cannot be loaded on the machine that was asked; None if it can."""
     asked: bool = True
-    """Whether the engine could be asked; otherwise only its build will tell."""
+    """Whether the engine could be asked; otherwise only its build will show."""
 
 
 def inquire(home: Home, target: Target) -> Finding:
-    """What the target's engine says of it."""
+    """Return what the target's engine reports about it."""
     environment = ENGINES[target.engine].environment
     python = own_python(home, target.engine)
     if python is not None:
@@ -49,16 +49,16 @@ def inquire(home: Home, target: Target) -> Finding:
 
 
 def own_python(home: Home, engine: str) -> Path | None:
-    """The Python of the engine's own environment, if it has one on this machine and this process is in another."""
+    """Return the Python of the engine's own environment, if it exists here and this process is in another."""
     environment = ENGINES[engine].environment
-    if environment is None or not home.envs.is_dir():  # an image has no environments beside it
+    if environment is None or not home.envs.is_dir():  # an image contains only one environment
         return None
     python = home.python(environment)
     return python if Path(sys.prefix) != python.parent.parent else None
 
 
 def find(target: Target) -> Finding:
-    """What the target's engine says of it, in this process."""
+    """Return what the target's engine reports about it, in this process."""
     try:
         engine_for(target.engine).check(target)
         profiles.require_tool(target)

@@ -1,4 +1,4 @@
-"""Length buckets: text of varying length in a few fixed lengths, which every engine can be prepared for.
+"""Length buckets: text of variable length in a few fixed lengths, which every engine can be prepared for.
 
 Sentences that average 27 of 64 tokens are answered 1.5 times as fast when their padding is cut off, and an engine that
 sees three lengths plans, compiles and caches three times, not 64 times.
@@ -12,18 +12,20 @@ import numpy.typing as npt
 from slipstream.data import tokens
 from slipstream.errors import DataError, EngineError
 
-if TYPE_CHECKING:  # it loads engines, and puts this around them
+if TYPE_CHECKING:  # it loads engines, and wraps them in this class
     from slipstream.engines.base import Runner
 
 
 class Bucketed:
-    """A runner on token ids (N, T) that gives another one only batches of the lengths in `lengths`, which grow."""
+    """A runner on token ids (N, T) that passes another runner only batches of the lengths in `lengths`, in ascending
+    order."""
 
     def __init__(self, runner: "Runner", lengths: tuple[int, ...]) -> None:
         self.runner, self._lengths = runner, lengths
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, T) int64 ids to (N, …) float32 outputs. Raises DataError for a text longer than the greatest length."""
+        """Return (N, …) float32 outputs for (N, T) int64 ids. Raise DataError for a text longer than the greatest
+        length."""
         if not tokens.is_token_ids(batch) or not batch.size:
             raise DataError(f"the engine takes N×T int64 with N and T at least 1, not {batch.shape} {batch.dtype}")
         needed = tokens.length(batch)
@@ -39,7 +41,7 @@ class Bucketed:
 
 
 def require_varying(lengths: tuple[int, ...], input_shape: tuple[int, ...], input_dtype: str) -> None:
-    """Raise EngineError when a target has lengths but the model does not take token ids of varying length."""
+    """Raise EngineError if a target has lengths but the model does not take token ids of variable length."""
     if lengths and (input_shape != (-1,) or input_dtype != "int64"):
         shape = "×".join(("N", *map(str, input_shape)))
         raise EngineError(

@@ -1,8 +1,8 @@
 """LiteRT: the candidate's SavedModel becomes one .tflite file, which phones, boards and servers run.
 
-LiteRT quantizes by itself, from the float SavedModel, as `quantize` of the spec says: `int8` with ranges from the
-candidate's calibration samples (or the model's own, when it was trained with them), `int8-dynamic`, and weights alone.
-Inputs and outputs stay as the framework has them. With precision f16 weights are stored in float16 and computed in
+LiteRT does its own quantization, from the float SavedModel, according to `quantize` of the spec: `int8` with ranges
+from the candidate's calibration samples (or the model's own, if it was trained with them), `int8-dynamic`, and weights
+only. Inputs and outputs keep the framework's types. With precision f16, weights are stored in float16 and computed in
 float32.
 """
 
@@ -31,13 +31,13 @@ class LiteRTOptions(Options):
     """Options of the engine `litert`."""
 
     xnnpack: bool = True
-    """Whether XNNPACK computes what it can, which is faster; without it LiteRT's built-in kernels do."""
+    """Whether XNNPACK computes what it supports, which is faster; otherwise LiteRT's built-in kernels do."""
     max_arena_kib: Annotated[int, Field(ge=1)] | None = None
     """Memory-limited profile: an engine whose tensor arena at batch 1 is larger, in KiB, is not built."""
 
 
 class LiteRTRunner:
-    """One interpreter, which plans its memory anew when the shape of the batch changes (9 µs for a small network)."""
+    """One interpreter, which plans its memory again when the shape of the batch changes (9 µs for a small network)."""
 
     def __init__(self, path: Path, target: Target) -> None:
         xnnpack = read_options(target, LiteRTOptions).xnnpack
@@ -48,7 +48,8 @@ class LiteRTRunner:
         self._planned: tuple[int, ...] = ()
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, …) inputs to (N, …) float32 outputs. Raises EngineError for a batch that the network cannot take."""
+        """Return (N, …) float32 outputs for inputs (N, …). Raise EngineError for a batch that the network does not
+        accept."""
         require_batch(batch, self._shape, self._dtype)
         try:
             if batch.shape != self._planned:
@@ -69,7 +70,7 @@ class LiteRT:
     distributions = ("ai-edge-litert", "ai-edge-quantizer", "tensorflow")
 
     def check(self, target: Target) -> None:
-        """Raise EngineError for a device or precision that it does not have, and for options that do not fit."""
+        """Raise EngineError for an unsupported device or precision, and for options that do not fit."""
         if target.device != "CPU":
             raise EngineError(f"litert: no device {target.device!r} here; it has CPU. Change the target's `device`")
         if target.precision == "bf16":
@@ -82,7 +83,7 @@ class LiteRT:
             )
 
     def fingerprint(self, target: Target) -> dict[str, str]:
-        """Version, and the instruction sets by which kernels are chosen. The file itself runs anywhere."""
+        """Return version and the instruction sets that kernels are chosen by. The file itself runs anywhere."""
         return {
             "litert": digests.versions("ai-edge-litert")["ai-edge-litert"],
             "device": target.device,
@@ -91,11 +92,12 @@ class LiteRT:
         }
 
     def relations(self, manifest: EngineManifest) -> Mapping[str, Relation]:
-        """The file is the same for all processors, and later versions read those of earlier ones."""
+        """Return the relations: the file is the same for all processors, and later versions read those of earlier
+        ones."""
         return {"litert": Relation.SAME_MAJOR, "cpu_features": Relation.ANY}
 
     def build(self, candidate: Path, target: Target, folder: Path) -> dict[str, float]:
-        """Convert, and measure the tensor arena. Raises EngineError, also for an arena above the target's limit."""
+        """Convert, and measure the tensor arena. Raise EngineError, also for an arena above the target's limit."""
         if not (candidate / SAVED_MODEL).is_dir():
             raise EngineError(
                 f"litert: {candidate.name} has no {SAVED_MODEL}/, which LiteRT is built from; models of framework "
@@ -119,7 +121,7 @@ class LiteRT:
 
 
 def _reason(error: Exception) -> str:
-    """What a person can act on in the converter's pages of compiler output."""
+    """Return the useful part of the converter's pages of compiler output."""
     missing = UNSUPPORTED.findall(str(error))
     if missing:
         return f"LiteRT has no operator for {', '.join(missing)}; replace it in the network, or choose another engine"
@@ -127,7 +129,7 @@ def _reason(error: Exception) -> str:
 
 
 def _require_arena(arena: int | None, limit_kib: int | None) -> None:
-    """Raise EngineError when the arena is larger than the limit, or cannot be measured."""
+    """Raise EngineError if the arena is larger than the limit, or cannot be measured."""
     if limit_kib is not None and (arena is None or arena > 1024 * limit_kib):
         needs = f"is {arena / 1024:.1f} KiB" if arena else "is unknown (control flow, or a length but no `lengths`)"
         raise EngineError(

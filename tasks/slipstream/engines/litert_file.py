@@ -1,4 +1,4 @@
-"""The .tflite file: converted from a SavedModel, opened, and what memory it needs."""
+"""The .tflite file: conversion from a SavedModel, opening it, and its memory requirement."""
 
 import contextlib
 import io
@@ -17,11 +17,11 @@ from slipstream.spec import Quantize, Target
 SAVED_MODEL = "saved_model"
 CALIBRATION = "calibration.npz"
 ALIGNMENT = 64
-"""Bytes at whose multiples the memory planner places tensors."""
+"""Alignment in bytes of the memory planner's tensors."""
 
 
 def convert(candidate: Path, quantization: Quantize | None, target: Target) -> bytes:
-    """The .tflite file of the candidate's SavedModel, in the target's precision or quantized."""
+    """Return the .tflite file of the candidate's SavedModel, in the target's precision or quantized."""
     from slipstream.frameworks.keras_runtime import tf  # not at the top: model servers have no TensorFlow
 
     converter = tf.lite.TFLiteConverter.from_saved_model(str(candidate / SAVED_MODEL))
@@ -44,13 +44,13 @@ def convert(candidate: Path, quantization: Quantize | None, target: Target) -> b
 
 
 def _samples(path: Path) -> Iterator[list[npt.NDArray[Any]]]:
-    """The representative data set: one sample with its batch dimension at a time."""
+    """Return the representative data set: one sample with its batch dimension at a time."""
     with np.load(path, allow_pickle=False) as arrays:
         yield from ([sample[None]] for sample in arrays["inputs"])
 
 
 def _quantize_weights(model: bytes, *, bits: int, per_channel: bool) -> bytes:
-    """Weights of so many bits, which are dequantized before each operator; TensorFlow's converter cannot do that."""
+    """Quantize weights to that many bits, dequantized before each operator; TensorFlow's converter cannot do that."""
     from ai_edge_quantizer import quantizer
     from ai_edge_quantizer.qtyping import QuantGranularity, TFLOperationName
 
@@ -62,7 +62,7 @@ def _quantize_weights(model: bytes, *, bits: int, per_channel: bool) -> bytes:
 
 
 def _require_sound(model: bytes, *, calibrated: bool) -> None:
-    """Raise EngineError unless the file has one input, of any batch size, and one output, and `int8` really is INT8."""
+    """Raise EngineError unless the file has one input of any batch size and one output, and `int8` really is INT8."""
     interpreter = open_interpreter(model)
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
     if (len(inputs), len(outputs)) != (1, 1):
@@ -74,12 +74,13 @@ def _require_sound(model: bytes, *, calibrated: bool) -> None:
 
 
 def arena_bytes(model: bytes, length: int | None = None) -> int | None:
-    """Memory for tensors at batch 1, in bytes: inputs, activations, outputs and the kernels' scratch tensors.
+    """Return the bytes of memory for tensors at batch 1: inputs, activations, outputs and the kernels' scratch tensors.
 
-    It is what the addresses cover that LiteRT's memory planner gave to the tensors, with the built-in kernels; tensors
-    that are not needed at the same time share memory. Constant weights stay in the file and are not in it, but float16
-    weights are, as the float32 that they are unpacked to. `length` is that of dimensions that vary. None where that is
-    needed and not given, and for a network with control flow, whose branches do not tell their addresses.
+    This is the span of addresses that LiteRT's memory planner assigned to the tensors, with the built-in kernels;
+    tensors that are not needed at the same time share memory. Constant weights stay in the file and are not included,
+    but float16 weights are, as the float32 that they are unpacked to. `length` is that of variable dimensions. Return
+    None if it is needed but not given, and for a network with control flow, whose branches do not report their
+    addresses.
     """
     interpreter = open_interpreter(model)
     port = interpreter.get_input_details()[0]
@@ -101,7 +102,8 @@ def arena_bytes(model: bytes, length: int | None = None) -> int | None:
 
 
 def _spans(interpreter: Any) -> Iterator[tuple[int, int]]:
-    """First address, and the one after the last, of each tensor that has memory; scalars do not show theirs."""
+    """Return the first address, and the one after the last, of each tensor with memory; scalars do not report
+    theirs."""
     for tensor in interpreter.get_tensor_details():
         with contextlib.suppress(ValueError):  # it has none: it was fused away
             data = interpreter.tensor(tensor["index"])()

@@ -1,7 +1,8 @@
-"""ONNX Runtime: the candidate's ONNX, optimised offline as far as no processor is bound; the rest when it is loaded.
+"""ONNX Runtime: the candidate's ONNX, optimized offline as far as no processor is bound; the rest on loading.
 
-What is stored is folded and fused, but has no layout that depends on the processor: a graph whose layout was chosen for
-AVX-512 loads on AVX2 without an error, and answers at random there (13 % instead of 100 % of a ResNet-14's labels).
+The stored graph is folded and fused, but has no layout that depends on the processor: a graph whose layout was chosen
+for AVX-512 loads on AVX2 without an error, and gives random answers there (13 % instead of 100 % of a ResNet-14's
+labels).
 """
 
 import platform
@@ -23,23 +24,23 @@ from slipstream.spec import Target
 
 OPTIMISED = "model.onnx"
 PROVIDERS = {"CPU": "CPUExecutionProvider"}
-"""Device in a spec → execution provider. Another device also needs its facts in the fingerprint."""
+"""Execution providers by device in a spec. Another device also needs its facts in the fingerprint."""
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(uint8)": "uint8"}
-"""ONNX Runtime's name of an input's type → NumPy's, for each of data.INPUT_DTYPES."""
+"""NumPy's names of input types by ONNX Runtime's, for each of data.INPUT_DTYPES."""
 ERRORS_ONLY = 3
 PORTABLE = "portable"
-"""Form of the stored graph. Earlier ones bound the layout to the processor and have no such fact."""
+"""Form of the stored graph. Earlier forms bound the layout to the processor and have no such fact."""
 
 
 class OnnxRuntimeOptions(Options):
-    """What a target may say under `options`: nothing yet."""
+    """What a target may set under `options`: nothing yet."""
 
 
 class OnnxRuntimeRunner:
-    """A session. ONNX Runtime plans its memory for each batch size, and each length, by itself."""
+    """A session. ONNX Runtime plans its memory for each batch size and each length."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
-        """Raises EngineError for a model whose input is of a type that data cannot have."""
+        """Raise EngineError for a model whose input type data cannot have."""
         self._session = session
         port = session.get_inputs()[0]
         self._shape = tuple(d if isinstance(d, int) else -1 for d in port.shape[1:])
@@ -50,7 +51,7 @@ class OnnxRuntimeRunner:
         self._dtype = np.dtype(DTYPES[port.type])
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, …) inputs to (N, …) float32 outputs."""
+        """Return (N, …) float32 outputs for inputs (N, …)."""
         require_batch(batch, self._shape, self._dtype)
         return np.asarray(self._session.run([OUTPUT], {INPUT: batch})[0], dtype=np.float32)
 
@@ -76,7 +77,7 @@ class OnnxRuntime:
             )
 
     def fingerprint(self, target: Target) -> dict[str, str]:
-        """Version, device, processor; and the form of the stored graph."""
+        """Return version, device, processor, and the form of the stored graph."""
         return {
             "onnxruntime": digests.versions("onnxruntime")["onnxruntime"],
             "device": target.device,
@@ -87,13 +88,13 @@ class OnnxRuntime:
         }
 
     def relations(self, manifest: EngineManifest) -> Mapping[str, Relation]:
-        """Later versions of ONNX Runtime 1 read what earlier ones wrote; layout is chosen when the graph is loaded."""
+        """Return the relations: later versions of ONNX Runtime 1 read earlier files; layout is chosen on loading."""
         if manifest.fingerprint.get("graph") != PORTABLE:
             return {}
         return {"onnxruntime": Relation.SAME_MAJOR, "cpu_features": Relation.ANY}
 
     def build(self, candidate: Path, target: Target, folder: Path) -> None:
-        """Optimise the graph and save it: folding and fusion, but no layout."""
+        """Optimize the graph and save it: folding and fusion, but no layout."""
         options = _options(target)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(folder / OPTIMISED)
@@ -101,19 +102,20 @@ class OnnxRuntime:
             _session(_prepared(candidate / ONNX, Path(aside)), target, options)
 
     def load(self, folder: Path, target: Target) -> Runner:
-        """Open a session on the optimised graph, laid out for this processor, with exact sums."""
+        """Open a session on the optimized graph, laid out for this processor, with exact sums."""
         options = _options(target)
         if hardware.int8_sums() == "saturating":
-            # Weights beyond 7 bits become uint8, whose kernels are exact. When it is loaded, since it would change the
-            # stored graph; only here, since ONNX Runtime would do it on VNNI too, where INT8 then takes 1.8 times as
-            # long.
+            # Weights beyond 7 bits become uint8, whose kernels are exact. This happens on loading, since it would
+            # change the stored graph, and only here, since ONNX Runtime would do it on VNNI too, where INT8 then takes
+            # 1.8 times as long.
             options.add_session_config_entry("session.x64quantprecision", "1")
         return OnnxRuntimeRunner(_session(folder / OPTIMISED, target, options))
 
 
 def _prepared(path: Path, aside: Path) -> Path:
-    """The candidate's ONNX, or a copy in the folder `aside` that is quantized as onnxruntime_graph.py says."""
-    import onnx  # here, since what only serves an engine has no such package
+    """Return the candidate's ONNX, or a copy in the folder `aside` that is quantized as onnxruntime_graph.py
+    describes."""
+    import onnx  # here, since environments that only serve engines lack this package
 
     from slipstream.engines import onnxruntime_graph
 
@@ -145,8 +147,8 @@ def _options(target: Target) -> ort.SessionOptions:
     # ALL, not EXTENDED: the blocked layout halves FP32 latency (0.51 ms against 1.03 ms, ResNet-14, two AVX2 cores).
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = ERRORS_ONLY
-    # Threads spin while they wait within an inference, which is fast, but not between two, which would take cores
-    # away from the model server and from the other release.
+    # Threads spin while they wait within an inference, which is fast, but not between two, which would take cores away
+    # from the model server and from the other release.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 

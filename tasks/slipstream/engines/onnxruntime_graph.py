@@ -1,12 +1,12 @@
-"""The ONNX that ONNX Runtime is given: quantized as its CPU kernels take it. The numbers stay the same.
+"""The ONNX that ONNX Runtime receives: quantized in the form of its CPU kernels. The numbers stay the same.
 
-ONNX Runtime 1.32 leaves two things of a quantized transformer in FP32, so that a MiniLM in INT8 took three times as
+ONNX Runtime 1.32 leaves two parts of a quantized transformer in FP32, so a MiniLM in INT8 took three times as
 long as in FP32:
 
-- On x86 its fast integer kernels take uint8 activations and int8 weights. It makes uint8 of int8 by itself, but only
-  where a single node reads the activation (QDQS8ToU8Transformer in its source). The states that enter an attention are
-  read by three projections, which then compute in FP32, with weights dequantized anew for each request.
-- Of an embedding table in INT8 it dequantizes all rows for each request, and then takes the few that were asked for.
+- On x86 its fast integer kernels take uint8 activations and int8 weights. It converts int8 to uint8 automatically, but
+  only if a single node reads the activation (QDQS8ToU8Transformer in its source). The states that enter an attention
+  are read by three projections, which then compute in FP32, with weights dequantized for each request.
+- It dequantizes all rows of an INT8 embedding table for each request, and then takes the few requested ones.
 """
 
 from collections import defaultdict
@@ -21,13 +21,13 @@ from slipstream.onnx.graph import DEQUANTIZE, QUANTIZE
 LAST = "last_axis"
 """Name of the constant that names the last axis."""
 OFFSET = 128
-"""What q is in int8, q + 128 is in uint8; the zero point moves as far, so that both stand for the same number."""
+"""q in int8 is q + 128 in uint8; the zero point moves equally, so both represent the same number."""
 
 
 def activations_to_uint8(model: onnx.ModelProto) -> int:
-    """Make uint8 of int8 activations, in place; how many there were. Weights stay as they are.
+    """Change int8 activations to uint8, in place, and return their number. Weights are unchanged.
 
-    An activation that is read by another node than DequantizeLinear, or is an output of the model, stays as well.
+    An activation that is read by a node other than DequantizeLinear, or is an output of the model, is unchanged too.
     """
     constants, readers = onnx_graph.constants(model.graph), defaultdict[str, list[onnx.NodeProto]](list)
     for node in onnx_graph.nodes(model):
@@ -53,13 +53,13 @@ def activations_to_uint8(model: onnx.ModelProto) -> int:
 
 
 def _moved(zero: TensorProto, name: str) -> TensorProto:
-    """The zero point in uint8."""
+    """Return the zero point in uint8."""
     value = numpy_helper.to_array(zero).astype(np.int16) + OFFSET
     return numpy_helper.from_array(value.astype(np.uint8), name)
 
 
 def gather_before_dequantize(model: onnx.ModelProto) -> int:
-    """Take rows of a quantized table before they are dequantized, not after, in place; how often that was done.
+    """Take rows of a quantized table before they are dequantized, not after, in place; return the number of changes.
 
     Tables are constant, with one symmetric scale for each row.
     """
@@ -80,12 +80,12 @@ def gather_before_dequantize(model: onnx.ModelProto) -> int:
     onnx_graph.replace(graph.node, nodes)
     read = {name for node in onnx_graph.nodes(model) for name in node.input} | {o.name for o in graph.output}
     for node in [n for n in graph.node if n.output[0] in tables and n.output[0] not in read]:
-        graph.node.remove(node)  # ONNX Runtime would compute it for nobody
+        graph.node.remove(node)  # unused, but ONNX Runtime would still compute it
     return changed
 
 
 def _by_rows(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:
-    """Whether it dequantizes a stored int8 matrix with one float32 scale for each row and zero points of 0."""
+    """Return whether it dequantizes a stored int8 matrix with one float32 scale for each row and zero points of 0."""
     values = [constants[name] for name in node.input if name in constants]
     if len(values) < len(node.input) or [v.data_type for v in values[:2]] != [TensorProto.INT8, TensorProto.FLOAT]:
         return False
@@ -97,7 +97,7 @@ def _by_rows(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:
 
 
 def _taken(gather: onnx.NodeProto, table: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Rows and their scales, and the product of both."""
+    """Return rows, their scales, and the product of both."""
     out, places = gather.output[0], gather.input[1]
     return [
         helper.make_node("Gather", [table.input[0], places], [f"{out}_int8"], axis=0),

@@ -1,7 +1,7 @@
 """OpenVINO: the candidate's ONNX becomes OpenVINO IR (xml and bin), compiled for the device at load time.
 
-The precision is always pinned. Without INFERENCE_PRECISION_HINT OpenVINO runs FP32 models in BF16 on CPUs that
-have it, and a comparison against "FP32" would be one against BF16.
+The precision is always pinned. Without INFERENCE_PRECISION_HINT, OpenVINO runs FP32 models in BF16 on CPUs that support
+it, and a comparison with "FP32" would be one with BF16.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from slipstream.spec import Target
 IR, SAVED_MODEL = "model.xml", "saved_model"
 BF16_FEATURES = {"avx512_bf16", "amx_bf16"}
 CAPABILITIES = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
-"""Precision → what a device must offer; one that does not offer it silently computes in another precision."""
+"""Capability that a device must offer, by precision; a device without it silently computes in another precision."""
 FAILURES = (
     RuntimeError,
     ov.frontend.GeneralFailure,
@@ -39,23 +39,23 @@ FAILURES = (
 
 
 class OpenVINOOptions(Options):
-    """What a target may say under `options`."""
+    """What a target may set under `options`."""
 
     hint: Literal["latency", "throughput"] = "latency"
-    """What OpenVINO tunes for: `latency` of one request, or `throughput` of several at a time."""
+    """OpenVINO's tuning goal: `latency` of one request, or `throughput` of several at a time."""
     num_streams: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Requests computed side by side, which share the threads. By default 1 for latency, and OpenVINO's own choice for
+    """Requests computed in parallel, which share the threads. By default 1 for latency, and OpenVINO's own choice for
     throughput."""
 
 
 class OpenVINORunner:
-    """One compiled model with a dynamic batch, and beside it one whose batch is 1.
+    """One compiled model with a dynamic batch, and another whose batch is 1.
 
-    A dynamic shape costs shape inference in every call: 0.41 ms against 0.31 ms for a ResNet-14 on two AVX2 cores.
-    Where samples vary in length there is the dynamic one alone: a copy for each length would need memory for each.
+    A dynamic shape costs shape inference in every call: 0.41 ms against 0.31 ms for a ResNet-14 on two AVX2 cores. If
+    samples vary in length, there is only the dynamic one: a copy for each length would need memory for each.
 
     On one machine and version, every load answers the same batch with the same bits: one kernel in which two threads
-    race is kept out (openvino_strides.py). Another batch size may choose other kernels, and so round differently.
+    race is avoided (openvino_strides.py). Another batch size may select other kernels, and so round differently.
     """
 
     def __init__(self, model: ov.Model, target: Target) -> None:
@@ -76,7 +76,7 @@ class OpenVINORunner:
         self._single.set_input_tensor(ov.Tensor(self._one, shared_memory=True))
 
     def _compile(self, batch: int) -> ov.CompiledModel:
-        """The model for a batch size; -1 takes any."""
+        """Return the model for a batch size; -1 takes any."""
         model = self._model.clone()
         model.reshape({model.input(0): ov.PartialShape([batch, *self._shape])})
         compiled = ov.Core().compile_model(model, self._target.device, _properties(self._target))
@@ -85,7 +85,7 @@ class OpenVINORunner:
         return compiled
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, …) inputs to (N, …) float32 outputs."""
+        """Return (N, …) float32 outputs for inputs (N, …)."""
         require_batch(batch, self._shape, self._dtype)
         if self._single is not None and len(batch) == 1:
             np.copyto(self._one, batch)
@@ -108,7 +108,7 @@ class OpenVINO:
     distributions = ("openvino",)
 
     def check(self, target: Target) -> None:
-        """Raise EngineError when a device is not here or cannot compute in the precision, or an option is wrong."""
+        """Raise EngineError if a device is missing or cannot compute in the precision, or an option is wrong."""
         read_options(target, OpenVINOOptions)
         core = ov.Core()
         here = core.available_devices
@@ -124,7 +124,7 @@ class OpenVINO:
                 raise EngineError(_cannot(device, target.precision))
 
     def fingerprint(self, target: Target) -> dict[str, str]:
-        """Version, devices, and the instruction sets that decide which kernels and which rounding are used."""
+        """Return version, devices, and the instruction sets that determine kernels and rounding."""
         core = ov.Core()
         used = devices.candidates(target.device, core.available_devices)
         names = [str(core.get_property(device, "FULL_DEVICE_NAME")).strip() for device in used]
@@ -139,7 +139,7 @@ class OpenVINO:
         return entries | ({"execution_devices": _chosen(target)} if devices.composed(target.device) else {})
 
     def relations(self, manifest: EngineManifest) -> Mapping[str, Relation]:
-        """OpenVINO reads IR of earlier versions, and compiles it for the processor that loads it.
+        """Return the relations: OpenVINO reads IR of earlier versions, and compiles it for the processor that loads it.
 
         An INT8 engine that was judged with exact sums needs them; devices other than a CPU must be the same model.
         """
@@ -151,10 +151,10 @@ class OpenVINO:
         return relations
 
     def build(self, candidate: Path, target: Target, folder: Path) -> None:
-        """Convert to IR. Weights stay in FP32 (or INT8): compressing them to FP16 is a change nobody asked for."""
+        """Convert to IR. Weights stay in FP32 (or INT8): compressing them to FP16 would be an unrequested change."""
         try:
             model = ov.Core().read_model(_source(candidate))
-            # What ov.convert_model does, which also reports its use to its makers. It folds Q/DQ pairs: a small INT8
+            # What ov.convert_model does, which also sends usage data to its makers. It folds Q/DQ pairs: a small INT8
             # ResNet's IR shrinks from 191 kB to 94 kB.
             apply_moc_transformations(model, cf=False)
             ov.save_model(model, folder / IR, compress_to_fp16=False)
@@ -170,13 +170,14 @@ class OpenVINO:
 
 
 def _said(error: Exception) -> str:
-    """OpenVINO's message on one line, without the places in its source from which it was passed on."""
+    """Return OpenVINO's message on one line, without source locations."""
     lines = (line.strip() for line in str(error).splitlines())
     return " ".join(line for line in lines if line and not line.startswith(("Exception from ", "Check '")))
 
 
 def _source(candidate: Path) -> Path:
-    """What is converted: Keras's SavedModel where there is one, which spares a translation; but only ONNX is INT8."""
+    """Return the source of the conversion: Keras's SavedModel if there is one, which avoids a translation; INT8 is only
+    in ONNX."""
     saved_model = candidate / SAVED_MODEL
     return saved_model if saved_model.is_dir() and not read_manifest(candidate).quantized else candidate / ONNX
 
@@ -190,13 +191,13 @@ def _cannot(device: str, precision: str) -> str:
 
 
 def _properties(target: Target) -> dict[str, Any]:
-    """What a model is compiled with: for the device, or through a virtual one for each device that it may use."""
+    """Return the compilation settings, for the device or, if it is virtual, for each device that it may use."""
     if devices.composed(target.device) is None:
         return _of_device(target.device, target)
     used = devices.candidates(target.device, ov.Core().available_devices)
     properties: dict[str, Any] = {"DEVICE_PROPERTIES": {device: _of_device(device, target) for device in used}}
     if devices.composed(target.device) == "AUTO":
-        # Otherwise AUTO answers from the CPU until another device is ready, and what is measured changes on the way.
+        # Otherwise AUTO answers from the CPU until another device is ready, and the measured device changes midway.
         properties["ENABLE_STARTUP_FALLBACK"] = False
     return properties
 
@@ -215,7 +216,7 @@ def _of_device(device: str, target: Target) -> dict[str, Any]:
 
 
 def _chosen(target: Target) -> str:
-    """The devices that a virtual one really uses: told by a small model, since there is no other yet."""
+    """Return the devices that a virtual one really uses, determined with a small model, since there is no other yet."""
     parameter = ov.opset13.parameter([1, 8], np.float32)
     small = ov.Model([ov.opset13.relu(parameter)], [parameter])
     compiled = ov.Core().compile_model(small, target.device, _properties(target))

@@ -1,7 +1,7 @@
-"""OpenVINO's device strings: one device (`CPU`, `GPU.1`), or several joined by a virtual one.
+"""OpenVINO's device strings: one device (`CPU`, `GPU.1`), or several combined by a virtual one.
 
-`AUTO:GPU,CPU` picks one of those named, `HETERO:GPU,CPU` gives each layer to the first that can do it, `MULTI:GPU,CPU`
-shares requests out. `AUTO` alone picks from all, and `AUTO:-GPU` from all but one.
+`AUTO:GPU,CPU` picks one of those named, `HETERO:GPU,CPU` assigns each layer to the first that supports it,
+`MULTI:GPU,CPU` distributes requests. `AUTO` alone picks from all, and `AUTO:-GPU` from all but one.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ VIRTUAL = ("AUTO", "HETERO", "MULTI")
 
 
 def composed(device: str) -> str | None:
-    """The virtual device of a string that has one."""
+    """Return the virtual device of a string that has one."""
     kind = device.partition(":")[0]
     return kind if kind in VIRTUAL else None
 
 
 def candidates(device: str, available: Sequence[str]) -> list[str]:
-    """The devices that a string lets OpenVINO use, in its order: those that it names, whether or not they are here."""
+    """Return the devices that a string lets OpenVINO use, in its order, whether or not they are available."""
     kind, colon, names = device.partition(":")
     if kind not in VIRTUAL:
         return [device]
@@ -30,10 +30,10 @@ def candidates(device: str, available: Sequence[str]) -> list[str]:
 
 
 def absent(device: str, available: Sequence[str]) -> list[str]:
-    """The devices that a string names and this machine lacks."""
+    """Return the devices that a string names and this machine lacks."""
     return [name for name in candidates(device, available) if not any(_is(here, name) for here in available)]
 
 
 def _is(here: str, name: str) -> bool:
-    """Whether a device here is the named one: `GPU` stands for `GPU.0` too."""
+    """Return whether a device here is the named one: `GPU` also means `GPU.0`."""
     return here == name or here.partition(".")[0] == name

@@ -1,11 +1,12 @@
 """Works around a data race in OpenVINO's AVX2 kernel for INT8 convolutions of size 1×1 with a stride.
 
-That kernel (`jit_avx2_1x1_I8`) first copies every second pixel into a buffer, a part of which belongs to each thread.
-With 8 input channels beyond a multiple of 16 a thread writes past its part, into the first pixels of the next thread's:
-with two threads the answers change from call to call. Of a ResNet-14 pruned to 8, 16 and 32 channels, loaded four
-times, logits moved by up to 0.64 (OpenVINO 2026.4.1, ONEDNN_MAX_CPU_ISA=AVX2); with one thread, with a multiple of 16
-channels, or with AVX-512 kernels they are the same bit for bit. The mend takes the pixels with a pooling of size 1×1,
-which is exact, and leaves a convolution without a stride. It costs 2 to 3 µs, and so is made only where it is needed.
+That kernel (`jit_avx2_1x1_I8`) first copies every second pixel into a buffer, of which each thread owns a part. With 8
+input channels beyond a multiple of 16, a thread writes past its part, into the first pixels of the next thread's: with
+two threads the answers change from call to call. For a ResNet-14 pruned to 8, 16 and 32 channels, loaded four times,
+logits moved by up to 0.64 (OpenVINO 2026.4.1, ONEDNN_MAX_CPU_ISA=AVX2); with one thread, with a multiple of 16
+channels, or with AVX-512 kernels they are the same bit for bit. The workaround selects the pixels with a pooling of
+size 1×1, which is exact, and leaves a convolution without a stride. It costs 2 to 3 µs, so it is applied only where
+needed.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from openvino import opset13
 
 
 def racy(compiled: ov.CompiledModel) -> bool:
-    """Whether OpenVINO chose the kernel for any layer."""
+    """Return whether OpenVINO chose the kernel for any layer."""
     kinds = (_kernel(node) for node in compiled.get_runtime_model().get_ops())
     return any(kind.startswith("jit_") and kind.endswith("_1x1_I8") for kind in kinds)
 
@@ -26,7 +27,7 @@ def _kernel(node: ov.Node) -> str:
 
 
 def mend(model: ov.Model) -> int:
-    """Replace every convolution that may race, in place; how many there were."""
+    """Replace every convolution that may race, in place, and return their number."""
     convolutions = list(_affected(model))
     for convolution in convolutions:
         strides = list(convolution.get_attributes()["strides"])
@@ -42,7 +43,8 @@ def mend(model: ov.Model) -> int:
 
 
 def _affected(model: ov.Model) -> Iterator[ov.Node]:
-    """Convolutions of quantized values with a 1×1 kernel, a stride, no padding, and channels that are no 16s."""
+    """Return convolutions of quantized values with a 1×1 kernel, a stride, no padding, and channels not a multiple of
+    16."""
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Convolution":
             continue

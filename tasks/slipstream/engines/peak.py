@@ -1,4 +1,4 @@
-"""How much memory one engine needs at its peak, measured in a process of its own, as a model server would be."""
+"""Peak memory of one engine, measured in a separate process, as a model server would be."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ from slipstream.errors import EngineError, SlipstreamError
 from slipstream.measure.memory import peak_added
 
 REQUESTS = 32
-"""Requests, of one sample each, that count: samples may differ in size."""
+"""Number of requests that count, of one sample each: samples may differ in size."""
 
 
 class Work(Document):
@@ -36,10 +36,10 @@ class Peak(Document):
 
 
 def peak_memory_mib(folder: Path, inputs: NDArray[Any]) -> float | None:
-    """Most memory that loading the engine and its first requests add to a process that has nothing else to do.
+    """Return the most memory that loading the engine and its first requests add to an otherwise idle process.
 
-    `inputs` are (N, ...) samples. The runtime's libraries count. None where the kernel does not tell. Raises
-    EngineError when the engine cannot be loaded, or does not answer.
+    `inputs` are (N, ...) samples. The runtime's libraries count. Return None if the kernel does not report it. Raise
+    EngineError if the engine cannot be loaded, or does not answer.
     """
     with TemporaryDirectory() as aside:
         samples = Path(aside) / "inputs.npy"
@@ -54,7 +54,7 @@ def peak_memory_mib(folder: Path, inputs: NDArray[Any]) -> float | None:
 
 
 def measure(work: Work) -> Peak:
-    """Load the engine and answer each sample by itself."""
+    """Load the engine and answer each sample separately."""
     inputs = np.load(work.samples, allow_pickle=False)
 
     def load_and_answer() -> None:

@@ -1,8 +1,8 @@
-"""An engine's own answers to a few real samples, recorded when it was built, in its folder.
+"""An engine's own answers to a few real samples, recorded in its folder when it was built.
 
-The same bytes can answer differently under another version of a library or on another processor. Such an engine must
-repeat these answers when it is loaded, within what its precision explains; otherwise what is served is not what was
-judged. The file is bounded, and not counted as part of the engine's size.
+The same bytes can give other answers under another version of a library or on another processor. Such an engine must
+reproduce these answers when it is loaded, within what its precision explains; otherwise the served engine is not the
+one that was judged. The file is bounded, and not counted as part of the engine's size.
 """
 
 import logging
@@ -21,21 +21,21 @@ log = logging.getLogger(__name__)
 FILE = "recorded.npz"
 SAMPLES = 16
 MOST_BYTES = 2 * 2**20
-"""Of samples and answers together; a model with large ones gets fewer than SAMPLES, but at least one."""
+"""Limit for samples and answers together; a model with large ones gets fewer than SAMPLES, but at least one."""
 
 
 class Runs(Protocol):
     """A loaded engine (engines.base.Runner)."""
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, …) inputs to (N, …) outputs."""
+        """Return (N, …) outputs for inputs (N, …)."""
         ...
 
 
 def record(folder: Path, runner: Runs, samples: npt.NDArray[Any]) -> Path:
-    """Write the engine's answers to the first of the samples (N, …), and the samples. Returns the file.
+    """Write the first of the samples (N, …) and the engine's answers. Return the file.
 
-    Each sample is asked alone, as most requests are: an engine may have another form for a batch of one.
+    Each sample is run alone, as most requests are: an engine may have another form for a batch of one.
     """
     answers: list[npt.NDArray[Any]] = []
     for i in range(min(SAMPLES, len(samples))):
@@ -48,7 +48,7 @@ def record(folder: Path, runner: Runs, samples: npt.NDArray[Any]) -> Path:
 
 
 def read(folder: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Samples (N, …) and answers (N, …). Raises EngineError where there are none."""
+    """Return samples (N, …) and answers (N, …). Raise EngineError if there are none."""
     try:
         with np.load(folder / FILE, allow_pickle=False) as stored:
             return stored["samples"], stored["answers"]
@@ -60,14 +60,14 @@ def read(folder: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
 
 
 def answer(runner: Runs, samples: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(N, …) answers, each sample asked alone."""
+    """Return (N, …) answers, with each sample run alone."""
     return np.concatenate([runner.run(samples[i : i + 1]) for i in range(len(samples))])
 
 
 def require_repeated(folder: Path, runner: Runs, bound: Bound, changes: Sequence[str]) -> Agreement:
-    """How far the engine's answers are from the recorded ones.
+    """Return how far the engine's answers are from the recorded ones.
 
-    Raises EngineError when that is more than `bound` explains. `changes` say what is different here, for the message.
+    Raise EngineError if that is more than `bound` explains. `changes` describe the differences here, for the message.
     """
     samples, expected = read(folder)
     answers = answer(runner, samples)

@@ -1,8 +1,8 @@
 """TensorRT 10 and 11, and TensorRT for RTX: the candidate's ONNX becomes a plan for NVIDIA GPUs.
 
-The modules beside this one: `tensorrt_api` (which TensorRT this is), `_options`, `_onnx` (precision and quantization in
-the model's types), `_build`, `_layers` (what was fused), `_run`. TensorRT for RTX also builds for GPUs that are not
-here, with `options.compute_capability`; such an engine can be built anywhere, but is loaded only where its GPU is.
+Its other modules: `tensorrt_api` (which TensorRT this is), `_options`, `_onnx` (precision and quantization in the
+model's types), `_build`, `_layers` (what was fused), `_run`. TensorRT for RTX also builds for GPUs in other machines,
+with `options.compute_capability`; such an engine can be built anywhere, but is loaded only where its GPU is.
 """
 
 import platform
@@ -33,7 +33,7 @@ class TensorRT:
     distributions = (*DISTRIBUTIONS, "cuda-bindings", "onnx", "onnxruntime")
 
     def check(self, target: Target) -> None:
-        """Raise EngineError when an engine for the target cannot be built here."""
+        """Raise EngineError if an engine for the target cannot be built here."""
         ordinal, options = ordinal_of(target), options_of(target)
         _require_flavour(options)
         for capability in options.capabilities:
@@ -49,7 +49,7 @@ class TensorRT:
                 )
 
     def check_load(self, target: Target) -> None:
-        """Raise EngineError when an engine that can be built here cannot be loaded here."""
+        """Raise EngineError if an engine that can be built here cannot be loaded here."""
         options = options_of(target)
         try:
             here = gpu.find(ordinal_of(target))
@@ -67,11 +67,11 @@ class TensorRT:
             raise EngineError(f"tensorrt: built for compute capability 8.0 or more; this {here.name} has less")
 
     def gpu(self, target: Target) -> int:
-        """CUDA's number of the target's device."""
+        """Return CUDA's number of the target's device."""
         return ordinal_of(target)
 
     def fingerprint(self, target: Target) -> dict[str, str]:
-        """Version and flavour, precision, and as much of the GPU and its driver as binds the engine."""
+        """Return version and flavor, precision, and the facts of the GPU and its driver that bind the engine."""
         options = options_of(target)
         facts = {
             "tensorrt": str(MAJOR) if options.version_compatible else VERSION,
@@ -80,7 +80,7 @@ class TensorRT:
             "precision": target.precision,
             "system": f"{platform.system()} {platform.machine()}",
         }
-        if options.capabilities:  # kernels are compiled where the engine is loaded: `check_load` compares the GPU
+        if options.capabilities:  # kernels are compiled on loading: `check_load` compares the GPU
             return {**facts, "compute_capability": ", ".join(options.capabilities)}
         here = gpu.find(ordinal_of(target))
         if options.hardware_compatibility == "ampere_plus":
@@ -91,13 +91,15 @@ class TensorRT:
         return facts
 
     def relations(self, manifest: EngineManifest) -> Mapping[str, Relation]:
-        """All that binds the plan must be equal; the options for compatibility leave facts out of the fingerprint."""
+        """Return the relations: all facts must be equal; the options for compatibility omit facts from the
+        fingerprint."""
         return {}
 
     def cache_file(self, target: Target) -> Path | None:
-        """What was timed (TensorRT) or compiled (TensorRT for RTX) for this GPU; None where nothing can be.
+        """Return the file of timings (TensorRT) or compiled kernels (TensorRT for RTX) for this GPU; None if there are
+        none.
 
-        Its name is of the fingerprint, without the precision: the cache is one for all models.
+        Its name is derived from the fingerprint without the precision: all models share the cache.
         """
         if not options_of(target).timing_cache:
             return None

@@ -34,7 +34,7 @@ DISTRIBUTIONS = (
 
 
 class Messages(trt.ILogger):  # type: ignore[misc]  # TensorRT has no type information
-    """Keeps what TensorRT says. There is one, since TensorRT takes the first logger of a process for all."""
+    """Collects TensorRT's messages. There is one, since TensorRT uses the first logger of a process for everything."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
@@ -47,7 +47,7 @@ class Messages(trt.ILogger):  # type: ignore[misc]  # TensorRT has no type infor
 
     @contextmanager
     def kept(self) -> Iterator["Said"]:
-        """What TensorRT says while the context lasts."""
+        """Collect TensorRT's messages while the context lasts."""
         messages = Said()
         self._kept = messages.lines
         try:
@@ -57,13 +57,13 @@ class Messages(trt.ILogger):  # type: ignore[misc]  # TensorRT has no type infor
 
 
 class Said:
-    """What TensorRT said: (severity, text)."""
+    """Messages of TensorRT: (severity, text)."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[Any, str]] = []
 
     def errors(self) -> str:
-        """The errors, each once, without where in TensorRT's own code they arose and what only follows from them."""
+        """Return the distinct errors, without TensorRT's source locations and consequential errors."""
         bad = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
         texts = dict.fromkeys(text.partition(" In ")[0].strip() for severity, text in self.lines if severity in bad)
         reasons = [t for t in texts if "checkMacros.cpp" not in t and not t.startswith("ModelImporter.cpp")]

@@ -1,4 +1,4 @@
-"""Builds a TensorRT engine (a plan) from ONNX: network, optimisation profile, the builder's settings, timing cache."""
+"""Builds a TensorRT engine (a plan) from ONNX: network, optimization profile, the builder's settings, timing cache."""
 
 import logging
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Profile:
-    """Least, usual and greatest shape (N, …) of the input."""
+    """Smallest, usual and largest shape (N, …) of the input."""
 
     least: Shape
     usual: Shape
@@ -34,10 +34,10 @@ class Profile:
 
 
 def profile(shape: Shape, target: Target) -> Profile:
-    """The optimisation profile of an input of one sample's shape `shape`, -1 where it varies.
+    """Return the optimization profile of an input whose samples have the shape `shape`, -1 where it varies.
 
-    The batch comes from `target.batch`, the one axis that may vary beside it from `target.lengths`. Raises EngineError
-    for an axis of which nothing is known: TensorRT would say so only after the network has been read.
+    The batch comes from `target.batch`, the one other axis that may vary from `target.lengths`. Raise EngineError for
+    an axis without a known size: TensorRT would report it only after the network has been read.
     """
     varying = [axis + 1 for axis, size in enumerate(shape) if size < 1]
     if varying and not target.lengths:
@@ -62,9 +62,9 @@ def profile(shape: Shape, target: Target) -> Profile:
 def build_plan(
     candidate: Path, manifest: CandidateManifest, target: Target, options: TensorRTOptions, cache: Path | None
 ) -> tuple[bytes, Said, dict[str, float]]:
-    """The engine's bytes, what TensorRT said, and figures. `cache` is the timing cache's file, to be kept up to date.
+    """Return the engine's bytes, TensorRT's messages, and figures. `cache` is the timing cache's file, kept up to date.
 
-    Raises EngineError that names the node which TensorRT does not take.
+    Raise EngineError that names the unsupported node.
     """
     shapes = profile(manifest.input_shape, target)
     model = tensorrt_onnx.read(candidate / ONNX)
@@ -85,7 +85,7 @@ def build_plan(
 
 
 def _network(builder: Any, model: onnx.ModelProto, messages: Said) -> Any:
-    """The strongly typed network of a model. Raises EngineError."""
+    """Return the strongly typed network of a model. Raise EngineError."""
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if not RTX and MAJOR < 11 else 0
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, MESSAGES)
@@ -144,7 +144,7 @@ def _add_profile(builder: Any, config: Any, network: Any, shapes: Profile) -> No
 
 @contextmanager
 def _timing_cache(config: Any, path: Path | None) -> Iterator[None]:
-    """Use a timing cache and write back what the build added. A file that this TensorRT does not take is replaced."""
+    """Use a timing cache and write back what the build added. A file that this TensorRT does not accept is replaced."""
     if path is None:
         yield
         return
@@ -161,7 +161,7 @@ def _timing_cache(config: Any, path: Path | None) -> Iterator[None]:
 
 
 def _sparsity(model: onnx.ModelProto, options: TensorRTOptions) -> dict[str, float]:
-    """How many layers can use sparse kernels, where that was asked for."""
+    """Return how many layers can use sparse kernels, if they are enabled."""
     if not options.sparse:
         return {}
     patterned, layers = tensorrt_onnx.sparse_layers(model)

@@ -1,7 +1,7 @@
-"""What a TensorRT engine is made of: which layers of the ONNX were fused into which kernel, in which precision.
+"""The layers of a TensorRT engine: which layers of the ONNX were fused into which kernel, in which precision.
 
-TensorRT's engine inspector tells, but needs a loaded engine, and so a GPU. Without one, the same table stands in what
-the builder of TensorRT for RTX says; both are read here into rows of one kind.
+TensorRT's engine inspector reports them, but needs a loaded engine, and so a GPU. Without one, the messages of TensorRT
+for RTX's builder contain the same table; both are read here into rows of one kind.
 """
 
 import json
@@ -19,14 +19,14 @@ LINE = re.compile(
     r"(?:Constants: (?P<Constants>\[.*\]), )?Outputs: (?P<Outputs>\[.*\]), "
     r"TacticName: (?P<TacticName>.*?), StreamId: \d+, Metadata: (?P<Metadata>.*)"
 )
-"""One layer in the builder's own words (TensorRT for RTX 1.7.1)."""
+"""One layer in the builder's messages (TensorRT for RTX 1.7.1)."""
 DATATYPE = re.compile(r"Datatype: (\w+)")
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 PRECISIONS = {
     **{"Float": "FP32", "Half": "FP16", "BFloat16": "BF16", "Int8": "INT8", "Int4": "INT4", "FP8": "FP8"},
     **{"Int32": "INT32", "Int64": "INT64", "Bool": "BOOL", "UInt8": "UINT8"},
 }
-"""TensorRT's word → the usual one."""
+"""Usual name of a precision by TensorRT's."""
 WORD = re.compile(r"\b(FP32|FP16|BF16|INT8|INT4|FP8|INT32|INT64|BOOL|UINT8)\b", re.IGNORECASE)
 """Precision in the inspector's `Format/Datatype` of TensorRT 10: `Row major linear FP16 format`."""
 
@@ -36,7 +36,7 @@ class Layer(Document):
 
     name: str
     type: str
-    """TensorRT's word for what it is."""
+    """TensorRT's name of its type."""
     onnx: tuple[str, ...]
     """Nodes of the candidate's ONNX that were fused into it."""
     inputs: tuple[str, ...]
@@ -46,18 +46,18 @@ class Layer(Document):
     outputs: tuple[str, ...]
     """Precision of each output."""
     tactic: str
-    """Kernel, where TensorRT names it."""
+    """Kernel, if TensorRT names it."""
 
     @property
     def precision(self) -> str:
-        """What it computes in, as far as its tensors tell: the narrowest of its inputs and weights."""
+        """The precision it computes in, as far as its tensors show: the narrowest of its inputs and weights."""
         order = ("INT4", "FP8", "INT8", "FP16", "BF16", "FP32")
         precisions = {*self.inputs, *self.weights} or set(self.outputs)
         return next((p for p in order if p in precisions), "")
 
 
 def from_builder(said: Said) -> list[Layer]:
-    """The layers in what the builder said; none where it does not say them (TensorRT 10 and 11)."""
+    """Return the layers in the builder's messages; none if it does not report them (TensorRT 10 and 11)."""
     tables = [text for _, text in said.lines if text.startswith("Layers:")]
     if not tables:
         return []
@@ -65,19 +65,19 @@ def from_builder(said: Said) -> list[Layer]:
 
 
 def from_inspector(engine: Any) -> list[Layer]:
-    """The layers of a loaded engine."""
+    """Return the layers of a loaded engine."""
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return from_json(text)
 
 
 def from_json(text: str) -> list[Layer]:
-    """The layers in the inspector's JSON, with `Datatype` (11, RTX) or `Format/Datatype` (10) of each tensor."""
-    # An engine built without details has names alone.
+    """Return the layers in the inspector's JSON, with `Datatype` (11, RTX) or `Format/Datatype` (10) of each tensor."""
+    # An engine built without details has only names.
     return [_from_json(layer) for layer in json.loads(text)["Layers"] if isinstance(layer, dict)]
 
 
 def write(folder: Path, plan: bytes, said: Said, *, loadable: bool) -> list[Layer]:
-    """Write `layers.json` of an engine that was just built, from the inspector where the engine can be loaded."""
+    """Write `layers.json` of an engine that was just built, from the inspector if the engine can be loaded."""
     layers = from_builder(said)
     if loadable:
         engine = trt.Runtime(MESSAGES).deserialize_cuda_engine(plan)
@@ -87,7 +87,7 @@ def write(folder: Path, plan: bytes, said: Said, *, loadable: bool) -> list[Laye
 
 
 def table(layers: Iterable[Layer]) -> dict[str, list[Any]]:
-    """Columns and rows for people, in the form of MLflow's tables."""
+    """Return columns and rows in the form of MLflow's tables."""
     rows = [
         [layer.name, layer.type, layer.precision, ", ".join(layer.onnx), _joined(layer.inputs), _joined(layer.weights),
          _joined(layer.outputs), layer.tactic]
@@ -97,7 +97,7 @@ def table(layers: Iterable[Layer]) -> dict[str, list[Any]]:
 
 
 def figures(layers: Iterable[Layer]) -> dict[str, float]:
-    """`layers`, and how many of them compute in each precision: `layers_int8` and the like."""
+    """Return `layers`, and how many of them compute in each precision: `layers_int8` and the like."""
     counted = [layer.precision.lower() for layer in layers]
     by_precision = {f"layers_{p}": float(counted.count(p)) for p in sorted(set(counted)) if p}
     return {"layers": float(len(counted)), **by_precision}

@@ -1,10 +1,10 @@
-"""The ONNX that TensorRT is given: quantization as TensorRT takes it, and the target's precision in its types.
+"""The ONNX that TensorRT receives: quantization in the form that TensorRT accepts, and the target's precision as types.
 
-TensorRT's networks are strongly typed: it computes each layer in the types that the ONNX says. So FP16 and BF16 are
-casts of the model here, and INT8 is its Q/DQ nodes. Of those TensorRT takes int8 with zero point 0 only: it refuses
-other zero points and dequantized int32 biases, and reads uint8 as int8 with no more than a warning, so that everything
-above half of the range is cut off. Such nodes are rewritten, which costs at most one bit of an activation's range. A
-Clip keeps the ends of the old range, such as zero, where the quantizer took a ReLU into it.
+TensorRT's networks are strongly typed: it computes each layer in the types given by the ONNX. So FP16 and BF16 are
+casts of the model here, and INT8 is its Q/DQ nodes. TensorRT accepts only int8 with zero point 0: it rejects other zero
+points and dequantized int32 biases, and reads uint8 as int8 with only a warning, so that everything above half of the
+range is cut off. Such nodes are rewritten, which costs at most one bit of an activation's range. A Clip keeps the ends
+of the old range, such as zero, if the quantizer absorbed a ReLU into it.
 """
 
 import logging
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 RANGES = {np.dtype(np.int8): (-128, 127), np.dtype(np.uint8): (0, 255)}
 LARGEST = 127
 LEFT = ("int4", "float8_e4m3fn", "float4_e2m1fn")
-"""Types of quantized tensors that TensorRT takes as they are."""
+"""Types of quantized tensors that TensorRT accepts unchanged."""
 SPARSE = {"Conv": 1, "Gemm": 1, "MatMul": 0}
-"""Operator → axis of its weights along which TensorRT looks for the pattern 2:4 (input channels)."""
+"""Axis of an operator's weights along which TensorRT looks for the pattern 2:4 (input channels)."""
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """The candidate's ONNX. Raises EngineError when it is none."""
+    """Read the candidate's ONNX. Raise EngineError if it is not valid."""
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)
@@ -44,7 +44,8 @@ def read(path: Path) -> onnx.ModelProto:
 
 
 def prepare(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
-    """The model with int8 Q/DQ and in the types of `precision`; inputs and outputs stay float32. Raises EngineError."""
+    """Return the model with int8 Q/DQ and the types of `precision`; inputs and outputs stay float32. Raise
+    EngineError."""
     changed = normalise(model)
     if changed:
         log.info("tensorrt: %d Q/DQ nodes become int8 with zero point 0, such as %s", len(changed), changed[0])
@@ -55,7 +56,8 @@ def prepare(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
 
 
 def normalise(model: onnx.ModelProto) -> list[str]:
-    """Rewrite, in place, the Q/DQ nodes that TensorRT does not take; their names. Raises EngineError for others."""
+    """Rewrite, in place, the Q/DQ nodes that TensorRT does not accept; return their names. Raise EngineError for
+    others."""
     constants, kinds = onnx_graph.constants(model.graph), dict[str, npt.NDArray[Any]]()
     changed, added, nodes = [], list[onnx.TensorProto](), list[onnx.NodeProto]()
     makers = {name: node.op_type for node in model.graph.node for name in node.output}
@@ -79,7 +81,7 @@ def normalise(model: onnx.ModelProto) -> list[str]:
 
 
 def _clip(node: onnx.NodeProto, ends: tuple[float, float], added: list[onnx.TensorProto]) -> onnx.NodeProto:
-    """A Clip to `ends` for the input of a QuantizeLinear node, which is pointed at it; its constants go to `added`."""
+    """Insert a Clip to `ends` before a QuantizeLinear node; its constants are added to `added`."""
     name = f"{node.output[0]}_clip"
     names = [f"{name}_least", f"{name}_most"]
     added += [numpy_helper.from_array(np.float32(end), key) for key, end in zip(names, ends, strict=True)]
@@ -99,9 +101,9 @@ class _Scheme:
     def of(
         cls, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], kinds: dict[str, npt.NDArray[Any]]
     ) -> "_Scheme | None":
-        """None for a node whose type TensorRT takes as it is. `kinds` are the zero points of quantized tensors so far.
+        """Return None for a node whose type TensorRT accepts unchanged. `kinds` are the zero points of tensors so far.
 
-        Raises EngineError, which names the node.
+        Raise EngineError, which names the node.
         """
         name = f"{node.op_type} {node.name or node.output[0]}"
         scale, zero = constants.get(node.input[1]), _zero(node, constants, kinds)
@@ -119,7 +121,7 @@ class _Scheme:
 
     @property
     def symmetric(self) -> bool:
-        """Whether TensorRT takes it."""
+        """Whether TensorRT accepts it."""
         return self.zero.dtype == np.int8 and not self.zero.any()
 
     @property
@@ -128,13 +130,13 @@ class _Scheme:
         least, most = RANGES[self.zero.dtype]
         zero = self.zero.astype(np.int32)
         if self.zero.dtype == np.uint8 and (zero == 128).all():
-            return self.scale  # the same numbers, only counted from another end
+            return self.scale  # the same numbers, with another offset
         return (self.scale * np.maximum(zero - least, most - zero) / LARGEST).astype(np.float32)
 
     def ends(self, maker: str | None) -> tuple[float, float] | None:
-        """The range of the numbers that it stands for, where int8 with zero point 0 reaches beyond one end.
+        """Return the range of the represented numbers, if int8 with zero point 0 reaches beyond one end.
 
-        None where it does not, or where what makes the tensor (an operator's name) ends at zero anyway.
+        Return None if it does not, or if the operator that produces the tensor ends at zero anyway.
         """
         low, high = (end - self.zero.astype(np.int32) for end in RANGES[self.zero.dtype])
         if (low == -LARGEST - 1).all() or (maker == "Relu" and (low == 0).all()):
@@ -142,7 +144,7 @@ class _Scheme:
         return float((low * self.scale).min()), float((high * self.scale).max())
 
     def rewrite(self, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> list[onnx.TensorProto]:
-        """Point the node at new constants, which are returned; a quantized constant is quantized anew."""
+        """Point the node at new constants, which are returned; a quantized constant is quantized again."""
         name = node.output[0]
         scale, zero = self.wider, np.zeros(self.zero.shape, np.int8)
         new_constants = [(f"{name}_scale_int8", scale), (f"{name}_zero_int8", zero)]
@@ -164,7 +166,7 @@ class _Scheme:
 def _zero(
     node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], kinds: dict[str, npt.NDArray[Any]]
 ) -> npt.NDArray[Any] | None:
-    """Zero point of a Q/DQ node, also where ONNX lets it be left out; None where it is no constant."""
+    """Return the zero point of a Q/DQ node, also if ONNX's default applies; None if it is not a constant."""
     if len(node.input) > 2 and node.input[2]:
         tensor = constants.get(node.input[2])
         return None if tensor is None else numpy_helper.to_array(tensor)
@@ -178,7 +180,7 @@ def _zero(
 
 
 def _along(values: npt.NDArray[Any], axis: int, dimensions: int) -> npt.NDArray[Any]:
-    """(C,) values so that they broadcast along an axis; scalars stay."""
+    """Return (C,) values shaped to broadcast along an axis; scalars are unchanged."""
     if values.size == 1:
         return values.reshape(())
     shape = [1] * dimensions
@@ -187,7 +189,8 @@ def _along(values: npt.NDArray[Any], axis: int, dimensions: int) -> npt.NDArray[
 
 
 def _unquantized(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> onnx.TensorProto:
-    """The float32 constant that a DequantizeLinear of an int32 constant stands for, under the node's output name."""
+    """Return the float32 constant that a DequantizeLinear of an int32 constant represents, under the node's output
+    name."""
     parts = [numpy_helper.to_array(constants[name]) for name in node.input if name in constants]
     if len(parts) != len(node.input):
         raise EngineError(f"tensorrt: {node.op_type} {node.name}: its scale and zero point must be constants")
@@ -202,9 +205,9 @@ def _unquantized(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -
 
 
 def typed(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
-    """The model in f16 or bf16; Q/DQ scales stay float32, since FP16 cannot hold small ones.
+    """Return the model in f16 or bf16; Q/DQ scales stay float32, since FP16 cannot hold small ones.
 
-    ONNX Runtime's converter, which keeps float32 where ONNX demands it, makes FP16; BF16 is the same graph with
+    ONNX Runtime's converter, which keeps float32 where ONNX demands it, produces FP16; BF16 is the same graph with
     constants rounded from the original ones, since FP16's are cut at 65504.
     """
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
@@ -212,7 +215,7 @@ def typed(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     _hoist(model.graph)
     original = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
     values = {name: numpy_helper.to_array(tensor) for name, tensor in original.items()}
-    del model.graph.value_info[:]  # what a quantizer left there, the converter would take for tensors to be cast
+    del model.graph.value_info[:]  # the converter would mistake a quantizer's leftovers for tensors to be cast
     try:
         converted: onnx.ModelProto = convert_float_to_float16(
             model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, QUANTIZE, DEQUANTIZE]
@@ -225,7 +228,7 @@ def typed(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
 
 
 def _hoist(graph: onnx.GraphProto) -> None:
-    """Make Constant nodes initializers, whose names survive the conversion."""
+    """Turn Constant nodes into initializers, whose names survive the conversion."""
     for node in [n for n in graph.node if n.op_type == "Constant"]:
         value = next((a.t for a in node.attribute if a.name == "value"), None)
         if value is not None:
@@ -236,7 +239,7 @@ def _hoist(graph: onnx.GraphProto) -> None:
 
 
 def _to_bfloat16(graph: onnx.GraphProto, originals: dict[str, npt.NDArray[Any]]) -> None:
-    """FLOAT16 becomes BFLOAT16, in place; `originals` are the float32 values of the initializers that have one."""
+    """Change FLOAT16 to BFLOAT16, in place; `originals` are the float32 values of the initializers that have one."""
     for tensor in graph.initializer:
         _round(tensor, originals.get(tensor.name))
     for info in (*graph.value_info, *graph.input, *graph.output):
@@ -262,16 +265,16 @@ def _round(tensor: onnx.TensorProto, original: npt.NDArray[Any] | None) -> None:
 
 
 def sparse_layers(model: onnx.ModelProto) -> tuple[int, int]:
-    """How many layers have weights with the pattern 2:4, and how many layers there are that could.
+    """Return how many layers have weights with the pattern 2:4, and how many layers could.
 
-    The pattern: of each four neighbours along the input channels at least two are zero (Mishra et al. 2021).
+    The pattern: of each four adjacent weights along the input channels, at least two are zero (Mishra et al. 2021).
     """
     patterned = [_is_two_of_four(weights) for weights in _weights(model)]
     return sum(patterned), len(patterned)
 
 
 def _weights(model: onnx.ModelProto) -> Iterator[npt.NDArray[Any]]:
-    """Constant weights of the layers in SPARSE, input channels last."""
+    """Return the constant weights of the layers in SPARSE, input channels last."""
     constants = onnx_graph.constants(model.graph)
     makers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
@@ -296,7 +299,7 @@ def _is_two_of_four(weights: npt.NDArray[Any]) -> bool:
 
 
 def fix_input(model: onnx.ModelProto, name: str, shape: tuple[int, ...]) -> None:
-    """Write a shape into an input, in place; -1 stays what it is."""
+    """Write a shape into an input, in place; -1 leaves a dimension unchanged."""
     port = next(p for p in model.graph.input if p.name == name)
     dimensions = port.type.tensor_type.shape.dim
     for dimension, size in zip(dimensions, shape, strict=True):

@@ -1,7 +1,7 @@
 """Runs a TensorRT engine: pinned buffers, asynchronous copies, and CUDA graphs for the usual shapes.
 
 Written against the modules of `tensorrt` 11.4, TensorRT for RTX 1.7.1 and cuda-bindings 13; not yet run on a GPU
-(docs/engines.md says what was).
+(docs/engines.md lists what was tested).
 """
 
 import contextlib
@@ -34,9 +34,9 @@ Shape = tuple[int, ...]
 
 
 def chunks(n: int, least: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """How n samples are run by an engine that takes batches of `least` to `most`: (start, samples, batch size).
+    """Return how an engine that takes batches of `least` to `most` runs n samples: (start, samples, batch size).
 
-    The batch size is larger than the number of samples where the rest of a batch is too small for the engine.
+    The batch size exceeds the number of samples if the rest of a batch is too small for the engine.
     """
     for start in range(0, n, most):
         samples = min(most, n - start)
@@ -44,7 +44,8 @@ def chunks(n: int, least: int, most: int) -> Iterator[tuple[int, int, int]]:
 
 
 def usual_shapes(target: Target, shape: Shape) -> list[Shape]:
-    """Shapes (N, …) that are worth a CUDA graph: each batch size that the target names, at each of its lengths."""
+    """Return shapes (N, …) that are worth a CUDA graph: each batch size that the target names, at each of its
+    lengths."""
     lengths = target.lengths or (1,)
     shapes = [
         (batch, *(length if size < 1 else size for size in shape))
@@ -74,7 +75,7 @@ class TensorRTRunner:
         self._graphed = set(usual_shapes(target, self._shape)) if options.cuda_graph else set()
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, …) inputs to (N, …) float32 outputs. Raises DataError for a shape outside the engine's profile."""
+        """Return (N, …) float32 outputs for inputs (N, …). Raise DataError for a shape outside the engine's profile."""
         require_batch(batch, _like(self._shape, batch.shape[1:]), self._dtype)
         least, most, shape = self._least[1:], self._most[1:], batch.shape[1:]
         if any(not low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
@@ -90,7 +91,7 @@ class TensorRTRunner:
         shape = (size, *part.shape[1:])
         inputs = self._buffers.host_input(shape)
         np.copyto(inputs[: len(part)], part)
-        inputs[len(part) :] = 0  # a batch that is too small is filled up
+        inputs[len(part) :] = 0  # a batch that is too small is padded
         graph = self._graph(shape)
         if graph is None:
             answer = self._enqueue(self._context, shape)
@@ -102,7 +103,7 @@ class TensorRTRunner:
         return np.array(self._buffers.host_output(answer)[: len(part)], dtype=np.float32)
 
     def _enqueue(self, context: Any, shape: Shape) -> Shape:
-        """Put copy in, network, copy out on the stream; the shape of the answer."""
+        """Enqueue copy in, network, copy out on the stream; return the shape of the answer."""
         if not context.set_input_shape(INPUT, shape):
             raise DataError(f"the engine does not take a batch of shape {shape}")
         answer = tuple(int(d) for d in context.get_tensor_shape(OUTPUT))
@@ -119,7 +120,7 @@ class TensorRTRunner:
         return answer
 
     def _graph(self, shape: Shape) -> "_Graph | None":
-        """The CUDA graph of a usual shape, captured when it is first asked for; None where there is none."""
+        """Return the CUDA graph of a usual shape, captured at first use; None if there is none."""
         if shape not in self._graphed:
             return None
         if shape not in self._graphs:
@@ -127,7 +128,7 @@ class TensorRTRunner:
         return self._graphs[shape]
 
     def _capture(self, shape: Shape) -> "_Graph | None":
-        # A context of its own: a graph must not outlive a change of the context that it was captured from.
+        # A separate context: a graph must not outlive a change of the context that it was captured from.
         context = self._new_context()
         answer = self._enqueue(context, shape)  # the first run allocates and compiles, which a capture cannot
         ask(cuda.cudaStreamSynchronize(self._stream), "running the engine")
@@ -150,7 +151,7 @@ class TensorRTRunner:
         return _Graph(executable, context, answer)
 
     def _profile(self) -> tuple[Shape, Shape]:
-        """Least and greatest shape of the input."""
+        """Return the smallest and largest shape of the input."""
         shape = tuple(int(d) for d in self._engine.get_tensor_shape(INPUT))
         if -1 not in shape:
             return shape, shape
@@ -158,11 +159,12 @@ class TensorRTRunner:
         return tuple(map(int, least)), tuple(map(int, most))
 
     def _new_context(self) -> Any:
-        """An execution context. TensorRT for RTX compiles its kernels for the GPU now, or finds them in the cache."""
+        """Return an execution context. TensorRT for RTX compiles its kernels for the GPU now, or finds them in the
+        cache."""
         if not RTX:
             return _made(self._engine.create_execution_context())
         config = self._engine.create_runtime_config()
-        # Kernels for the very shape, before the first answer: a graph would keep the general ones for ever.
+        # Kernels for this exact shape, before the first answer: a graph would keep the general ones forever.
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         if self._cache is not None:
             if self._runtime_cache is None:
@@ -173,7 +175,7 @@ class TensorRTRunner:
         return _made(self._engine.create_execution_context(runtime_config=config))
 
     def _keep_compiled(self) -> None:
-        """Write the runtime cache of TensorRT for RTX back, where it has grown."""
+        """Write the runtime cache of TensorRT for RTX back, if it has grown."""
         if self._runtime_cache is None or self._cache is None:
             return
         grown = bytes(self._runtime_cache.serialize())
@@ -181,7 +183,7 @@ class TensorRTRunner:
             write_atomically(self._cache, grown)
 
     def _allocate(self) -> "_Buffers":
-        """Buffers for the greatest shape that the engine takes."""
+        """Allocate buffers for the largest shape that the engine takes."""
         if not self._context.set_input_shape(INPUT, self._most):
             raise EngineError(f"tensorrt: the engine does not take its own greatest shape {self._most}")
         answer = tuple(int(d) for d in self._context.get_tensor_shape(OUTPUT))
@@ -233,7 +235,7 @@ def _view(address: int, shape: Shape, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 
 def _like(shape: Shape, actual: Shape) -> Shape:
-    """The engine's shape of a sample, with what varies taken from the actual one."""
+    """Return the engine's shape of a sample, with variable dimensions taken from the actual one."""
     if len(shape) != len(actual):
         return shape
     return tuple(size if size > 0 else there for size, there in zip(shape, actual, strict=True))

@@ -1,8 +1,8 @@
-"""PyTorch itself as an engine: what the others must beat. It is measured and never released.
+"""PyTorch itself as an engine: a comparison for the others. It is measured and never released.
 
-It is built from a candidate's weights and the user's network, not from ONNX, so only from one that is not quantized.
+It is built from a candidate's weights and the user's network, not from ONNX, so only from an unquantized candidate.
 TorchScript files and AOTInductor packages are code (an archive with a pickle; a shared library): they are loaded only
-from engine folders, after `load_engine` has compared each file with the digest that was taken when it was built.
+from engine folders, after `load_engine` has compared each file with the digest recorded at the build.
 """
 
 import os
@@ -28,15 +28,15 @@ from slipstream.spec import Target
 
 SCRIPT, PACKAGE = "model.ts", "model.pt2"
 LENGTH = 16
-"""What a dimension that varies is in the example input; any length is taken later."""
+"""Size of a variable dimension in the example input; later, any length is accepted."""
 
 
 class TorchOptions(Options):
-    """What a target may say under `options`."""
+    """What a target may set under `options`."""
 
     mode: Literal["eager", "torchscript", "compile", "aotinductor"] = "compile"
-    """`eager` is the network as it was trained; `torchscript` is traced and frozen; `compile` is `torch.compile`,
-    anew in each process; `aotinductor` is compiled once, ahead of time. The last two need a C++ compiler."""
+    """`eager` is the network as trained; `torchscript` is traced and frozen; `compile` is `torch.compile`, repeated in
+    each process; `aotinductor` is compiled once, ahead of time. The last two need a C++ compiler."""
 
     @property
     def compiles(self) -> bool:
@@ -45,7 +45,7 @@ class TorchOptions(Options):
 
 
 class TorchRunner:
-    """A callable on tensors. Threads are set for the whole process: PyTorch knows no other way."""
+    """A callable on tensors. Threads are set for the whole process: PyTorch has no other way."""
 
     def __init__(self, call: Callable[[Any], Any], manifest: CandidateManifest, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -53,7 +53,7 @@ class TorchRunner:
         self._shape, self._dtype = manifest.input_shape, np.dtype(manifest.input_dtype)
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, …) inputs to (N, …) float32 outputs."""
+        """Return (N, …) float32 outputs for inputs (N, …)."""
         require_batch(batch, self._shape, self._dtype)
         inputs = np.require(batch, requirements=["C", "W"])  # compiled code relies on the layout; PyTorch may write
         with torch.inference_mode():
@@ -67,7 +67,7 @@ class Torch:
     distributions = ("torch",)
 
     def check(self, target: Target) -> None:
-        """Raise EngineError for a device or precision that it does not have, or without the compiler that it needs."""
+        """Raise EngineError for an unsupported device or precision, or without the compiler that it needs."""
         options = read_options(target, TorchOptions)
         if target.device != "CPU":
             raise EngineError(f"torch: no device {target.device!r}; this engine runs on CPU only")
@@ -77,7 +77,7 @@ class Torch:
             _require_compiler(options.mode)
 
     def fingerprint(self, target: Target) -> dict[str, str]:
-        """Version, mode, the instruction sets that code is compiled for and, where it is, the compiler."""
+        """Return version, mode, the instruction sets that code is compiled for and, if used, the compiler."""
         options = read_options(target, TorchOptions)
         entries = {
             "torch": digests.versions("torch")["torch"],
@@ -89,13 +89,14 @@ class Torch:
         return entries | ({"compiler": _compiler_version()} if options.compiles else {})
 
     def relations(self, manifest: EngineManifest) -> Mapping[str, Relation]:
-        """Weights and TorchScript are portable, and `compile` compiles where it runs; AOTInductor's code is bound."""
+        """Return the relations: weights and TorchScript are portable, `compile` compiles on loading, AOTInductor is
+        bound."""
         if read_options(manifest.target, TorchOptions).mode == "aotinductor":
             return {}
         return {"torch": Relation.SAME_MAJOR, "cpu_features": Relation.ANY, "compiler": Relation.ANY}
 
     def build(self, candidate: Path, target: Target, folder: Path) -> None:
-        """Write weights, a TorchScript file or an AOTInductor package, as the mode wants, beside the manifest."""
+        """Write weights, a TorchScript file or an AOTInductor package, depending on the mode, next to the manifest."""
         mode = read_options(target, TorchOptions).mode
         try:
             network = FRAMEWORK.load(candidate)
@@ -145,7 +146,7 @@ def _script(network: Any, example: Any, folder: Path) -> None:
 
 
 def _package(network: Any, example: Any, varying: list[int], folder: Path) -> None:
-    """Export with the dimensions that vary, and compile."""
+    """Export with the variable dimensions, and compile."""
     dimensions = {i: torch.export.Dim(f"d{i}", min=1) for i in varying}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -154,14 +155,14 @@ def _package(network: Any, example: Any, varying: list[int], folder: Path) -> No
 
 
 def _example(manifest: CandidateManifest) -> tuple[Any, list[int]]:
-    """An input of two samples (ones, since token ids of 0 are padding), and its dimensions that vary."""
+    """Return an input of two samples (ones, since token ids of 0 are padding), and its variable dimensions."""
     shape = [LENGTH if size == -1 else size for size in manifest.input_shape]
     varying = [0, *(i for i, size in enumerate(manifest.input_shape, start=1) if size == -1)]
     return torch.from_numpy(np.ones((2, *shape), manifest.input_dtype)), varying
 
 
 def _compiler() -> str:
-    """The compiler that PyTorch uses: it reads the same variable."""
+    """Return the compiler that PyTorch uses: it reads the same variable."""
     return os.environ.get("CXX", "g++")
 
 
@@ -185,7 +186,7 @@ def _compiler_version() -> str:
 
 
 def _short(error: Exception) -> str:
-    """The first line of what may be pages of compiler output."""
+    """Return the first line of what may be pages of compiler output."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 

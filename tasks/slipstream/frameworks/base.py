@@ -32,13 +32,13 @@ INPUT, OUTPUT = "input", "output"
 
 
 class CandidateManifest(Document):
-    """What `candidate.json` says."""
+    """Contents of `candidate.json`."""
 
     framework: str
     architecture: Call | None
-    """Builds the network that the weights fit into; None once only the ONNX form is left."""
+    """Builds the network that the weights fit into; None once only the ONNX form exists."""
     input_shape: tuple[int, ...]
-    """Shape of one sample, without the batch dimension; -1 where it varies from batch to batch."""
+    """Shape of one sample, without the batch dimension; -1 where it varies between batches."""
     input_dtype: str
     output_shape: tuple[int, ...]
     """Shape of one answer, without the batch dimension; -1 where it varies."""
@@ -46,37 +46,38 @@ class CandidateManifest(Document):
     """Number of weights."""
     quantized: bool = False
     quantization: Quantize | None = None
-    """Settings that it was quantized with; engines that quantize by themselves (LiteRT) follow them."""
+    """Settings that it was quantized with, also used by engines that do their own quantization (LiteRT)."""
     sparsity: float = 0.0
-    """Share of the baseline's channels that was removed, or of the weights that are zero, as `prune.method` says."""
+    """Share of the baseline's channels that were removed, or of the weights that are zero, depending on
+    `prune.method`."""
     unique_weights: int = 0
-    """The most different values that a layer's clustered weights have; 0 where they are not clustered."""
+    """Largest number of distinct values in a layer's clustered weights; 0 if they are not clustered."""
 
 
 class Eager(Protocol):
     """A candidate run by its own framework."""
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, …) inputs to (N, …) float32 outputs."""
+        """Return (N, …) float32 outputs for inputs (N, …)."""
         ...
 
 
 class Progress(Protocol):
-    """Where training says how far it is; `tracking.StepRun` is one."""
+    """Receiver of training progress; `tracking.StepRun` is one."""
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Record figures of an epoch."""
         ...
 
     def progress(self, done: int, total: int, unit: str = "", **figures: float) -> None:
-        """Say how far the step is."""
+        """Report the progress of the step."""
         ...
 
 
 class Group:
-    """The processes that train together. This class is a process on its own; frameworks subclass it for more.
+    """The processes that train together. This class represents a single process; frameworks subclass it for more.
 
-    What takes part in a method must be called by every process, in the same order: they wait for one another.
+    Every process must call the collective methods in the same order: they wait for one another.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -84,42 +85,42 @@ class Group:
 
     @property
     def leads(self) -> bool:
-        """Whether this is process 0, which alone records, saves and answers."""
+        """Whether this is process 0, the only one that records, saves and answers."""
         return self.rank == 0
 
     def share(self, value: T) -> T:
-        """The value that process 0 has, in every process."""
+        """Return process 0's value in every process."""
         return value
 
     def add(self, value: float) -> float:
-        """The sum of all processes' values, in every process."""
+        """Return the sum of all processes' values, in every process."""
         return value
 
     def part(self, samples: Any) -> Any:
-        """This process's share of a sequence: a slice; shares differ by one sample at most, and none is in two."""
+        """Return this process's share of a sequence, a slice; shares are disjoint and differ by one sample at most."""
         bounds = [len(samples) * rank // self.size for rank in (self.rank, self.rank + 1)]
         return samples[bounds[0] : bounds[1]]
 
     def wrap(self, network: Any) -> Any:
-        """The network, whose backward pass leaves the mean of all processes' gradients in each of them."""
+        """Return the network, whose backward pass leaves the mean of all processes' gradients in each of them."""
         return network
 
     def average_buffers(self, network: Any) -> None:
-        """Make floating-point buffers, such as batch norm's running statistics, the mean over all processes."""
+        """Set floating-point buffers, such as batch norm's running statistics, to the mean over all processes."""
 
     def broadcast_file(self, path: Path) -> None:
-        """Bring a file or folder that process 0 has to the same path of every process that lacks it.
+        """Copy a file or folder of process 0 to the same path of every process that lacks it.
 
-        Its name must tell its content: what lies there is taken to be the same.
+        Its name must identify its content: an existing copy is taken to be the same.
         """
 
     @contextmanager
     def first_error_wins(self) -> Iterator[None]:
-        """Around the work: where several processes fail, each raises the error of the one that failed first."""
+        """Wrap the work so that, if several processes fail, each raises the error of the one that failed first."""
         yield
 
     def leave(self) -> None:
-        """The work is done."""
+        """Leave the group when the work is done."""
 
 
 ALONE = Group()
@@ -128,18 +129,18 @@ ALONE = Group()
 
 @dataclass(frozen=True)
 class Job:
-    """What training in a step works with."""
+    """Everything that training in a step works with."""
 
     data: Data
     seed: int
     folder: Path
-    """Checkpoints; the same folder again when a killed step is tried again."""
+    """Folder for checkpoints; the same again when a killed step is retried."""
     progress: Progress
     group: Group = ALONE
     loss: Call | None = None
-    """The user's loss of outputs and labels; None is cross entropy."""
+    """The user's loss of outputs and labels; None means cross entropy."""
     metric: str = "top1"
-    """What the held-out part of the training split is scored by, for people."""
+    """Metric of the held-out part of the training split, for information."""
 
 
 @dataclass(frozen=True)
@@ -151,15 +152,15 @@ class Schedule:
     """Peak of the cycle."""
     batch_size: int = 128
     epochs_before: int = 0
-    """Epochs of the step that earlier rounds did; metrics and progress count on from there."""
+    """Epochs of the step done in earlier rounds; metrics and progress continue from there."""
     epochs_in_step: int | None = None
-    """Epochs of the whole step; None when this training is all of it."""
+    """Epochs of the whole step; None if this training is all of it."""
     optimizer: Optimizer = "sgd"
 
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """A teacher's answers for the training split, and how they enter the loss (Hinton et al. 2015)."""
+    """A teacher's answers for the training split, and their part in the loss (Hinton et al. 2015)."""
 
     logits: npt.NDArray[np.float32]
     """(N, …), in the order of the training split."""
@@ -174,38 +175,39 @@ class Pruner(Protocol):
     network: Any
 
     def prune(self, sparsity: float, round_to: int) -> None:
-        """Remove channels until the share `sparsity` of those at the start is gone; widths stay multiples."""
+        """Remove channels until the share `sparsity` of the original ones is gone; widths stay multiples."""
         ...
 
     def figures(self) -> dict[str, float]:
-        """`sparsity` (share of the architecture's channels that is gone), `macs` of one sample, `parameters`."""
+        """Return `sparsity` (share of the architecture's channels removed), `macs` of one sample, `parameters`."""
         ...
 
     def save(self, folder: Path, samples: Split) -> "CandidateManifest":
-        """Write the network, with what was removed from it, as a candidate folder."""
+        """Write the network, with the record of its removed channels, as a candidate folder."""
         ...
 
 
 class Framework(Protocol):
-    """What differs between PyTorch, Keras and ONNX. A network is the framework's own object."""
+    """Differences between PyTorch, Keras and ONNX. A network is the framework's own object."""
 
     def load_eager(self, candidate: Path, threads: int | None = None) -> Eager:
-        """The candidate, run by the framework itself in FP32: the baseline that people know."""
+        """Return the candidate, run by the framework itself in FP32: the familiar baseline."""
         ...
 
     def load(self, candidate: Path) -> Any:
-        """The trained network of a candidate folder. Raises ModelError when the weights do not fit."""
+        """Return the trained network of a candidate folder. Raise ModelError if the weights do not fit."""
         ...
 
     def find_model(self, path: Path) -> Path:
-        """The one trained model in a folder, such as a registered version's; a file that is all of a model is that.
+        """Return the path of the one trained model in a folder, such as a registered version's, or a complete model
+        file.
 
-        Raises ModelError, with what to do.
+        Raise ModelError, saying what to do.
         """
         ...
 
     def load_weights(self, weights: Path, architecture: Call | None) -> Any:
-        """The network of what `find_model` found. Raises ModelError when the weights do not fit the architecture."""
+        """Return the network at `find_model`'s path. Raise ModelError if the weights do not fit the architecture."""
         ...
 
     def save(self, network: Any, architecture: Call | None, samples: Split, folder: Path) -> "CandidateManifest":
@@ -213,7 +215,7 @@ class Framework(Protocol):
         ...
 
     def logits(self, network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """(N, …) inputs to (N, classes) outputs."""
+        """Return (N, classes) outputs for inputs (N, …)."""
         ...
 
 
@@ -221,15 +223,15 @@ class Trainer(Framework, Protocol):
     """A framework whose models can be trained: all but ONNX."""
 
     def build(self, architecture: Call | None, seed: int) -> Any:
-        """The untrained network. Raises ModelError when the function does not return one, or there is none."""
+        """Return the untrained network. Raise ModelError if the function does not return one, or is missing."""
         ...
 
     def train(self, function: Call, job: Job) -> Any:
-        """The network that the user's train function makes of the data."""
+        """Return the network that the user's train function trains on the data."""
         ...
 
     def fit(self, network: Any, job: Job, schedule: Schedule, name: str, soft: SoftTargets | None = None) -> None:
-        """Train in place on the training split, resuming from the checkpoint `name` where there is one."""
+        """Train in place on the training split, resuming from the checkpoint `name` if there is one."""
         ...
 
 
@@ -242,7 +244,7 @@ class Prunes(Trainer, Protocol):
         ...
 
     def require_prunable(self, network: Any, samples: Split, prune: Prune) -> None:
-        """Raise ModelError for a network that cannot be pruned as the section says; leave it as it is."""
+        """Raise ModelError for a network that cannot be pruned as the section says; the network is unchanged."""
         ...
 
 
@@ -251,26 +253,26 @@ class Distributes(Trainer, Protocol):
     """A framework that trains in several processes: `distributed` in the table."""
 
     def join(self, place: launched.Place) -> Group:
-        """Return the group that a launcher started this process for."""
+        """Join the group that a launcher started this process for."""
         ...
 
     def launch(self, workers: int, function: Callable[..., T], *arguments: Any) -> T:
-        """Call `function(group, *arguments)` in so many processes of this machine; return what process 0 returned.
+        """Call `function(group, *arguments)` in that many processes on this machine; return process 0's result.
 
-        Raise what the process raised that failed first.
+        Raise the error of the process that failed first.
         """
         ...
 
 
 class Constrained(Protocol):
-    """A network whose weights are to be sparse, clustered or rounded, while it is trained and after."""
+    """A network whose weights are constrained to be sparse, clustered or rounded, during and after training."""
 
     network: Any
 
     def finish(self) -> dict[str, float]:
-        """Take away what only training needed; `sparsity`, `unique_weights`, `parameters` of what is left, measured.
+        """Remove what only training needed; return measured `sparsity`, `unique_weights`, `parameters` of the result.
 
-        Raises ModelError when it is not what was asked for, or has lost what earlier techniques made.
+        Raise ModelError if it does not meet the request, or has lost the effect of earlier techniques.
         """
         ...
 
@@ -286,15 +288,16 @@ class Constrains(Trainer, Protocol):
     def constrain(
         self, candidate: Path, section: Prune | Cluster | Quantize, job: Job, schedule: Schedule
     ) -> Constrained:
-        """The candidate's network, to be trained by `fit` with this job and schedule as the section says.
+        """Return the candidate's network, constrained as the section says, to be trained by `fit` with this job and
+        schedule.
 
-        Raises ModelError when the network has nothing that can be, SpecError when the schedule is too short for it.
+        Raise ModelError if the network has nothing to constrain, SpecError if the schedule is too short for it.
         """
         ...
 
 
 def framework_for(name: str) -> Framework:
-    """The framework that a spec names. Raises ModelError when its libraries are not in this environment."""
+    """Return the framework that a spec names. Raise ModelError if its libraries are not in this environment."""
     try:
         module = importlib.import_module(FRAMEWORKS[name].module)
     except ImportError as error:
@@ -304,7 +307,7 @@ def framework_for(name: str) -> Framework:
 
 
 def trainer_for(name: str) -> Trainer:
-    """The framework that a spec names, to train with. Raises ModelError when its models cannot be trained."""
+    """Return the framework that a spec names, for training. Raise ModelError if its models cannot be trained."""
     framework = framework_for(name)
     if not FRAMEWORKS[name].trains:
         raise ModelError(
@@ -339,18 +342,18 @@ def distributes(name: str) -> Distributes:
 
 
 def toolchain(name: str) -> dict[str, str]:
-    """Installed versions of what decides a framework's results; loads none of it."""
+    """Return the installed versions that determine a framework's results, without loading it."""
     return versions(*FRAMEWORKS[name].distributions)
 
 
 def group_of(name: str) -> Group:
-    """The group that this process belongs to: on its own, unless a launcher started it beside others."""
+    """Return the group that this process belongs to: alone, unless a launcher started it with others."""
     place = launched.place()
     return ALONE if place is None else distributes(name).join(place)
 
 
 def read_manifest(folder: Path) -> CandidateManifest:
-    """Read `candidate.json`. Raises ModelError."""
+    """Read `candidate.json`. Raise ModelError."""
     try:
         return CandidateManifest.model_validate_json((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -358,10 +361,10 @@ def read_manifest(folder: Path) -> CandidateManifest:
 
 
 def require_own_architecture(folder: Path, spec: Spec) -> None:
-    """Raise ModelError where the candidate in a folder names a function that the spec does not name.
+    """Raise ModelError if the candidate in a folder names a function that the spec does not name.
 
-    Loading calls that function with the manifest's arguments, and only the spec may say what is called. Folders without
-    a candidate pass.
+    Loading calls that function with the manifest's arguments, and only the spec may determine what is called. Folders
+    without a candidate pass.
     """
     if not (folder / MANIFEST).exists():
         return

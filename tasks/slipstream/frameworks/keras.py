@@ -1,6 +1,6 @@
 """Keras: networks from files or the user's functions, weights as .keras, ONNX and SavedModel for the engines.
 
-Images are (N, height, width, channels): the data function gives them so.
+Images are (N, height, width, channels), as returned by the data function.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class KerasEager:
-    """A candidate run by TensorFlow in FP32, as a graph, which is how Keras's own `predict` runs it."""
+    """A candidate run by TensorFlow in FP32, as a graph, as in Keras's own `predict`."""
 
     def __init__(self, network: Any, manifest: CandidateManifest) -> None:
         shape = (None, *(None if size == -1 else size for size in manifest.input_shape))
@@ -38,7 +38,7 @@ class KerasEager:
         self._run = tf.function(lambda batch: network(batch, training=False), input_signature=signature)
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, …) inputs to (N, …) float32 outputs."""
+        """Return (N, …) float32 outputs for inputs (N, …)."""
         return np.asarray(self._run(tf.constant(batch)), np.float32)
 
 
@@ -46,23 +46,25 @@ class KerasFramework:
     """See frameworks.base.Trainer and Constraining."""
 
     def load_eager(self, candidate: Path, threads: int | None = None) -> KerasEager:
-        """The candidate in FP32. `threads` is set for the whole process, which must not have used TensorFlow before.
+        """Return the candidate in FP32. `threads` applies to the whole process, which must not have used TensorFlow
+        before.
 
-        Raises ModelError when it has, with another number.
+        Raise ModelError if it has, with another number.
         """
         if threads is not None:
             _set_threads(threads)
         return KerasEager(self.load(candidate), read_manifest(candidate))
 
     def build(self, architecture: Call | None, seed: int) -> Any:
-        """The untrained network. Raises ModelError when the function does not return a Keras model, or is missing."""
+        """Return the untrained network. Raise ModelError if the function does not return a Keras model, or is
+        missing."""
         if architecture is None:
             raise ModelError("architecture is missing: name the function that builds the network, as module:function")
         keras_training.seed_everything(seed)
         return _require_model(user_function(architecture)(**architecture.params), architecture)
 
     def load(self, candidate: Path) -> Any:
-        """The trained network of a candidate folder. Raises ModelError when its file cannot be read."""
+        """Return the trained network of a candidate folder. Raise ModelError if its file cannot be read."""
         manifest = read_manifest(candidate)
         if manifest.quantized:
             raise ModelError(f"{candidate}: is quantized; Keras needs the candidate before quantization")
@@ -71,15 +73,15 @@ class KerasFramework:
         return keras_files.load(path if described else candidate / keras_files.SAVED_MODEL, manifest.architecture)
 
     def find_model(self, path: Path) -> Path:
-        """The one trained model in a folder, or the file. Raises ModelError."""
+        """Return the path of the one trained model in a folder, or the file. Raise ModelError."""
         return path if path.is_file() else keras_files.find(path)
 
     def load_weights(self, weights: Path, architecture: Call | None) -> Any:
-        """The network of a .keras or .h5 file, or of a SavedModel's folder. Raises ModelError."""
+        """Return the network of a .keras or .h5 file, or of a SavedModel's folder. Raise ModelError."""
         return keras_files.load(weights, architecture)
 
     def save(self, network: Any, architecture: Call | None, samples: Split, folder: Path) -> CandidateManifest:
-        """Write a candidate folder. Raises ModelError for NaN weights, or when ONNX Runtime and Keras disagree."""
+        """Write a candidate folder. Raise ModelError for NaN weights, or if ONNX Runtime and Keras disagree."""
         folder.mkdir(parents=True)
         inputs = samples.inputs[:8]
         answers = keras_training.outputs(network, inputs)
@@ -96,11 +98,11 @@ class KerasFramework:
         return manifest
 
     def logits(self, network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """(N, …) inputs to (N, …) outputs; their logarithm where the network answers probabilities."""
+        """Return (N, …) outputs for inputs (N, …); their logarithm if the network answers probabilities."""
         return keras_training.logits(network, inputs)
 
     def train(self, function: Call, job: Job) -> Any:
-        """The network that the user's train function returns. Raises ModelError when it returns something else."""
+        """Return the network that the user's train function returns. Raise ModelError if it returns something else."""
         keras_training.seed_everything(job.seed)
         return _require_model(user_function(function)(keras_training.Training(job), **function.params), function)
 
@@ -112,8 +114,8 @@ class KerasFramework:
     def constrain(
         self, candidate: Path, section: Prune | Cluster | Quantize, job: Job, schedule: Schedule
     ) -> Constrained:
-        """The candidate's network, to be trained with sparse, clustered or quantized weights."""
-        from slipstream.frameworks import keras_compression  # takes seconds, which retrain and validate do not need
+        """Return the candidate's network, to be trained with sparse, clustered or quantized weights."""
+        from slipstream.frameworks import keras_compression  # takes seconds; not needed by retrain and validate
 
         network = self.load(candidate)
         keras_training.require_keras(network)
@@ -121,7 +123,7 @@ class KerasFramework:
 
 
 def _set_threads(threads: int) -> None:
-    """Threads of one operation; operations run one after the other, as one inference mostly has them."""
+    """Set the threads of one operation; operations run sequentially, as one inference mostly has them."""
     parallelism = {"intra_op": threads, "inter_op": 1}
     now = {k: getattr(tf.config.threading, f"get_{k}_parallelism_threads")() for k in parallelism}
     if now == parallelism:

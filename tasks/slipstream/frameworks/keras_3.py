@@ -1,8 +1,8 @@
-"""Files of Keras 3 as networks of Keras 2, which is what tensorflow-model-optimization trains.
+"""Converts Keras 3 files to Keras 2 networks, which tensorflow-model-optimization can train.
 
-Keras 3 reads the file (no code in it is run: custom objects and Lambda layers are refused), its graph is walked, and
-each layer is made anew from its settings with the same weights. What Keras 2 has no counterpart for is refused by the
-layer's name, and the answers of both networks are compared before the result is believed.
+Keras 3 reads the file (no code in it is run: custom objects and Lambda layers are rejected), its graph is traversed,
+and each layer is rebuilt from its settings with the same weights. A layer without counterpart in Keras 2 is rejected by
+name, and the result is accepted only if both networks give the same answers.
 """
 
 import inspect
@@ -22,20 +22,20 @@ from slipstream.frameworks.keras_training import outputs
 from slipstream.onnx.agreement.bounds import EXACT, explain_mismatch
 
 INSTEAD = "export the model with model.export() and name that folder, or name a function that builds it with tf.keras"
-"""What always works: a SavedModel answers, though it cannot be trained; a network of Keras 2 can."""
+"""Alternatives that always work: a SavedModel gives answers, but cannot be trained; a Keras 2 network can."""
 SETTINGS_OF_TRAINING = {"quantization_config", "lora_rank", "lora_alpha"}
-"""Settings of Keras 3 that change no answer of a network read from a file."""
+"""Keras 3 settings that change no answer of a network read from a file."""
 HOW_IT_IS_MADE = ("module", "registered_name", "build_config")
-"""Keys beside an object's settings that Keras 2 does not need."""
+"""Keys of an object's description that Keras 2 does not need."""
 RENAMED = {("LeakyReLU", "negative_slope"): "alpha"}
-"""Layer and setting → the setting's name in Keras 2."""
+"""Name of a setting in Keras 2, by layer and setting."""
 ADDED = {"MultiHeadAttention": {"query_shape": None, "key_shape": None, "value_shape": None}}
-"""Settings that only Keras 2 writes, and reads: shapes that are not known before the layer is called."""
+"""Settings that only Keras 2 writes and reads: shapes that are not known before the layer is called."""
 NAMED = 5
 
 
 def convert(path: Path) -> Any:
-    """The network of a .keras or .h5 file that Keras 3 wrote. Raises ModelError."""
+    """Return the network of a .keras or .h5 file that Keras 3 wrote. Raise ModelError."""
     _require_plain(path)
     theirs = read(path)
     if not hasattr(theirs, "_run_through_graph") and not hasattr(theirs, "layers"):
@@ -46,7 +46,7 @@ def convert(path: Path) -> Any:
 
 
 def read(path: Path) -> Any:
-    """The model as Keras 3 reads it. Raises ModelError."""
+    """Return the model as Keras 3 reads it. Raise ModelError."""
     import keras as keras_3
 
     try:
@@ -57,7 +57,7 @@ def read(path: Path) -> Any:
 
 
 def require_equal(path: Path, theirs: Any, network: Any, what: str) -> None:
-    """Raise ModelError unless both answer two random samples alike."""
+    """Raise ModelError unless both give the same answers to two random samples."""
     shape = [2, *(size or 8 for size in network.input_shape[1:])]
     dtype = network.inputs[0].dtype.as_numpy_dtype
     sample = _sample(theirs, shape, np.dtype(dtype))
@@ -67,7 +67,7 @@ def require_equal(path: Path, theirs: Any, network: Any, what: str) -> None:
 
 
 def _sample(theirs: Any, shape: list[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Random inputs; ids that every embedding has, whatever the dtype in which it is given them."""
+    """Return random inputs; ids that every embedding has, whatever their dtype."""
     rng = np.random.default_rng(0)
     ids = [layer.input_dim for layer in theirs._flatten_layers() if type(layer).__name__ == "Embedding"]
     if ids or np.issubdtype(dtype, np.integer):
@@ -76,7 +76,7 @@ def _sample(theirs: Any, shape: list[int], dtype: np.dtype[Any]) -> npt.NDArray[
 
 
 def _require_plain(path: Path) -> None:
-    """Raise ModelError when the file names code: a Lambda layer, or a class that is not Keras's own."""
+    """Raise ModelError if the file names code: a Lambda layer, or a class that is not Keras's own."""
     strangers = list(dict.fromkeys(_strangers(_config(path))))
     if strangers:
         raise ModelError(
@@ -86,7 +86,7 @@ def _require_plain(path: Path) -> None:
 
 
 def _config(path: Path) -> Any:
-    """The network's description. Raises ModelError for a file of weights alone."""
+    """Return the network's description. Raise ModelError for a file that contains only weights."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
@@ -101,7 +101,7 @@ def _config(path: Path) -> Any:
 
 
 def _strangers(config: Any) -> Iterator[str]:
-    """Classes in a description that are code of others."""
+    """Return third-party classes in a description."""
     if isinstance(config, Mapping):
         name, module = config.get("class_name"), config.get("module") or "keras"
         if name is not None and (
@@ -120,15 +120,15 @@ def _is_keras(module: str) -> bool:
 
 
 class _Conversion:
-    """One file's conversion; a layer that is used twice is made once."""
+    """The conversion of one file; a layer that is used twice is built once."""
 
     def __init__(self, file: str) -> None:
         self.file = file
         self.made: dict[int, Any] = {}
 
     def network(self, theirs: Any) -> Any:
-        """A model of Keras 2 with the layers, graph and weights of one of Keras 3."""
-        functional = getattr(theirs, "_functional", None) or theirs  # what is inside of a Sequential
+        """Return a Keras 2 model with the layers, graph and weights of a Keras 3 model."""
+        functional = getattr(theirs, "_functional", None) or theirs  # the content of a Sequential
         if not hasattr(functional, "_run_through_graph"):
             raise self._refused(theirs, "is written as a class, which Keras 2 does not have")
         inputs = [keras.Input(shape=x.shape[1:], dtype=x.dtype, name=x.name) for x in functional.inputs]
@@ -136,14 +136,14 @@ class _Conversion:
         return keras.Model(inputs if len(inputs) > 1 else inputs[0], answers, name=theirs.name)
 
     def _layer(self, theirs: Any) -> Any:
-        """The counterpart of a layer, or of a model used as one, and what it was made of."""
+        """Return the counterpart of a layer, or of a model used as one, and its settings."""
         if id(theirs) not in self.made:
             nested = hasattr(theirs, "_run_through_graph") or hasattr(theirs, "_functional")
             self.made[id(theirs)] = (theirs, self.network(theirs) if nested else self._single(theirs))
         return self.made[id(theirs)]
 
     def _call(self, pair: tuple[Any, Any], *arguments: Any, **keywords: Any) -> Any:
-        """Call a counterpart in the graph; its weights exist from then on."""
+        """Call a counterpart in the graph, which creates its weights."""
         theirs, layer = pair
         used = {name: value for name, value in keywords.items() if value is not None}
         try:
@@ -174,7 +174,7 @@ class _Conversion:
             raise self._refused(theirs, f"cannot be made in Keras 2 ({error})") from error
 
     def _settings(self, theirs: Any, own: Any) -> dict[str, Any]:
-        """A layer's settings without what Keras 2 does not know, which must be as if it had not been set."""
+        """Return a layer's settings without those unknown to Keras 2, which must have their default value."""
         kind = type(theirs).__name__
         config = {RENAMED.get((kind, k), k): v for k, v in _plain(theirs.get_config()).items()}
         supported = {"name", "trainable", "dtype", *_parameters(own)}
@@ -190,7 +190,7 @@ class _Conversion:
 
 
 def _parameters(kind: Any) -> dict[str, Any]:
-    """Parameters of a class and its bases, with their defaults."""
+    """Return the parameters of a class and its bases, with their defaults."""
     defaults: dict[str, Any] = {}
     for base in reversed(kind.__mro__[:-1]):
         for name, parameter in inspect.signature(base.__init__).parameters.items():
@@ -199,9 +199,9 @@ def _parameters(kind: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as Keras 2 writes it: a precision by its name, a function by its own, anything inside likewise.
+    """Return a setting as Keras 2 writes it: a precision or a function by name, nested settings likewise.
 
-    Without initializers, whose settings differ: the weights are given.
+    Initializers are left out, since their settings differ and the weights are given.
     """
     if isinstance(value, Mapping):
         if value.get("class_name") == "DTypePolicy":

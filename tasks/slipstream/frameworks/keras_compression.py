@@ -1,8 +1,8 @@
 """Training under a constraint with tensorflow-model-optimization: sparse, clustered or quantized weights.
 
-A network is wrapped, trained by keras_training.fit, and stripped again. What was asked for is then measured on what is
-left: the wrappers' own figures say what they meant to do. Later techniques keep what earlier ones left: clustering and
-quantization-aware training keep zeros where there were zeros, the latter also the clusters (Arm's collaborative
+A network is wrapped, trained by keras_training.fit, and stripped again. The requested properties are then measured on
+the result: the wrappers' own figures report only their intention. Later techniques preserve the results of earlier
+ones: clustering and quantization-aware training keep zeros, the latter also the clusters (Arm's collaborative
 optimization: https://www.tensorflow.org/model_optimization/guide/combine/collaborative_optimization).
 """
 
@@ -31,7 +31,7 @@ from slipstream.spec import Cluster, Prune, Quantize
 log = logging.getLogger(__name__)
 
 SLACK = 0.005
-"""How far sparsity may stay behind what was asked: weights of equal magnitude at the threshold are all kept."""
+"""Allowed shortfall of sparsity: weights of equal magnitude at the threshold are all kept."""
 BLOCK, ZEROS = 4, 2
 """The pattern 2:4: of four weights along the input channels, two are zero."""
 
@@ -44,7 +44,7 @@ class Constrained:
     source: CandidateManifest
     strip: Callable[[Any], Any]
     require: Callable[[Any], None]
-    """Raises ModelError when the stripped network does not have what was asked for."""
+    """Raises ModelError if the stripped network does not have the requested properties."""
     write: Callable[[Any, npt.NDArray[Any], Path], None]
     section: Prune | Cluster | Quantize
 
@@ -59,7 +59,7 @@ class Constrained:
         return isinstance(self.section, Cluster) or self.source.unique_weights > 0
 
     def finish(self) -> dict[str, float]:
-        """Strip the network, and measure what is left. Raises ModelError when it is not what was asked for."""
+        """Strip the network and measure the result. Raise ModelError if it does not have the requested properties."""
         self.network = self.strip(self.network)
         self.require(self.network)
         return measure(self.network, self.source.parameters)
@@ -69,7 +69,7 @@ class Constrained:
         figures = measure(self.network, self.source.parameters)
         folder.mkdir(parents=True)
         self.write(self.network, samples.inputs[:8], folder)
-        # Later techniques keep what the manifest names, so it names only what was asked for.
+        # Later techniques keep what the manifest names, so it names only what was requested.
         manifest = self.source.model_copy(
             update={
                 "sparsity": figures["sparsity"] if self.is_sparse else 0.0,
@@ -81,9 +81,9 @@ class Constrained:
 
 
 def constrain(network: Any, source: CandidateManifest, section: Any, job: Job, schedule: Schedule) -> Constrained:
-    """The network of the candidate `source`, ready to be trained as a section of the spec says.
+    """Return the network of the candidate `source`, ready to be trained as a section of the spec says.
 
-    It is changed. Raises ModelError when it has no layer that can be, SpecError when the training is too short.
+    The network is changed. Raise ModelError if it has no suitable layer, SpecError if the training is too short.
     """
     seed_everything(job.seed)  # k-means++ draws its first centroids
     if isinstance(section, Prune):
@@ -95,7 +95,7 @@ def constrain(network: Any, source: CandidateManifest, section: Any, job: Job, s
 
 
 def sparse(network: Any, source: CandidateManifest, prune: Prune, steps: int) -> Constrained:
-    """Weights of least magnitude become zero: gradually (`magnitude`), or two of each four at once (`2:4`).
+    """Set weights of smallest magnitude to zero: gradually (`magnitude`), or two of each four at once (`2:4`).
 
     `steps` are those of an epoch.
     """
@@ -135,12 +135,12 @@ def sparse(network: Any, source: CandidateManifest, prune: Prune, steps: int) ->
 
 
 def clustered(network: Any, source: CandidateManifest, cluster: Cluster) -> Constrained:
-    """Each layer's weights take few different values, which are trained (Han et al. 2016).
+    """Restrict each layer's weights to few distinct values, which are trained (Han et al. 2016).
 
     In a sparse network one of them is zero, and zeros stay where they are.
     """
     before = zeros(network)
-    # With as many clusters as weights there is nothing to share.
+    # With as many clusters as weights, there is nothing to share.
     chosen = [name for name, kernel in kernels(network) if kernel.size > cluster.clusters]
     if not chosen:
         raise ModelError(f"cluster: no layer has more than {cluster.clusters} weights; lower cluster.clusters")
@@ -162,11 +162,11 @@ def clustered(network: Any, source: CandidateManifest, cluster: Cluster) -> Cons
 
 
 def quantized(network: Any, source: CandidateManifest, quantize: Quantize) -> Constrained:
-    """Weights and activations are rounded to INT8 in the forward pass (Jacob et al. 2018).
+    """Round weights and activations to INT8 in the forward pass (Jacob et al. 2018).
 
-    The scheme also keeps zeros and clusters, where the candidate has them. INT8 has a scale for each output channel of
-    a convolution, and so clusters are trained by channel there: the whole layer may have more values than before, a
-    channel never.
+    The scheme also keeps zeros and clusters, if the candidate has them. INT8 has a scale for each output channel of a
+    convolution, so clusters are trained by channel there: the whole layer may have more values than before, a channel
+    never.
     """
     keep_zeros, keep_clusters = source.sparsity > 0, source.unique_weights > 0
     before, values = zeros(network), unique(network)
@@ -198,10 +198,10 @@ def quantized(network: Any, source: CandidateManifest, quantize: Quantize) -> Co
 
 
 def write_quantized(network: Any, samples: npt.NDArray[Any], folder: Path) -> None:
-    """Write `saved_model/` with the trained ranges, for LiteRT, and `model.onnx` with the trained weights alone.
+    """Write `saved_model/` with the trained ranges, for LiteRT, and `model.onnx` with the trained weights only.
 
-    tf2onnx writes Q/DQ nodes around activations, but rounds weights in place, which engines do not compute in INT8:
-    the step `quantize` puts in both. Raises ModelError.
+    tf2onnx writes Q/DQ nodes around activations, but rounds weights in place, which engines do not compute in INT8: the
+    step `quantize` inserts both. Raise ModelError.
     """
     keras_files.require_finite(network)
     serve = keras_files.write_saved_model(network, samples, folder / keras_files.SAVED_MODEL)
@@ -210,7 +210,7 @@ def write_quantized(network: Any, samples: npt.NDArray[Any], folder: Path) -> No
 
 
 def _drop_rounding(path: Path) -> None:
-    """Take QuantizeLinear and DequantizeLinear around activations out of an ONNX file: values pass as they are.
+    """Remove QuantizeLinear and DequantizeLinear around activations from an ONNX file: values pass unchanged.
 
     A Transpose or Reshape may lie between the two; it then moves numbers instead of codes. Weights that are stored as
     codes keep their DequantizeLinear.
@@ -248,7 +248,7 @@ def _drop_rounding(path: Path) -> None:
 
 
 def _wrap(network: Any, chosen: Callable[[Any], bool], wrapper: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """The network with some of its layers wrapped, also in networks within it."""
+    """Return the network with some of its layers wrapped, also in nested networks."""
 
     def wrap(layer: Any) -> Any:
         if isinstance(layer, keras.Model):
@@ -261,7 +261,7 @@ def _wrap(network: Any, chosen: Callable[[Any], bool], wrapper: Callable[..., An
 
 
 def _decay(prune: Prune) -> Any:
-    """Zhu and Gupta (2017), equation 1, over training steps."""
+    """Return the sparsity of Zhu and Gupta (2017), equation 1, over training steps."""
     first, last = prune.sparsity
     return tfmot.sparsity.keras.PolynomialDecay(
         first, last, prune.begin_step, prune.end_step, power=3, frequency=prune.frequency
@@ -269,9 +269,9 @@ def _decay(prune: Prune) -> Any:
 
 
 def measure(network: Any, parameters: int) -> dict[str, float]:
-    """`sparsity` (share of zeros in the weights of convolutions and dense layers), `unique_weights` (the most different
-    values in one of them), the same for one output channel, the candidate's `parameters`, and how many of them are not
-    zero. The ranges that training for INT8 adds are no parameters."""
+    """Return `sparsity` (share of zeros in the weights of convolutions and dense layers), `unique_weights` (the largest
+    number of distinct values in one of them), the same for one output channel, the candidate's `parameters`, and how
+    many of them are not zero. The ranges that INT8 training adds are not parameters."""
     empty = zeros(network)
     total = sum(kernel.size for _, kernel in kernels(network))
     return {
@@ -284,17 +284,17 @@ def measure(network: Any, parameters: int) -> dict[str, float]:
 
 
 def zeros(network: Any) -> dict[str, int]:
-    """Layer → weights that are zero."""
+    """Return masks of zero weights by layer."""
     return {name: int((kernel == 0).sum()) for name, kernel in kernels(network)}
 
 
 def unique(network: Any) -> int:
-    """The most different values in one layer's weights."""
+    """Return the largest number of distinct values in one layer's weights."""
     return max((len(np.unique(kernel)) for _, kernel in kernels(network)), default=0)
 
 
 def unique_by_channel(network: Any) -> int:
-    """The most different values in one output channel of a layer's weights."""
+    """Return the largest number of distinct values in one output channel of a layer's weights."""
     channels = (kernel[..., c] for _, kernel in kernels(network) for c in range(kernel.shape[-1]))
     return max((len(np.unique(channel)) for channel in channels), default=0)
 
@@ -324,7 +324,7 @@ def _require_pattern(pruned: dict[str, npt.NDArray[Any]]) -> None:
 
 
 def _require_kept(before: dict[str, int], after: dict[str, int], source: CandidateManifest) -> None:
-    """Raise ModelError when a sparse candidate has lost zeros."""
+    """Raise ModelError if a sparse candidate has lost zeros."""
     lost = {name: before[name] - after.get(name, 0) for name in before if after.get(name, 0) < before[name]}
     if source.sparsity > 0 and lost:
         raise ModelError(f"zeros of the pruned weights were lost: {lost} by layer")

@@ -1,4 +1,4 @@
-"""Trained Keras models as files: found, read without unpickling anything, and written.
+"""Trained Keras models as files: finding, reading without unpickling, and writing.
 
 A candidate folder holds `candidate.json`, `model.keras` (what Keras trains on), `saved_model/` (only the inference, for
 LiteRT and OpenVINO) and `model.onnx`.
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 KERAS, SAVED_MODEL, GRAPH = "model.keras", "saved_model", "saved_model.pb"
 OPSET = 17
-"""The newest with which tf2onnx 1.17 writes GlobalAveragePool, which engines compute in INT8; with 18 it becomes a
-ReduceMean between transposes."""
+"""The newest opset with which tf2onnx 1.17 writes GlobalAveragePool, which engines compute in INT8; with 18 it becomes
+a ReduceMean between transposes."""
 
 
 class Served:
-    """A SavedModel that Keras did not describe: it answers, and that is all."""
+    """A SavedModel without Keras's description: it can only answer."""
 
     def __init__(self, folder: Path) -> None:
         self._loaded = tf.saved_model.load(str(folder))  # keeps the variables alive
@@ -51,13 +51,13 @@ class Served:
         (self._name,) = inputs
 
     def __call__(self, batch: Any, training: bool = False) -> Any:
-        """(N, …) inputs to (N, …) outputs."""
+        """Return (N, …) outputs for inputs (N, …)."""
         (answer,) = self._function(**{self._name: batch}).values()
         return answer
 
 
 def find(folder: Path) -> Path:
-    """The one trained model in a folder: a .keras file, else .h5, else a SavedModel's folder. Raises ModelError."""
+    """Find the one trained model in a folder: a .keras file, else .h5, else a SavedModel's folder. Raise ModelError."""
     kinds = (
         sorted(folder.rglob("*.keras")),
         sorted([*folder.rglob("*.h5"), *folder.rglob("*.hdf5")]),
@@ -73,9 +73,9 @@ def find(folder: Path) -> Path:
 
 
 def load(path: Path, architecture: Call | None) -> Any:
-    """The network of what `find` found. Code in it is never run: Lambda layers are refused.
+    """Return the network at `find`'s path. Code in it is never run: Lambda layers are rejected.
 
-    Files of Keras 3 are converted. A file of weights alone needs `architecture`. Raises ModelError.
+    Keras 3 files are converted. A file that contains only weights needs `architecture`. Raise ModelError.
     """
     if architecture is not None:
         user_function(architecture)  # its module registers the layers that it defines
@@ -106,7 +106,7 @@ def _load(path: Path, architecture: Call | None) -> Any:
 
 
 def _written_by(path: Path) -> str:
-    """Version of Keras that wrote a file; empty where it does not say."""
+    """Return the version of Keras that wrote a file; empty if the file does not say."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             return str(json.loads(file.read("metadata.json")).get("keras_version", ""))
@@ -124,9 +124,9 @@ def _built(path: Path, architecture: Call | None, why: str) -> Any:
 
 
 def _from_keras_3(path: Path, architecture: Call | None) -> Any:
-    """The network of a file that Keras 3 wrote: converted, or built by `architecture` and given its weights.
+    """Return the network of a Keras 3 file: converted, or built by `architecture` with the file's weights.
 
-    Both list weights layer by layer. That they were meant for one another is told by equal answers to random inputs.
+    Both list weights layer by layer. Equal answers to random inputs confirm that they belong together.
     """
     from slipstream.frameworks import keras_3
 
@@ -143,9 +143,9 @@ def _from_keras_3(path: Path, architecture: Call | None) -> Any:
 
 
 def write(network: Any, samples: npt.NDArray[Any], folder: Path) -> None:
-    """Write `model.keras` where Keras described the network, `saved_model/` and `model.onnx` into a folder.
+    """Write `model.keras` if Keras described the network, `saved_model/` and `model.onnx` into a folder.
 
-    Raises ModelError for NaN weights, and when ONNX Runtime answers the samples (N, …) in another way.
+    Raise ModelError for NaN weights, and if ONNX Runtime answers the samples (N, …) differently.
     """
     require_finite(network)
     if isinstance(network, keras.Model):
@@ -159,7 +159,7 @@ def write(network: Any, samples: npt.NDArray[Any], folder: Path) -> None:
 
 
 def write_keras(network: Any, path: Path) -> None:
-    """Write a .keras file whose bytes tell its content: Keras puts the time of day into them."""
+    """Write a .keras file whose bytes depend only on its content: Keras adds the time of day."""
     aside = path.with_name(f"aside-{path.name}")
     network.save(aside, save_format="keras")
     with zipfile.ZipFile(aside) as original, zipfile.ZipFile(path, "w") as file:
@@ -172,7 +172,8 @@ def write_keras(network: Any, path: Path) -> None:
 
 
 def write_saved_model(network: Any, samples: npt.NDArray[Any], folder: Path) -> Any:
-    """Write the inference alone, from tensor `input` to tensor `output`, with a dynamic batch; its tf.function."""
+    """Write only the inference, from tensor `input` to tensor `output`, with a dynamic batch; return its
+    tf.function."""
 
     @tf.function(  # type: ignore[untyped-decorator] # TensorFlow has no types
         input_signature=[tf.TensorSpec((None, *samples.shape[1:]), samples.dtype, name=INPUT)], autograph=False
@@ -185,13 +186,13 @@ def write_saved_model(network: Any, samples: npt.NDArray[Any], folder: Path) -> 
     if isinstance(network, Served):
         module.loaded = network._loaded
     tf.saved_model.save(module, str(folder), signatures={"serving_default": serve})
-    # Optional, and new each time: it holds a random id. Without it the same network makes the same bytes.
+    # Optional, and new each time: it holds a random id. Without it, the same network gives the same bytes.
     (folder / "fingerprint.pb").unlink(missing_ok=True)
     return serve
 
 
 def write_onnx(serve: Any, path: Path) -> None:
-    """Write FP32 ONNX by tf2onnx, with a dynamic batch. Raises ModelError for what ONNX does not have."""
+    """Write FP32 ONNX through tf2onnx, with a dynamic batch. Raise ModelError for operators that ONNX does not have."""
     import onnx
     import tf2onnx
 
@@ -208,7 +209,7 @@ def write_onnx(serve: Any, path: Path) -> None:
 
 def _drop_captured(model: Any) -> None:
     """Leave `input` as the only input. tf2onnx also lists the tensors that a function captured, such as the masks of
-    pruned weights, though they are constants by then: ONNX Runtime passes over them, NNCF asks for their values."""
+    pruned weights, although they are constants by then: ONNX Runtime ignores them, but NNCF asks for their values."""
     used = {name for node in model.graph.node for name in node.input}
     inputs = [value for value in model.graph.input if value.name == INPUT or value.name in used]
     del model.graph.input[:]
@@ -216,20 +217,20 @@ def _drop_captured(model: Any) -> None:
 
 
 def require_finite(network: Any) -> None:
-    """Raise ModelError that names the weights that hold NaN or infinity."""
+    """Raise ModelError that names the weights with NaN or infinity."""
     bad = [v.name for v in network.variables if v.dtype.is_floating and not np.isfinite(v.numpy()).all()]
     if bad:
         raise ModelError(f"the trained network: NaN or infinity in {', '.join(bad[:5])}; the training diverged")
 
 
 def kernels(network: Any) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Layer name and weight of each convolution and dense layer: what is pruned and clustered.
+    """Return layer name and weight of each convolution and dense layer, which are pruned and clustered.
 
-    Depthwise convolutions have few weights and are left whole, as tensorflow-model-optimization does.
+    Depthwise convolutions have few weights and are unchanged, as in tensorflow-model-optimization.
     """
     for layer in getattr(network, "layers", []):
         inner = layer
-        while hasattr(inner, "layer"):  # what quantization-aware training wraps it in
+        while hasattr(inner, "layer"):  # the wrapper of quantization-aware training
             inner = inner.layer
         if isinstance(inner, keras.Model):
             yield from kernels(inner)
@@ -239,7 +240,7 @@ def kernels(network: Any) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
 
 
 def compressible(layer: Any) -> bool:
-    """Whether a layer's weight is one that pruning and clustering work on."""
+    """Return whether pruning and clustering apply to a layer's weight."""
     kinds = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D, keras.layers.Dense)
     spared = (
         keras.layers.DepthwiseConv1D,

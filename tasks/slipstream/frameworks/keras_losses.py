@@ -1,4 +1,4 @@
-"""Losses for Keras: cross entropy or the user's, and how a teacher's answers enter them."""
+"""Losses for Keras: cross entropy or the user's, and the part of a teacher's answers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +15,11 @@ Loss = Callable[..., Any]
 """(outputs, labels) → mean loss; with soft targets (outputs, labels, teacher's outputs) → mean loss."""
 
 SMALLEST = 1e-7
-"""Probabilities are taken to be at least this before the logarithm, as Keras's own losses do."""
+"""Lower limit of probabilities before the logarithm, as in Keras's own losses."""
 
 
 def loss_of(network: Any, job: Job, given: Loss | None, soft: SoftTargets | None) -> Loss:
-    """The loss of a training: the one given, the user's `model.loss`, or cross entropy; with soft targets where any."""
+    """Return a training's loss: the given one, the user's `model.loss`, or cross entropy; with soft targets, if any."""
     call = job.loss
     own: Loss | None = given if given is not None or call is None else partial(user_function(call), **call.params)
     if own is not None:
@@ -35,7 +35,7 @@ def distillation_loss(temperature: float, weight: float) -> Loss:
     """Hinton et al. 2015: weight · T² · KL(teacher ‖ student at temperature T) + (1 − weight) · cross entropy.
 
     T² keeps the gradient of the soft part in proportion when T changes (their section 2). Logits are (N, classes), or
-    (N, classes, …) for maps of classes, where both parts are means over all places.
+    (N, classes, …) for maps of classes, where both parts are means over all positions.
     """
 
     def loss(logits: Any, labels: Any, teacher: Any) -> Any:
@@ -47,9 +47,9 @@ def distillation_loss(temperature: float, weight: float) -> Loss:
 
 
 def regression_loss(own: Loss, teacher: npt.NDArray[np.float32], weight: float) -> Loss:
-    """weight · smooth L1 (outputs, teacher's outputs) + (1 − weight) · the user's loss of outputs and labels.
+    """Return weight · smooth L1 (outputs, teacher's outputs) + (1 − weight) · the user's loss of outputs and labels.
 
-    The numbers along the last axis count the same: each is divided by its standard deviation over the teacher's
+    All numbers along the last axis have equal weight: each is divided by its standard deviation over the teacher's
     answers (Ba and Caruana 2014; Girshick 2015, equation 3).
     """
     spread = teacher.std(axis=tuple(range(teacher.ndim - 1)), dtype=np.float64)
@@ -64,7 +64,7 @@ def regression_loss(own: Loss, teacher: npt.NDArray[np.float32], weight: float) 
 
 
 def cross_entropy(logits: Any, labels: Any) -> Any:
-    """Mean over samples of logits (N, classes), or over the places of maps (N, classes, …); -1 is not judged."""
+    """Return the mean over samples of logits (N, classes), or over positions of maps (N, classes, …); -1 is ignored."""
     logits, labels = classes_last(logits), tf.cast(labels, tf.int64)
     judged = tf.cast(labels >= 0, logits.dtype)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
@@ -72,17 +72,18 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
 
 
 def classes_last(logits: Any) -> Any:
-    """Logits (N, classes, …), as the metrics take them, as (N, …, classes), as TensorFlow does; (N, classes) stay."""
+    """Return logits (N, classes, …), the metrics' form, as (N, …, classes), TensorFlow's form; (N, classes) is
+    unchanged."""
     return tf.transpose(logits, [0, *range(2, len(logits.shape)), 1])
 
 
 def logarithm(probabilities: Any) -> Any:
-    """Logits that softmax turns into these probabilities."""
+    """Return logits that softmax maps to these probabilities."""
     return tf.math.log(tf.clip_by_value(probabilities, SMALLEST, 1.0))
 
 
 def ends_in_softmax(network: Any) -> bool:
-    """Whether a network answers probabilities: its last layer is a softmax, or ends in one.
+    """Return whether a network answers probabilities: its last layer is a softmax, or ends in one.
 
     Most Keras classifiers do, and losses here take logits.
     """
@@ -92,7 +93,7 @@ def ends_in_softmax(network: Any) -> bool:
     last = layers[-1]
     if isinstance(last, keras.Model):
         return ends_in_softmax(last)
-    while hasattr(last, "layer"):  # what pruning, clustering and quantization wrap it in
+    while hasattr(last, "layer"):  # the wrapper of pruning, clustering and quantization
         last = last.layer
     activation = getattr(last, "activation", None)
     # Quantization-aware training wraps the activation as well.

@@ -22,20 +22,20 @@ from slipstream.measure.metrics.base import metric_for, value
 log = logging.getLogger(__name__)
 
 RISE, START, END = 0.3, 25.0, 25e4
-"""Share of the steps in which the rate rises, and the peak as a multiple of the first and of the last rate: what
-PyTorch's OneCycleLR does."""
+"""Share of the steps in which the rate rises, and the peak as a multiple of the first and of the last rate, as in
+PyTorch's OneCycleLR."""
 BATCH = 512
 TFMOT = "tensorflow_model_optimization"
 
 
 class Checkpoint:
-    """State of a training under way: arrays by name, in one file that is always whole (written aside, renamed)."""
+    """State of a training in progress: arrays by name, in one file that is always complete (written aside, renamed)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def load(self) -> dict[str, npt.NDArray[Any]] | None:
-        """The last state that was saved; None at the first attempt. Nothing is unpickled."""
+        """Return the last saved state, or None at the first attempt. Nothing is unpickled."""
         if not self.path.exists():
             return None
         with np.load(self.path, allow_pickle=False) as arrays:
@@ -62,11 +62,11 @@ class Training(training.Training):
 
     @property
     def folder(self) -> Path:
-        """For checkpoints: the same again when a killed step is tried again, and gone when the step is done."""
+        """Folder for checkpoints: the same again when a killed step is retried, and removed when the step is done."""
         return self._job.folder
 
     def checkpoint(self, name: str = "own") -> Checkpoint:
-        """A checkpoint for a loop of your own."""
+        """Return a checkpoint for a custom loop."""
         return Checkpoint(self._job.folder / f"{name}.npz")
 
     def _fit(self, network: Any, schedule: Schedule, name: str, loss: Loss | None) -> None:
@@ -80,14 +80,14 @@ class OneCycle(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore
         self.peak, self.steps = peak, steps
 
     def __call__(self, step: Any) -> Any:
-        """Rate of a step, from 0."""
+        """Return the rate of a step, from 0."""
         rise, position = RISE * self.steps - 1, tf.cast(step, tf.float32)
         up = _cosine(self.peak / START, self.peak, position / max(rise, 1))
         down = _cosine(self.peak, self.peak / END, (position - rise) / max(self.steps - 1 - rise, 1))
         return tf.where(position < rise, up, down)
 
     def get_config(self) -> dict[str, Any]:
-        """For Keras."""
+        """Return the settings, for Keras."""
         return {"peak": self.peak, "steps": self.steps}
 
 
@@ -102,7 +102,7 @@ def seed_everything(seed: int) -> None:
 
 
 def steps_per_epoch(samples: int, schedule: Schedule, seed: int) -> int:
-    """Batches of an epoch over a training split: whole ones of what is not held out."""
+    """Return the batches of an epoch over a training split: only whole ones, without the held-out part."""
     own = len(hold_out(samples, seed)[0])
     return own // min(schedule.batch_size, own)
 
@@ -116,7 +116,7 @@ def fit(
     loss: Loss | None = None,
     soft: SoftTargets | None = None,
 ) -> None:
-    """Train in place, as training.run says. Raises ModelError when the loss is no longer a number."""
+    """Train in place as training.run describes. Raise ModelError if the loss becomes NaN or infinite."""
     require_keras(network)
     loop = _Loop(network, job, schedule, loss_of(network, job, loss, soft), soft)
     training.run(loop, Checkpoint(job.folder / f"{name}.npz"))
@@ -140,7 +140,7 @@ class _Loop:
         self.step = tf.function(self._step, reduce_retracing=True)
 
     def _step(self, inputs: Any, *targets: Any) -> Any:
-        """One step on a batch; its loss."""
+        """Do one step on a batch; return its loss."""
         with tf.GradientTape() as tape:
             loss = self.loss(self.network(inputs, training=True), *targets)
             total = tf.add_n([loss, *self.network.losses])  # with the layers' own regularizers
@@ -149,10 +149,10 @@ class _Loop:
         return loss
 
     def epoch(self, epoch: int) -> float:
-        """One pass; the mean loss."""
+        """Do one pass; return the mean loss."""
         self._seed(epoch)
         pruning = _pruning(self.network)
-        # The order depends on seed and epoch alone, so that a resumed training sees the same one.
+        # The order depends only on seed and epoch, so that a resumed training sees the same one.
         order = np.random.default_rng((self.job.seed, self.schedule.epochs_before + epoch))
         shuffled, total = order.permutation(self.indices), 0.0
         for number in range(self.batches):
@@ -166,30 +166,31 @@ class _Loop:
         return total / self.batches
 
     def _seed(self, epoch: int) -> None:
-        """Random numbers of layers such as dropout: from seed and epoch alone, so that a resumed training has them."""
+        """Seed the random numbers of layers such as dropout from seed and epoch only, so a resumed training repeats
+        them."""
         for number, generator in enumerate(_generators(self.network)):
             sequence = np.random.SeedSequence((self.job.seed, self.schedule.epochs_before + epoch, number))
             generator.reset_from_seed(int(sequence.generate_state(1)[0]))
 
     def validate(self) -> float:
-        """The metric on the held-out part of the training split, in percent."""
+        """Return the metric on the held-out part of the training split, in percent."""
         split = self.job.data.train
         answers, labels = logits(self.network, split.inputs[self.held_out]), split.labels[self.held_out]
         self.metric.check(answers, labels, "the network", ModelError)
         return 100 * value(self.metric, self.metric.evaluate(answers, labels))
 
     def learning_rate(self) -> float:
-        """Rate after the last batch."""
+        """Return the rate after the last batch."""
         return float(self.optimizer.learning_rate)
 
     def state(self, epochs_done: int) -> dict[str, npt.ArrayLike]:
-        """All that decides how training goes on."""
+        """Return everything that determines how training continues."""
         parts = {"network": self.variables, "optimizer": list(self.optimizer.variables)}
         arrays = {f"{part}-{i}": v.numpy() for part, variables in parts.items() for i, v in enumerate(variables)}
         return {"epochs_done": np.int64(epochs_done), **arrays}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> int:
-        """Go on from a state; epochs that are already done."""
+        """Continue from a state; return the number of completed epochs."""
         for part, variables in (("network", self.variables), ("optimizer", list(self.optimizer.variables))):
             for i, variable in enumerate(variables):
                 variable.assign(state[f"{part}-{i}"])
@@ -205,7 +206,7 @@ def _optimizer(schedule: Schedule, steps: int) -> Any:
 
 
 def _pruning(network: Any) -> Any:
-    """What counts the steps of pruning's schedule; nothing happens for a network that is not being pruned."""
+    """Return the callback that counts the steps of pruning's schedule; no effect if the network is not being pruned."""
     if TFMOT not in sys.modules:  # takes seconds to import, and has been where a network is wrapped for pruning
         return keras.callbacks.Callback()
     import tensorflow_model_optimization as tfmot
@@ -217,9 +218,9 @@ def _pruning(network: Any) -> Any:
 
 
 def _generators(network: Any) -> list[Any]:
-    """The random generators of a network's layers, in order.
+    """Return the random generators of a network's layers, in order.
 
-    Keras keeps them out of the variables, and names no public way to them.
+    Keras does not include them in the variables, and has no public access to them.
     """
     held = [getattr(layer, "_random_generator", None) for layer in network.submodules]
     generators = [getattr(h, "_generator", None) for h in held]
@@ -227,22 +228,22 @@ def _generators(network: Any) -> list[Any]:
 
 
 def logits(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """(N, …) inputs to (N, …) float32 outputs; the logarithm where the network answers probabilities.
+    """Return (N, …) float32 outputs for inputs (N, …); the logarithm if the network answers probabilities.
 
-    Class scores can then be taken for logits: their order is the same, and softmax gives the probabilities.
+    Class scores can then be used as logits: their order is the same, and softmax gives the probabilities.
     """
     answer = outputs(network, inputs)
     return np.asarray(logarithm(answer)) if ends_in_softmax(network) else answer
 
 
 def outputs(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """(N, …) inputs to (N, …) float32 outputs in inference mode."""
+    """Return (N, …) float32 outputs for inputs (N, …) in inference mode."""
     batches = (tf.constant(inputs[i : i + BATCH]) for i in range(0, len(inputs), BATCH))
     return np.concatenate([np.asarray(network(batch, training=False), np.float32) for batch in batches])
 
 
 def require_keras(network: Any) -> None:
-    """Raise ModelError for a SavedModel that Keras did not describe, which only answers."""
+    """Raise ModelError for a SavedModel without Keras's description, which can only answer."""
     if not isinstance(network, keras.Model):
         raise ModelError(
             "the model is a SavedModel without Keras's own description of its layers: it can be quantized and built, "

@@ -1,9 +1,9 @@
-"""Which process of a group this one is, when a launcher started it: read from the environment, with no framework.
+"""This process's place in a group that a launcher started, read from the environment, without a framework.
 
 `torchrun` sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as other launchers do. Kubeflow Trainer sets PET_NNODES,
 PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT instead, from which torchrun would start the
 processes of a pod (pkg/runtime/framework/plugins/torch/torch.go). With one process in each pod there is nothing to
-start: the pod's own process joins, and its exit code stays what it is (torchrun's is 1, whatever happened).
+start: the pod's own process joins, and its exit code is preserved (torchrun always exits with 1).
 """
 
 import os
@@ -22,12 +22,12 @@ class Place:
     rank: int
     size: int
     address: str
-    """Where process 0's node offers the store by which the processes find one another."""
+    """Address on process 0's node of the store through which the processes find one another."""
     port: int
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """This process's place; None for a process that is on its own. Raises SpecError for what cannot be joined."""
+    """Return this process's place, or None for a single process. Raise SpecError for an unsupported launch."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         position = _read(environment, "RANK", "WORLD_SIZE", "")
     elif "PET_NODE_RANK" in environment and "PET_NNODES" in environment:

@@ -1,7 +1,7 @@
-"""ONNX: a model that somebody else trained and exported, without its training code.
+"""ONNX: a model that was trained and exported elsewhere, without its training code.
 
-A candidate folder holds `candidate.json` and `model.onnx`. A network is a `Network`: the graph, in the form that
-onnx_graph.py says. It cannot be trained, so this is a Framework, but no Trainer.
+A candidate folder holds `candidate.json` and `model.onnx`. A network is a `Network`: the graph, in the form described
+in onnx_graph.py. It cannot be trained, so this is a Framework, but not a Trainer.
 """
 
 import logging
@@ -23,12 +23,12 @@ from slipstream.spec import Call
 log = logging.getLogger(__name__)
 
 SAMPLES = 8
-"""Samples on which a model's batch dimension is tried."""
+"""Number of samples on which a model's batch dimension is tested."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A graph whose batch is dynamic, and the one that it was made from where that had a batch of a certain size."""
+    """A graph whose batch is dynamic, and the original graph if that had a fixed batch size."""
 
     model: onnx.ModelProto
     fixed: onnx.ModelProto | None = None
@@ -44,19 +44,19 @@ class OnnxFramework:
     """See frameworks.base.Framework."""
 
     def load_eager(self, candidate: Path, threads: int | None = None) -> Session:
-        """The candidate as it is written: ONNX Runtime without any optimisation of the graph.
+        """Return the candidate as written: ONNX Runtime without any optimization of the graph.
 
-        That is the baseline which people know who were given a file. Its kernels are ONNX Runtime's fast ones, so
-        expect less of a speed-up here than against PyTorch or Keras.
+        This is the baseline familiar to users of a given file. Its kernels are ONNX Runtime's fast ones, so expect less
+        of a speed-up than against PyTorch or Keras.
         """
         return Session(candidate / ONNX, threads)
 
     def load(self, candidate: Path) -> Network:
-        """The network of a candidate folder."""
+        """Return the network of a candidate folder."""
         return Network(onnx_graph.read(candidate / ONNX))
 
     def find_model(self, path: Path) -> Path:
-        """The one .onnx file in a folder, such as one that mlflow.onnx logged, or the file. Raises ModelError."""
+        """Return the one .onnx file in a folder, such as one that mlflow.onnx logged, or the file. Raise ModelError."""
         if path.is_file():
             if beside := onnx_graph.external_files(path):
                 raise ModelError(
@@ -72,14 +72,14 @@ class OnnxFramework:
         )
 
     def load_weights(self, weights: Path, architecture: Call | None) -> Network:
-        """The network in an ONNX file, checked and in the form that onnx_graph.py says. Raises ModelError."""
+        """Return the network in an ONNX file, checked and in the form described in onnx_graph.py. Raise ModelError."""
         model = onnx_graph.prepare(onnx_graph.read(weights), str(weights))
         if onnx_graph.dimensions(model.graph.input[0])[0] < 0:
             return Network(model)
         return Network(onnx_graph.free_batch(model), fixed=model)
 
     def save(self, network: Network, architecture: Call | None, samples: Split, folder: Path) -> CandidateManifest:
-        """Write a candidate folder. Raises ModelError unless a sample is answered the same in every batch."""
+        """Write a candidate folder. Raise ModelError unless a sample is answered the same in every batch."""
         model, inputs = network.model, samples.inputs[:SAMPLES]
         _require_input(model, inputs)
         outputs = _tried(network, inputs)
@@ -98,13 +98,13 @@ class OnnxFramework:
         return manifest
 
     def logits(self, network: Network, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """(N, …) inputs to (N, …) outputs."""
+        """Return (N, …) outputs for inputs (N, …)."""
         _require_input(network.model, inputs)
         return Session(network.model).answers(inputs)
 
 
 def _require_input(model: onnx.ModelProto, inputs: npt.NDArray[Any]) -> None:
-    """Raise ModelError when the model does not take the data."""
+    """Raise ModelError if the model does not take the data."""
     port = model.graph.input[0]
     shape, dtype = onnx_graph.dimensions(port)[1:], onnx_graph.dtype(port)
     fits = len(shape) == inputs.ndim - 1 and all(s in (-1, n) for s, n in zip(shape, inputs.shape[1:], strict=True))
@@ -120,7 +120,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _tried(network: Network, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The model's answers to samples, (N, …); each must be the same alone and among others, and as before."""
+    """Return the model's answers to samples, (N, …); each must be the same alone and among others, and as before."""
     mend = "export the model again with a dynamic first dimension (dynamic_axes or dynamic_shapes)"
     try:
         if network.fixed is not None:
@@ -135,7 +135,7 @@ def _tried(network: Network, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32
 
 
 def _require_as_before(network: Network, fixed: onnx.ModelProto, inputs: npt.NDArray[Any]) -> None:
-    """Raise ModelError unless samples are answered as by the model whose batch had a certain size."""
+    """Raise ModelError unless samples are answered as by the model with the fixed batch size."""
     full = -(-len(inputs) // network.batch) * network.batch
     repeated = np.resize(inputs, (full, *inputs.shape[1:]))  # as many as fill the last batch
     before = Session(fixed).answers(repeated, batch=network.batch)
@@ -144,7 +144,7 @@ def _require_as_before(network: Network, fixed: onnx.ModelProto, inputs: npt.NDA
 
 
 def _output_shape(model: onnx.ModelProto, outputs: npt.NDArray[Any]) -> tuple[int, ...]:
-    """Shape of an answer; -1 where it varies, which it can only if the input does."""
+    """Return the shape of an answer; -1 where it varies, which is possible only if the input's does."""
     if -1 not in onnx_graph.dimensions(model.graph.input[0])[1:]:
         return outputs.shape[1:]
     return onnx_graph.dimensions(onnx_graph.infer_shapes(model).graph.output[0])[1:]

@@ -1,7 +1,7 @@
 """PyTorch: networks from the user's functions, weights as safetensors, ONNX for the engines.
 
-A candidate folder holds `candidate.json`, `weights.safetensors`, `model.onnx` and, when channels were removed,
-`pruning.json`: the history by which the architecture is cut again before the weights are loaded into it.
+A candidate folder holds `candidate.json`, `weights.safetensors`, `model.onnx` and, if channels were removed,
+`pruning.json`: the history that is replayed on the architecture before the weights are loaded into it.
 """
 
 import logging
@@ -43,9 +43,9 @@ T = TypeVar("T")
 
 OPSET = 20
 NAMED = 5
-"""How many misfitting weights an error lists."""
+"""Maximum number of misfitting weights that an error lists."""
 RUNNING = ("running_mean", "running_var")
-"""Buffers of norms that follow the training."""
+"""Buffers of norms that change during training."""
 
 
 class TorchEager:
@@ -57,7 +57,7 @@ class TorchEager:
             torch.set_num_threads(threads)
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, …) inputs to (N, …) float32 outputs."""
+        """Return (N, …) float32 outputs for inputs (N, …)."""
         if not batch.flags.writeable:  # PyTorch shares memory and warns that it could write
             batch = batch.copy()
         with torch.inference_mode():
@@ -69,18 +69,18 @@ class TorchFramework:
     """See frameworks.base.Framework."""
 
     def load_eager(self, candidate: Path, threads: int | None = None) -> TorchEager:
-        """The candidate in FP32. `threads` is set for the whole process: PyTorch knows no other way."""
+        """Return the candidate in FP32. `threads` applies to the whole process: PyTorch has no other way."""
         return TorchEager(self.load(candidate), threads)
 
     def build(self, architecture: Call | None, seed: int) -> Any:
-        """The untrained network. Raises ModelError when the function does not return a torch.nn.Module."""
+        """Return the untrained network. Raise ModelError if the function does not return a torch.nn.Module."""
         assert architecture is not None, "the spec refuses a torch model without an architecture"
         torch_training.seed_everything(seed)
         network = user_function(architecture)(**architecture.params)
         return _require_module(network, architecture)
 
     def load(self, candidate: Path) -> Any:
-        """The trained network. Raises ModelError when the weights do not fit the architecture."""
+        """Return the trained network. Raise ModelError if the weights do not fit the architecture."""
         manifest = read_manifest(candidate)
         if manifest.architecture is None or manifest.quantized:
             raise ModelError(f"{candidate}: holds only an ONNX form; PyTorch needs the candidate before quantization")
@@ -90,7 +90,8 @@ class TorchFramework:
         return network.eval()
 
     def find_model(self, path: Path) -> Path:
-        """The one file of weights in a folder, or the file. Raises ModelError: pickled models are never loaded."""
+        """Return the one file of weights in a folder, or the file. Raise ModelError: pickled models are never
+        loaded."""
         files = [path] if path.is_file() else sorted(path.rglob(WEIGHTS))
         if len(files) == 1:
             return files[0]
@@ -100,22 +101,22 @@ class TorchFramework:
         )
 
     def load_weights(self, weights: Path, architecture: Call | None) -> Any:
-        """A network with weights from a safetensors file. Raises ModelError when they do not fit."""
+        """Return a network with weights from a safetensors file. Raise ModelError if they do not fit."""
         assert architecture is not None, "the spec refuses a torch model without an architecture"
         network = self.build(architecture, seed=0)
         load_state(network, weights, architecture)
         return network.eval()
 
     def save(self, network: Any, architecture: Call | None, samples: Split, folder: Path) -> CandidateManifest:
-        """Write a candidate folder. Raises ModelError for NaN weights, or when ONNX Runtime and PyTorch disagree."""
+        """Write a candidate folder. Raise ModelError for NaN weights, or if ONNX Runtime and PyTorch disagree."""
         return save(network, architecture, samples, folder)
 
     def logits(self, network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """(N, …) inputs to (N, classes) outputs."""
+        """Return (N, classes) outputs for inputs (N, …)."""
         return torch_training.logits(network, inputs)
 
     def train(self, function: Call, job: Job) -> Any:
-        """The network that the user's train function returns. Raises ModelError when it returns something else."""
+        """Return the network that the user's train function returns. Raise ModelError if it returns something else."""
         torch_training.seed_everything(job.seed)
         network = user_function(function)(torch_training.Training(job), **function.params)
         return _require_module(network, function)
@@ -126,7 +127,7 @@ class TorchFramework:
         torch_training.fit(network, job, schedule, name, soft=soft)
 
     def pruner(self, candidate: Path) -> "CandidatePruner":
-        """A pruner for a candidate's network."""
+        """Return a pruner for a candidate's network."""
         return CandidatePruner(self, candidate)
 
     def require_prunable(self, network: Any, samples: Split, prune: Prune) -> None:
@@ -135,20 +136,20 @@ class TorchFramework:
         torch_pruner.require_prunable(network, sample, prune.sparsity[1], prune.round_to)
 
     def join(self, place: Place) -> Group:
-        """The group that a launcher started this process for."""
+        """Join the group that a launcher started this process for."""
         return torch_distributed.join(place)
 
     def launch(self, workers: int, function: Callable[..., T], *arguments: Any) -> T:
-        """Call `function(group, *arguments)` in so many processes; what process 0 returned."""
+        """Call `function(group, *arguments)` in that many processes; return process 0's result."""
         return torch_distributed.launch(workers, function, *arguments)
 
 
 class CandidatePruner(torch_pruner.ChannelPruner):
-    """A channel pruner that knows which candidate its network came from."""
+    """A channel pruner that records which candidate its network came from."""
 
     def __init__(self, framework: TorchFramework, candidate: Path) -> None:
         manifest = read_manifest(candidate)
-        network = framework.load(candidate)  # refuses a candidate without an architecture
+        network = framework.load(candidate)  # rejects a candidate without an architecture
         assert manifest.architecture is not None
         self._architecture = manifest.architecture
         sample = torch_pruner.sample_of(manifest.input_shape, manifest.input_dtype)
@@ -156,7 +157,7 @@ class CandidatePruner(torch_pruner.ChannelPruner):
         super().__init__(network, sample, whole, torch_pruner.read_history(candidate))
 
     def save(self, folder: Path, samples: Split) -> CandidateManifest:
-        """Write the network, with what was removed from it, as a candidate folder."""
+        """Write the network, with the record of its removed channels, as a candidate folder."""
         sparsity = self.figures()["sparsity"]
         manifest = save(self.network, self._architecture, samples, folder, sparsity=sparsity)
         torch_pruner.write_history(folder, self.history)
@@ -166,7 +167,7 @@ class CandidatePruner(torch_pruner.ChannelPruner):
 def save(
     network: Any, architecture: Call | None, samples: Split, folder: Path, *, sparsity: float = 0.0
 ) -> CandidateManifest:
-    """Write weights, ONNX form and manifest into `folder`, which is made. Raises ModelError."""
+    """Write weights, ONNX form and manifest into `folder`, which is created. Raise ModelError."""
     network = network.eval().to(memory_format=torch.contiguous_format)
     folder.mkdir(parents=True)
     state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in network.state_dict().items()}
@@ -190,7 +191,7 @@ def save(
 
 
 def load_state(network: Any, path: Path, architecture: Call) -> None:
-    """Load a safetensors file strictly. Raises ModelError that names what is missing, unexpected or misshapen."""
+    """Load a safetensors file strictly. Raise ModelError that names missing, unexpected or misshapen weights."""
     try:
         state = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
@@ -221,7 +222,7 @@ def _list(names: list[str]) -> str:
 
 
 def _require_sound(network: Any, state: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError for NaN, and for infinity in what training changes: elsewhere it may be a mask."""
+    """Raise ModelError for NaN, and for infinity in trained values: elsewhere it may be a mask."""
     trained = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     trained |= {name for name in state if name.endswith(RUNNING)}
     floating = {name: values for name, values in state.items() if values.is_floating_point()}
@@ -237,10 +238,11 @@ def _require_module(network: Any, call: Call) -> Any:
 
 
 def _export(network: Any, inputs: npt.NDArray[Any], path: Path) -> None:
-    """Write FP32 ONNX with a dynamic batch, and a dynamic length where inputs are token ids.
+    """Write FP32 ONNX with a dynamic batch, and a dynamic length if inputs are token ids.
 
-    By the TorchScript exporter: 0.6 s where dynamo=True takes 10 (and the same bytes for the same weights, without
-    the source paths of this machine); it is deprecated but part of the torch versions that pyproject.toml allows.
+    This uses the TorchScript exporter: 0.6 s, compared with 10 for dynamo=True (and the same bytes for the same
+    weights, without this machine's source paths); it is deprecated but part of the torch versions that pyproject.toml
+    allows.
     """
     axes = {0: "batch", 1: "length"} if tokens.is_token_ids(inputs) else {0: "batch"}
     with warnings.catch_warnings():

@@ -1,7 +1,7 @@
-"""Whether an exported ONNX file answers as the PyTorch network does, and which module departs first when not.
+"""Whether an exported ONNX file gives the PyTorch network's answers, and if not, which module diverges first.
 
-The exporter names a node after the modules that it came from, so that a module's output is the tensor of the last node
-in its scope. Batch norm is folded into the convolution before it; the ONNX then has one tensor for both.
+The exporter names a node after the modules that it came from, so a module's output is the tensor of the last node in
+its scope. Batch norm is folded into the convolution before it; the ONNX then has one tensor for both.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,9 @@ Outputs = list[tuple[str, Any, npt.NDArray[Any]]]
 
 
 def require(network: Any, path: Path, inputs: npt.NDArray[Any]) -> None:
-    """Raise ModelError, naming the first module that departs, unless the ONNX file answers `inputs` (N, …) alike."""
-    # What was frozen at export for one batch size, or one length, shows only with another.
+    """Raise ModelError, naming the first module that diverges, unless the ONNX file gives the same answers to
+    `inputs`."""
+    # What was frozen at export for one batch size or length shows only with another.
     for samples in (inputs, inputs[:1], tokens.trim(inputs[:1])):
         eager = torch_training.logits(network, samples)
         problem = explain_mismatch(eager, reference(path, samples), EXACT)
@@ -36,7 +37,7 @@ def require(network: Any, path: Path, inputs: npt.NDArray[Any]) -> None:
 
 
 def first_departure(network: Any, path: Path, samples: npt.NDArray[Any]) -> str:
-    """A sentence that names the first module whose output no tensor of its scope in the ONNX equals."""
+    """Return a sentence naming the first module whose output equals no tensor of its scope in the ONNX."""
     values = tensors(path, samples)
     outputs = module_outputs(network, samples)
     last = last_tensors(path)
@@ -57,7 +58,7 @@ def first_departure(network: Any, path: Path, samples: npt.NDArray[Any]) -> str:
 
 
 def module_outputs(network: Any, samples: npt.NDArray[Any]) -> Outputs:
-    """Outputs of the modules that are called once and answer one tensor, for samples (N, …)."""
+    """Return outputs of the modules that are called once and answer one tensor, for samples (N, …)."""
     outputs: Outputs = []
 
     def record(name: str) -> Any:
@@ -78,7 +79,7 @@ def module_outputs(network: Any, samples: npt.NDArray[Any]) -> Outputs:
 
 
 def last_tensors(path: Path) -> dict[str, str]:
-    """Scope such as `/layer1/layer1.0/conv1` → first output of the last node in it; the network's own scope is ``."""
+    """Return the last node's first output by scope, such as `/layer1/layer1.0/conv1`; the network's own scope is ``."""
     import onnx
 
     by_scope: dict[str, str] = {}
@@ -92,9 +93,9 @@ def last_tensors(path: Path) -> dict[str, str]:
 
 
 def _scopes(network: Any, name: str = "", scope: str = "", label: str = "") -> Iterator[tuple[str, str]]:
-    """Name of a module, as PyTorch has it → its scope in the ONNX, as the exporter has it.
+    """Return the exporter's scope in the ONNX by PyTorch's module name.
 
-    A child of a sequence or a list is called after both (`layer1.0`); a list is no scope of its own.
+    A child of a sequence or a list is called after both (`layer1.0`); a list is not a scope.
     """
     yield name, scope
     numbered = isinstance(network, torch.nn.Sequential | torch.nn.ModuleList)

@@ -1,7 +1,7 @@
 """Processes that train one network together, with PyTorch's own launcher, gloo on processors and NCCL on GPUs.
 
-Every process runs the same function. Process 0 leads: it alone writes checkpoints and talks to MLflow. What the others
-need of it, it shares with them, so that nothing has to lie on a common disk.
+Every process runs the same function. Process 0 leads: only it writes checkpoints and talks to MLflow. It shares with
+the others what they need, so no common disk is required.
 """
 
 import ctypes
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 JOINING = timedelta(minutes=30)
-"""How long a process waits for the others to start: on a cluster images are pulled and nodes added meanwhile."""
+"""Time limit for the other processes to start: on a cluster, images are pulled and nodes added meanwhile."""
 WAITING = timedelta(hours=24)
-"""How long one waits for another in training. A dead process is noticed at once; this is for slow ones: a large
-teacher that answers, or a store that process 0 waits for."""
+"""Time limit for waiting in training. A dead process is noticed at once; this is for slow ones: a large teacher, or a
+store that process 0 waits for."""
 LAUNCHER_NOTICES_S = 5.0
-"""What a process that lost contact waits before it ends, so that the launcher sees first which one is gone."""
+"""Delay before a process that lost contact ends, so that the launcher sees first which one failed."""
 PIECE = 64 * 2**20
 """Bytes of a file that are sent at once."""
 ERROR = "slipstream/error"
@@ -50,9 +50,9 @@ LOCAL = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-"""On one machine nothing listens on an outside address: gloo uses the loopback, and the store is a file. PyTorch's
-TCP store would listen on all of them and ask nobody for a password. The last one silences a warning of each process
-that no parameter was unused."""
+"""On one machine nothing listens on an external address: gloo uses the loopback, and the store is a file. PyTorch's TCP
+store would listen on all addresses, without a password. The last variable silences a warning of each process that no
+parameter was unused."""
 
 
 class TorchGroup(Group):
@@ -79,7 +79,7 @@ class TorchGroup(Group):
     def wrap(self, network: Any) -> Any:
         """See Group. Weights and buffers of process 0 are copied to the others first.
 
-        Unused parameters are looked for in each pass, since a network may skip some; a single process copes too.
+        Unused parameters are detected in each pass, since a network may skip some; a single process supports that too.
         """
         place = device()
         return DistributedDataParallel(
@@ -104,7 +104,7 @@ class TorchGroup(Group):
             self._send(path, needed=not has[self.rank])
 
     def _send(self, path: Path, *, needed: bool) -> None:
-        """Send a file or folder of process 0 to all; written aside, then renamed, where it is needed."""
+        """Send a file or folder of process 0 to all; written aside, then renamed, if needed."""
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         names = self.share([f.relative_to(path).as_posix() for f in files])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ class TorchGroup(Group):
 
     @contextmanager
     def first_error_wins(self) -> Iterator[None]:
-        """See Group. The first error wins: those of processes that lost contact follow from it."""
+        """See Group. The first error wins: errors of processes that lost contact are consequences of it."""
         try:
             yield
         except Exception as error:
@@ -144,7 +144,7 @@ class TorchGroup(Group):
         try:
             mine = json.dumps(self._described(error))
             recorded = bytes(self._store.compare_set(ERROR, "", mine)).decode()
-        except (RuntimeError, ValueError) as gone:  # the store went with the process that held it
+        except (RuntimeError, ValueError) as gone:  # the store ended with the process that held it
             log.warning("the group's store does not answer: %s", gone)
             return _error(self._described(error))
         if recorded == mine and _lost_contact(error):
@@ -160,7 +160,7 @@ class TorchGroup(Group):
 
 
 def device() -> Any:
-    """Where this process trains: its own GPU, or the processors. Raises SpecError when a GPU would be shared."""
+    """Return where this process trains: its own GPU, or the processors. Raise SpecError if a GPU would be shared."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     here, there_are = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -174,16 +174,16 @@ def device() -> Any:
 
 def join(place: Place) -> TorchGroup:
     """Join the group that a launcher started this process for."""
-    # By the launcher's own variables where it set PyTorch's: they also say whether torchrun holds the store itself.
+    # Through the launcher's own variables if it set PyTorch's: they also say whether torchrun holds the store itself.
     url = "env://" if "RANK" in os.environ else f"tcp://{place.address}:{place.port}"
     store, rank, size = next(distributed.rendezvous(url, place.rank, place.size, timeout=JOINING))
     return TorchGroup(store, rank, size)
 
 
 def launch(workers: int, function: Callable[..., T], *arguments: Any) -> T:
-    """Call `function(group, *arguments)` in so many processes of this machine; what it returned in process 0.
+    """Call `function(group, *arguments)` in that many processes on this machine; return process 0's result.
 
-    When one fails, all end, and its error is raised here. A signal to this process ends them, and then this one.
+    If one fails, all end, and its error is raised here. A signal to this process ends them, and then this one.
     """
     with tempfile.TemporaryDirectory(prefix="slipstream-group-") as folder, _variables(workers):
         store = Path(folder) / "store"
@@ -195,11 +195,11 @@ def launch(workers: int, function: Callable[..., T], *arguments: Any) -> T:
             rdzv_backend="c10d",
             rdzv_endpoint=str(Path(folder) / "rendezvous"),
             rdzv_configs={"store_type": "file"},
-            max_restarts=0,  # Airflow tries again, from the checkpoint
+            max_restarts=0,  # Airflow retries, from the checkpoint
             local_addr="127.0.0.1",
             logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder) / "logs")),
         )
-        for name in ("torch.distributed", "torch.multiprocessing"):  # they tell at length what is raised here
+        for name in ("torch.distributed", "torch.multiprocessing"):  # they log at length what is raised here
             logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             result: T = elastic_launch(config, _member)(str(store), os.getpid(), function, arguments)[0]
@@ -213,7 +213,7 @@ def launch(workers: int, function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _member(store: str, parent: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    """One of the processes that `launch` starts. Ends with the exit code of the error that ended the group."""
+    """Run one of the processes that `launch` starts. Exit with the code of the error that ended the group."""
     _die_with(parent)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     group = TorchGroup(distributed.FileStore(store, size), rank, size)
@@ -227,7 +227,7 @@ def _member(store: str, parent: int, function: Callable[..., T], arguments: tupl
 
 
 def _die_with(parent: int) -> None:
-    """When the launcher is killed, the kernel ends this process too: two attempts must not write one checkpoint."""
+    """If the launcher is killed, make the kernel end this process too: two attempts must not write one checkpoint."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call above
@@ -235,7 +235,7 @@ def _die_with(parent: int) -> None:
 
 
 def _why(store: Path, workers: int, failed: ChildFailedError) -> SlipstreamError:
-    """The error that ended a group: what its processes said, else how the one ended that ended first."""
+    """Return the error that ended a group: as reported by its processes, or how the first one ended."""
     rank, failure = failed.get_first_failure()
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
@@ -253,13 +253,13 @@ def _error(described: dict[str, str]) -> SlipstreamError:
 
 
 def _lost_contact(error: Exception) -> bool:
-    """Whether the error only says that another process is gone. Gloo raises a plain RuntimeError that names itself."""
+    """Return whether the error only reports that another process is gone. Gloo raises a RuntimeError with its name."""
     return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 @contextmanager
 def _variables(workers: int) -> Iterator[None]:
-    """Environment for the processes: they share the processors, instead of each taking all of them."""
+    """Return the processes' environment: they share the processors, instead of each taking all of them."""
     threads = str(max(len(os.sched_getaffinity(0)) // workers, 1))
     settings = {name: os.environ.get(name, value) for name, value in {**LOCAL, "OMP_NUM_THREADS": threads}.items()}
     before = {name: os.environ.get(name) for name in settings}

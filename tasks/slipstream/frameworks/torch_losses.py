@@ -1,4 +1,4 @@
-"""Losses for PyTorch: cross entropy or the user's, and how a teacher's answers enter them."""
+"""Losses for PyTorch: cross entropy or the user's, and the part of a teacher's answers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ def distillation_loss(temperature: float, weight: float) -> Loss:
     """Hinton et al. 2015: weight · T² · KL(teacher ‖ student at temperature T) + (1 − weight) · cross entropy.
 
     T² keeps the gradient of the soft part in proportion when T changes (their section 2). Outputs are (N, classes), or
-    (N, classes, …) for maps of classes, where both parts are means over all places.
+    (N, classes, …) for maps of classes, where both parts are means over all positions.
     """
 
     def loss(logits: Any, labels: Any, teacher: Any) -> Any:
@@ -36,11 +36,11 @@ def distillation_loss(temperature: float, weight: float) -> Loss:
 
 
 def regression_loss(own: Loss, teacher: npt.NDArray[np.float32], weight: float) -> Loss:
-    """weight · smooth L1 (outputs, teacher's outputs) + (1 − weight) · the user's loss of outputs and labels.
+    """Return weight · smooth L1 (outputs, teacher's outputs) + (1 − weight) · the user's loss of outputs and labels.
 
-    Without knowing what outputs mean, a student can still regress on the teacher's (Ba and Caruana 2014). The numbers
-    along the last axis, such as pixels and scores of a box, count the same: each is divided by its standard deviation
-    over the teacher's answers (N, …, last), and large differences count linearly (Girshick 2015, equation 3).
+    Without knowing what outputs mean, a student can still regress on the teacher's (Ba and Caruana 2014). All numbers
+    along the last axis, such as coordinates and scores of a box, have equal weight: each is divided by its standard
+    deviation over the teacher's answers (N, …, last), and large differences count linearly (Girshick 2015, equation 3).
     """
     spread = teacher.std(axis=tuple(range(teacher.ndim - 1)), dtype=np.float64)
     scale = torch.from_numpy(np.where(spread > 0, spread, 1.0).astype(np.float32))
@@ -53,12 +53,12 @@ def regression_loss(own: Loss, teacher: npt.NDArray[np.float32], weight: float) 
 
 
 def cross_entropy(outputs: Any, labels: Any) -> Any:
-    """Mean over samples, or over the places of maps; -1 labels what is not judged."""
+    """Return the mean over samples, or over the positions of maps; the label -1 is ignored."""
     return functional.cross_entropy(outputs, labels, ignore_index=-1)
 
 
 def loss_of(job: Job, given: Loss | None, soft: SoftTargets | None) -> Loss:
-    """The loss of a training: the one given, the user's `model.loss`, or cross entropy; with soft targets where any."""
+    """Return a training's loss: the given one, the user's `model.loss`, or cross entropy; with soft targets, if any."""
     call = job.loss
     own: Loss | None = given if given is not None or call is None else partial(user_function(call), **call.params)
     if soft is None:

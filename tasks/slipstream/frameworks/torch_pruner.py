@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 HISTORY = "pruning.json"
 TOKENS = 16
-"""Length of the sample for a network that takes any."""
+"""Length of the sample for a network that accepts any length."""
 ATTENTION = ("Bmm", "Softmax", "ScaledDotProduct")
 """Parts of the names of autograd's operations in attention."""
 PRUNABLE = (torch.nn.Conv2d, torch.nn.Linear)
@@ -25,15 +25,15 @@ Removal = list[Any]
 
 
 class ChannelPruner:
-    """Removes whole channels, in every layer alike, those of the least magnitude first.
+    """Removes whole channels, in every layer alike, those of smallest magnitude first.
 
-    A layer's width goes to the multiple of `round_to` that is nearest to its share; torch-pruning's own rounding
-    goes down, which makes 8 of 16 channels from a sparsity of 0.1. Ranking within each group of coupled layers
-    keeps the widths what the spec says.
+    A layer's width becomes the multiple of `round_to` that is nearest to its share; torch-pruning's own rounding goes
+    down, which leaves 8 of 16 channels for a sparsity of 0.1. Ranking within each group of coupled layers keeps the
+    widths that the spec requests.
 
-    Left whole are the layers before attention's softmax and products, since any channel less would move the others
-    into another head; and layers whose width the network's code repeats as a number, where the others do not need
-    them to shrink too.
+    Unchanged are the layers before attention's softmax and products, since removing a channel would move the others
+    into another head; and layers whose width is a constant in the network's code, unless the others need them to shrink
+    too.
     """
 
     def __init__(self, network: Any, sample: Any, whole: dict[str, int], history: list[Removal]) -> None:
@@ -46,13 +46,13 @@ class ChannelPruner:
 
     @property
     def history(self) -> list[Removal]:
-        """All removals since the whole architecture."""
+        """All removals since the original architecture."""
         return self._history
 
     def prune(self, sparsity: float, round_to: int) -> None:
-        """Remove channels until the share `sparsity` of those at the start is gone. The outputs keep theirs.
+        """Remove channels until the share `sparsity` of the original ones is gone. The outputs keep theirs.
 
-        Raises ModelError when the network cannot be traced, or does not run with fewer channels.
+        Raise ModelError if the network cannot be traced, or does not run with fewer channels.
         """
         targets = {name: _target(width, sparsity, round_to) for name, width in self._start.items()}
         if self._roots is None:
@@ -62,9 +62,9 @@ class ChannelPruner:
             raise ModelError(f"prune: the network does not run with a sparsity of {sparsity:.3g}: {problem}")
 
     def figures(self) -> dict[str, float]:
-        """`sparsity` (share of the architecture's channels that is gone), `macs` of one sample, `parameters`.
+        """Return `sparsity` (share of the architecture's channels removed), `macs` of one sample, `parameters`.
 
-        A sample is a text of 16 tokens where the network takes any length.
+        A sample is a text of 16 tokens if the network accepts any length.
         """
         remaining = widths(self.network, self._sample)
         macs, parameters = torch_pruning.utils.count_ops_and_params(self.network, self._sample[:1])
@@ -76,9 +76,10 @@ class ChannelPruner:
 
 
 def sample_of(shape: tuple[int, ...], dtype: str) -> Any:
-    """Two samples to trace a network with, (2, …) in the data's dtype; `shape` is of one, with -1 where it varies.
+    """Return two samples to trace a network with, (2, …) in the data's dtype; `shape` is of one, with -1 where it
+    varies.
 
-    Whole numbers are ones: a token id or category that every network knows, where 0 would be padding alone.
+    Whole numbers are ones: a valid token id or category in every network, while 0 would be only padding.
     """
     sizes = [TOKENS if size == -1 else size for size in shape]
     kind = getattr(torch, dtype)
@@ -86,7 +87,7 @@ def sample_of(shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def require_prunable(network: Any, sample: Any, sparsity: float, round_to: int) -> None:
-    """Raise ModelError unless channels can be removed from the network; it is left as it is."""
+    """Raise ModelError unless channels can be removed from the network, which is unchanged."""
     tried = ChannelPruner(copy.deepcopy(network), sample, {}, [])
     tried.prune(sparsity, round_to)
     if not tried.history:
@@ -98,7 +99,8 @@ def require_prunable(network: Any, sample: Any, sparsity: float, round_to: int) 
 
 
 def widths(network: Any, sample: Any) -> dict[str, int]:
-    """Output channels of each convolution and linear layer but the last ones, whose channels are the classes."""
+    """Return output channels of each convolution and linear layer except the last ones, whose channels are the
+    classes."""
     outputs = _output_layers(_graph(network, sample))
     return {
         name: int(module.weight.shape[0])
@@ -108,7 +110,7 @@ def widths(network: Any, sample: Any) -> dict[str, int]:
 
 
 def replay(network: Any, candidate: Path, sample: Any) -> None:
-    """Remove from a whole network what was removed from the candidate's."""
+    """Remove from an original network what was removed from the candidate's."""
     history = read_history(candidate)
     if not history:
         return
@@ -122,7 +124,7 @@ def replay(network: Any, candidate: Path, sample: Any) -> None:
 
 
 def read_history(candidate: Path) -> list[Removal]:
-    """What was removed from a candidate; empty when it is whole. Raises ModelError."""
+    """Return what was removed from a candidate; empty if nothing was. Raise ModelError."""
     path = candidate / HISTORY
     if not path.exists():
         return []
@@ -134,18 +136,19 @@ def read_history(candidate: Path) -> list[Removal]:
 
 
 def write_history(candidate: Path, history: list[Removal]) -> None:
-    """Store what was removed beside the weights."""
+    """Store what was removed, next to the weights."""
     (candidate / HISTORY).write_text(json.dumps(history))
 
 
 def _target(start: int, sparsity: float, round_to: int) -> int:
-    """Width to keep of `start`: nearest multiple of `round_to`, at least one of it, never more than there is."""
+    """Return the width to keep of `start`: nearest multiple of `round_to`, at least one of it, never more than
+    `start`."""
     nearest = round(start * (1 - sparsity) / round_to) * round_to
     return min(max(nearest, round_to), start)
 
 
 def _roots(network: Any, sample: Any, targets: dict[str, int]) -> list[str]:
-    """The first layer of each group of coupled layers that can be cut to its target."""
+    """Return the first layer of each group of coupled layers that can be cut to its target."""
     graph = _graph(network, sample)
     names = {module: name for name, module in network.named_modules()}
     groups = graph.get_all_groups(ignored_layers=_output_layers(graph), root_module_types=list(PRUNABLE))
@@ -161,14 +164,14 @@ def _roots(network: Any, sample: Any, targets: dict[str, int]) -> list[str]:
 
 
 def _runs_with(network: Any, sample: Any, roots: list[str], targets: dict[str, int]) -> bool:
-    """Whether the network still runs when these layers are cut."""
+    """Return whether the network still runs when these layers are cut."""
     tried = copy.deepcopy(network)
     _cut(tried, sample, roots, targets)
     return _problem(tried, sample) is None
 
 
 def _cut(network: Any, sample: Any, roots: Collection[str], targets: dict[str, int]) -> list[Removal]:
-    """Cut these layers, and what is coupled to them, to their targets; what was removed."""
+    """Cut these layers, and those coupled to them, to their targets; return what was removed."""
     graph = _graph(network, sample)
     importance_of = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     for name in roots:
@@ -188,7 +191,7 @@ def _cut(network: Any, sample: Any, roots: Collection[str], targets: dict[str, i
 
 
 def _problem(network: Any, sample: Any) -> str | None:
-    """Why the network does not run; None when it does."""
+    """Return why the network does not run, or None if it does."""
     try:
         with torch.inference_mode():
             network(sample)
@@ -209,7 +212,7 @@ def _graph(network: Any, sample: Any) -> Any:
 
 
 def _output_layers(graph: Any) -> list[Any]:
-    """Layers whose channels reach the network's output without another layer between: the classifier."""
+    """Return layers whose channels reach the network's output without another layer between: the classifier."""
     pending, layers = [node for node in graph.module2node.values() if not node.outputs], []
     while pending:
         node = pending.pop()
@@ -221,13 +224,14 @@ def _output_layers(graph: Any) -> list[Any]:
 
 
 def _is_grouped(group: Any) -> bool:
-    """Whether a grouped convolution (but not a depthwise one) takes part: its groups would have to stay equal."""
+    """Return whether a grouped (but not depthwise) convolution takes part: its groups must stay equal."""
     modules = [dep.target.module for dep, _ in group]
     return any(isinstance(m, torch.nn.Conv2d) and m.groups not in (1, m.out_channels) for m in modules)
 
 
 def _is_attention(group: Any) -> bool:
-    """Whether products of activations or a softmax take part: its channels are heads, which must stay equal."""
+    """Return whether products of activations or a softmax take part: their channels are heads, which must stay
+    equal."""
     kinds = torch_pruning.ops.OPTYPE
     targets = [dep.target for dep, _ in group]
     return any(t.type == kinds.MHA or any(name in t.name for name in ATTENTION) for t in targets)

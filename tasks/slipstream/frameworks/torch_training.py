@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """State of a training under way, in one file that is always whole: written aside, flushed, renamed.
+    """State of a training in progress, in one file that is always complete: written aside, flushed, renamed.
 
-    In a group process 0 has the file and the others are told; it is the same file with one process and with many.
+    In a group, process 0 has the file and shares its content; it is the same file with one process and with many.
     """
 
     def __init__(self, path: Path, group: Group = ALONE) -> None:
         self.path, self._group = path, group
 
     def load(self) -> dict[str, Any] | None:
-        """The last state that was saved; None at the first attempt. Nothing is unpickled but tensors and numbers."""
+        """Return the last saved state, or None at the first attempt. Only tensors and numbers are unpickled."""
         state: dict[str, Any] | None = None
         if self._group.leads and self.path.exists():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -79,7 +79,7 @@ class Training(training.Training):
         return self._job.group
 
     def checkpoint(self, name: str = "own") -> Checkpoint:
-        """A checkpoint for a loop of your own."""
+        """Return a checkpoint for a custom loop."""
         return Checkpoint(self._job.folder / f"{name}.pt", self._job.group)
 
     def _fit(self, network: Any, schedule: Schedule, name: str, loss: Loss | None) -> None:
@@ -87,7 +87,7 @@ class Training(training.Training):
 
 
 def seed_everything(seed: int) -> None:
-    """Seed PyTorch's and NumPy's global generators, and choose deterministic kernels where there are any."""
+    """Seed PyTorch's and NumPy's global generators, and choose deterministic kernels where available."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -102,7 +102,7 @@ def fit(
     loss: Loss | None = None,
     soft: SoftTargets | None = None,
 ) -> None:
-    """Train in place, as training.run says. Raises ModelError when the loss is no longer a number."""
+    """Train in place as training.run describes. Raise ModelError if the loss becomes NaN or infinite."""
     loop = _Loop(network, job, schedule, loss_of(job, loss, soft), soft)
     training.run(loop, Checkpoint(job.folder / f"{name}.pt", job.group))
     network.eval().to("cpu")
@@ -111,10 +111,11 @@ def fit(
 class _Loop:
     """Network, optimizer and data of one `fit`.
 
-    In a group each process takes its part of every batch. What the processes add up is weighted by the samples in it,
-    so that loss and gradients are the means over the whole batch, as with one process. Two things differ from one
-    process: batch norm normalizes each part by the part's own statistics (PyTorch's synchronized one exists for GPUs
-    only), and its running statistics are the mean over the processes; and dropout draws anew in each process.
+    In a group, each process takes its part of every batch. Sums over the processes are weighted by the number of
+    samples, so that loss and gradients are the means over the whole batch, as with one process. Two things differ from
+    one process: batch norm normalizes each part by the part's own statistics (PyTorch's synchronized one exists only
+    for GPUs), and its running statistics are the mean over the processes; and dropout draws different numbers in each
+    process.
     """
 
     def __init__(self, network: Any, job: Job, schedule: Schedule, loss: Loss, soft: SoftTargets | None) -> None:
@@ -145,10 +146,10 @@ class _Loop:
         )
 
     def epoch(self, epoch: int) -> float:
-        """One pass; the mean loss."""
+        """Do one pass; return the mean loss."""
         self.network.train()
         self._seed(epoch)
-        # The order depends on seed and epoch alone, so that a resumed training sees the same one.
+        # The order depends only on seed and epoch, so that a resumed training sees the same one.
         random = np.random.default_rng((self.job.seed, self.schedule.epochs_before + epoch))
         order = random.permutation(len(self.indices))
         if self.lengths is not None:
@@ -162,9 +163,9 @@ class _Loop:
         return self.group.add(total) / self.batches
 
     def _seed(self, epoch: int) -> None:
-        """Random numbers of processes other than the first, and on GPUs: from seed, epoch and rank alone.
+        """Seed processes other than the first, and GPUs, from seed, epoch and rank only.
 
-        Those of process 0 on processors go on from its checkpoint, as those of a process on its own.
+        Process 0's random numbers on processors continue from its checkpoint, as in a single process.
         """
         sequence = np.random.SeedSequence((self.job.seed, self.schedule.epochs_before + epoch, self.group.rank))
         seed = int(sequence.generate_state(1)[0])
@@ -174,7 +175,7 @@ class _Loop:
             torch.cuda.manual_seed(seed)
 
     def _batch(self, indices: Any, epoch: int) -> float:
-        """One step on this process's part of a batch; its loss, weighted by its share."""
+        """Do one step on this process's part of a batch; return its loss, weighted by its share."""
         mine = self.group.part(indices)
         share = len(mine) / len(indices)
         inputs, *targets = (t[mine].to(self.device) for t in self.tensors)
@@ -192,9 +193,9 @@ class _Loop:
         return value * share
 
     def validate(self) -> float:
-        """The metric on the held-out part of the training split, in percent.
+        """Return the metric on the held-out part of the training split, in percent.
 
-        Scores of samples are added up over the processes; what is computed from all samples is left to process 0.
+        Scores of samples are added up over the processes; a metric of all samples is left to process 0.
         """
         if not self.metric.mean:
             return self.group.add(100 * self._score(self.held_out) if self.group.leads else 0.0)
@@ -208,11 +209,11 @@ class _Loop:
         return value(self.metric, self.metric.evaluate(answers, labels))
 
     def learning_rate(self) -> float:
-        """Rate after the last batch."""
+        """Return the rate after the last batch."""
         return float(self.scheduler.get_last_lr()[0])
 
     def state(self, epochs_done: int) -> dict[str, Any]:
-        """All that decides how training goes on."""
+        """Return everything that determines how training continues."""
         return {
             "epochs_done": epochs_done,
             "network": self.network.state_dict(),
@@ -222,7 +223,7 @@ class _Loop:
         }
 
     def restore(self, state: Mapping[str, Any]) -> int:
-        """Go on from a state; epochs that are already done."""
+        """Continue from a state; return the number of completed epochs."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -231,7 +232,7 @@ class _Loop:
 
 
 def _optimizer(network: Any, schedule: Schedule) -> Any:
-    """The optimizer of all parameters that train."""
+    """Return the optimizer of all parameters that are trained."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     if schedule.optimizer == "adamw":
         return torch.optim.AdamW(parameters, schedule.learning_rate, weight_decay=DECOUPLED_WEIGHT_DECAY)
@@ -239,7 +240,7 @@ def _optimizer(network: Any, schedule: Schedule) -> Any:
 
 
 def _answer(answer: Any) -> torch.Tensor:
-    """A network's answer in float32. Raises ModelError when it is no single tensor."""
+    """Return a network's answer in float32. Raise ModelError if it is not a single tensor."""
     if not isinstance(answer, torch.Tensor):
         raise ModelError(
             f"the network answers a {type(answer).__name__}, but must answer one tensor; wrap it in a module whose "
@@ -249,9 +250,9 @@ def _answer(answer: Any) -> torch.Tensor:
 
 
 def logits(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """(N, …) inputs to (N, classes) float32 outputs in evaluation mode.
+    """Return (N, classes) float32 outputs for inputs (N, …), in evaluation mode.
 
-    Images go through in channels_last, which the network's weights keep afterwards.
+    Images are processed in channels_last, which the network's weights keep afterwards.
     """
     network.eval()
     place = next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -272,13 +273,13 @@ images a second with batches of 128 in channels_last as with 512 in NCHW (2 core
 
 
 def _evaluation_batch(inputs: npt.NDArray[Any]) -> int:
-    """Samples of a batch: 128, or fewer where a sample is large."""
+    """Return the samples of a batch: 128, or fewer if a sample is large."""
     sample_bytes = max(inputs[:1].nbytes, 1)
     return int(np.clip(EVALUATION_BYTES // sample_bytes, 1, EVALUATION_BATCH))
 
 
 def _trim(inputs: Any) -> Any:
-    """A batch without the columns that are all padding, where it is token ids (N, T)."""
+    """Return a batch without columns that are all padding, if it is token ids (N, T)."""
     if inputs.ndim != 2 or inputs.dtype != torch.int64:
         return inputs
     used = inputs.any(dim=0).nonzero()

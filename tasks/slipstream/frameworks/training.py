@@ -1,6 +1,6 @@
-"""What training is in every framework: what a train function is given, the split that is held out, the epochs.
+"""The common parts of training in every framework: a train function's input, the held-out split, the epochs.
 
-A framework brings a `Loop`, its network with optimizer and data, and the kind of checkpoint that it can write.
+A framework supplies a `Loop`, its network with optimizer and data, and a checkpoint that it can write.
 """
 
 import logging
@@ -20,16 +20,16 @@ from slipstream.spec import Optimizer
 log = logging.getLogger(__name__)
 
 HELD_OUT = 0.05
-"""Share of the training split that is only ever evaluated on, so that the test split stays unseen."""
+"""Share of the training split that is only evaluated on, so that the test split stays unseen."""
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 DECOUPLED_WEIGHT_DECAY = 0.01
-"""AdamW's own default; in SGD the decay is part of the gradient, and so of another size."""
+"""AdamW's own default; in SGD the decay is part of the gradient, and therefore has another size."""
 
 Loss = Callable[..., Any]
 
 
 def hold_out(samples: int, seed: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Indices to train on and indices to validate on. Raises DataError below two samples."""
+    """Return indices to train on and indices to validate on. Raise DataError for fewer than two samples."""
     if samples < 2:
         raise DataError(f"data: the training split has {samples} samples; training needs at least 2")
     order = np.random.default_rng(seed).permutation(samples)
@@ -38,7 +38,7 @@ def hold_out(samples: int, seed: int) -> tuple[npt.NDArray[np.intp], npt.NDArray
 
 
 class Training:
-    """What a train function is given. A framework subclasses it, and says how it trains and keeps its state."""
+    """Input of a train function. A framework subclasses it to define how it trains and keeps its state."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -64,12 +64,12 @@ class Training:
         optimizer: Optimizer = "sgd",
         loss: Loss | None = None,
     ) -> None:
-        """Train in place with a one-cycle learning rate; resumes at the last whole epoch.
+        """Train in place with a one-cycle learning rate; resume at the last completed epoch.
 
-        `optimizer` is `sgd` (Nesterov) or `adamw`, which transformers need and which wants rates of about 1e-4.
-        `loss` takes outputs and labels and returns the mean over the batch; without it that is the spec's `model.loss`,
-        or else cross entropy. May be called several times, such as for a warm-up and the rest; each call has its own
-        checkpoint.
+        `optimizer` is `sgd` (Nesterov) or `adamw`, which transformers need and which requires rates of about 1e-4.
+        `loss` takes outputs and labels and returns the mean over the batch; the default is the spec's `model.loss`, or
+        else cross entropy. It may be called several times, for example for a warm-up and the rest; each call has its
+        own checkpoint.
         """
         self._fits += 1
         schedule = Schedule(epochs, learning_rate, batch_size, optimizer=optimizer)
@@ -84,12 +84,12 @@ class Training:
 
 
 class Checkpoint(Protocol):
-    """State of a training under way, in one file that is always whole."""
+    """State of a training in progress, in one file that is always complete."""
 
     path: Path
 
     def load(self) -> Any:
-        """The last state that was saved; None at the first attempt."""
+        """Return the last saved state, or None at the first attempt."""
         ...
 
     def save(self, state: Any) -> None:
@@ -104,31 +104,31 @@ class Loop(Protocol):
     schedule: Schedule
     metric: Metric
     batches: int
-    """Steps of an epoch."""
+    """Steps per epoch."""
 
     def epoch(self, epoch: int) -> float:
-        """One pass; the mean loss."""
+        """Do one pass; return the mean loss."""
         ...
 
     def validate(self) -> float:
-        """The metric on the held-out part of the training split, in percent."""
+        """Return the metric on the held-out part of the training split, in percent."""
         ...
 
     def learning_rate(self) -> float:
-        """Rate after the last batch."""
+        """Return the rate after the last batch."""
         ...
 
     def state(self, epochs_done: int) -> Any:
-        """All that decides how training goes on."""
+        """Return everything that determines how training continues."""
         ...
 
     def restore(self, state: Any) -> int:
-        """Go on from a state; epochs that are already done."""
+        """Continue from a state; return the number of completed epochs."""
         ...
 
 
 def run(loop: Loop, checkpoint: Checkpoint) -> None:
-    """All epochs that are left. Killed at any moment and called again, it ends with the same weights.
+    """Run all remaining epochs. If killed at any moment and called again, the result has the same weights.
 
     After each epoch come the metrics `train_loss`, the spec's (held-out part of the training split, percent) and `lr`,
     then the checkpoint: a kill between the two repeats a metric and loses nothing.
@@ -145,7 +145,7 @@ def run(loop: Loop, checkpoint: Checkpoint) -> None:
 
 
 def report(loop: Loop, epoch: int, number: int, loss: float) -> None:
-    """Say how far the step is: `number` batches of an epoch, with their mean loss."""
+    """Report progress: `number` batches of an epoch, with their mean loss."""
     plan = loop.schedule
     batches_done = (plan.epochs_before + epoch) * loop.batches + number
     total = (plan.epochs_in_step or plan.epochs) * loop.batches
