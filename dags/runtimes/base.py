@@ -66,7 +66,7 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """Return the arguments of the command `slipstream`, the same in every runtime."""
+        """Arguments of the command `slipstream`, the same in every runtime."""
         return ["step", self.step, f"--spec={self.spec_uri}", f"--inputs={self.given}", f"--outputs={self.made}"]
 
     def _beside(self, name: str) -> str:

@@ -18,8 +18,8 @@ class PyFunc:
         self._model = model
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> npt.NDArray[Any]:
-        """(N, …) inputs to (N, …) outputs."""
-        # MLflow hands over the tensors by the names in the signature; there is one.
+        """Return (N, …) outputs for inputs (N, …)."""
+        # MLflow passes the tensors by the names in the signature; there is one.
         batch = next(iter(model_input.values())) if isinstance(model_input, dict) else model_input
         return self._model.run(np.asarray(batch))
 

@@ -39,7 +39,7 @@ class Split:
 
     @cached_property
     def digest(self) -> str:
-        """Return the sha256 over shape, dtype and bytes of inputs and labels."""
+        """sha256 over shape, dtype and bytes of inputs and labels."""
         total = hashlib.sha256()
         for array in (self.inputs, self.labels):
             total.update(f"{array.shape}{array.dtype}".encode())

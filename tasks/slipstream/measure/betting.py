@@ -1,14 +1,14 @@
-"""Bounds for the mean of values in [−1, 1] that hold for every distribution, at every number of samples.
+"""Bounds for the mean of values in [−1, 1] that hold for any distribution, with any number of samples.
 
 A gambler who bets against "the mean is at least m" multiplies the capital by 1 + λ(m − x) at each value x. If the mean
 really is m or more, no bet gains on average, so by Markov's inequality capital exceeds 1/α with probability at most α.
 The upper bound is the largest m against which the capital stays below 1/α (I. Waudby-Smith and A. Ramdas, Estimating
 means of bounded random variables by betting, JRSS B 86:1–27, 2024; this is their diversified Kelly bettor).
 
-The bets λ are constant: the capital starts divided over a fixed grid of them. So the order of the samples cannot
-matter, nothing is drawn, and there is no asymptotic step that fails where a rare sample is lost whole and none was
-seen, as the bootstrap's does. The price is width: where values spread widely the bound needs two to three times the
-samples that a normal approximation asks for.
+The bets λ are constant: the initial capital is divided over a fixed grid of them. The order of the samples therefore
+cannot matter, nothing is drawn, and there is no asymptotic step. The bootstrap's asymptotic step fails if a rare sample
+is lost entirely and none was seen. The price is width: if values spread widely, the bound needs two to three times the
+samples of a normal approximation.
 """
 
 import math
@@ -23,12 +23,12 @@ SHARES = 0.5 ** np.arange(8)
 """Bets, as shares of the largest that cannot lose more than the capital: 1, 1/2 … 1/128."""
 FIRST = 0.8
 """Share of the capital on the largest bet, the best one for engines that hardly differ from their baseline; the rest is
-spread evenly. It raises the least number of samples by 7 % above what any method needs."""
+spread evenly. It raises the minimum number of samples by 7 % above what any method needs."""
 LOG_WEIGHTS = np.log(np.where(SHARES == 1.0, FIRST, (1.0 - FIRST) / (len(SHARES) - 1)))
 
 
 def mean_bounds(values: npt.ArrayLike, confidence: float) -> Bounds:
-    """Bounds for the mean of (N,) values in [−1, 1], such as paired differences of scores."""
+    """Return bounds for the mean of (N,) values in [−1, 1], such as paired differences of scores."""
     v = np.asarray(values, dtype=np.float64)
     if v.ndim != 1 or v.size == 0 or not (np.abs(v) <= 1.0).all():
         return unknown(v.size)
@@ -52,15 +52,15 @@ def _upper(distinct: Floats, counts: npt.NDArray[np.intp], confidence: float) ->
 
 
 def _log_capital(distinct: Floats, counts: npt.NDArray[np.intp], mean: float) -> float:
-    """Logarithm of the capital of who bet against `mean` or more; it grows with `mean`."""
+    """Return the logarithm of the capital after betting against `mean` or more; it grows with `mean`."""
     bets = SHARES / (1.0 - mean)
-    with np.errstate(divide="ignore"):  # a bet that loses all
+    with np.errstate(divide="ignore"):  # a bet that loses everything
         growth = np.log1p(np.maximum(bets[:, None] * (mean - distinct), -1.0)) @ counts
     return float(special.logsumexp(LOG_WEIGHTS + growth))
 
 
 def least_samples(margin: float, confidence: float) -> int:
-    """Fewest samples with which any data can carry a bound within `margin`: those of an engine that changes nothing.
+    """Return the fewest samples that can give a bound within `margin`: those of an engine that changes nothing.
 
     Without a difference the capital is at most FIRST · (1 − margin)^−n and a remainder of smaller bets. For a margin of
     0.01 at 95 % it is 321; a method that knew the bet needs 299, the n for which (1 − margin)^n is 5 %.

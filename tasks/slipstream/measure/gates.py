@@ -27,12 +27,12 @@ class _Gate:
     unit: str
 
     def final(self, value: Bounds, what: str) -> Verdict:
-        """The rule for a measurement that is over."""
+        """Return the verdict of a finished measurement."""
         beyond = value.estimate > self.limit
         return self._judge(value, what, beyond=beyond)
 
     def guard(self, value: Bounds, what: str) -> Verdict:
-        """The rule for a guardrail that is asked again while data arrive."""
+        """Return the verdict of a guardrail that is evaluated repeatedly while data arrive."""
         return self._judge(value, what, beyond=value.low > self.limit)
 
     def _judge(self, value: Bounds, what: str, *, beyond: bool) -> Verdict:
@@ -41,7 +41,7 @@ class _Gate:
         return self.verdict("pass" if value.high <= self.limit else "fail" if beyond else "inconclusive", what, value)
 
     def verdict(self, answer: Answer, reason: str, value: Bounds) -> Verdict:
-        """A verdict in which an unknown number is None, since JSON has no NaN."""
+        """Return a verdict in which an unknown number is None, since JSON has no NaN."""
         estimate, low, high = (v if math.isfinite(v) else None for v in (value.estimate, value.low, value.high))
         return Verdict(
             gate=self.name,
@@ -57,12 +57,12 @@ class _Gate:
 
 
 def per_engine(confidence: float, competing: int) -> float:
-    """Confidence of each bound, so that the best of `competing` engines is good with the given confidence.
+    """Return the confidence of each bound, so that the best of `competing` engines is good with the given confidence.
 
-    Whichever wins was looked at, so the chance that any of them passes wrongly must stay within 1 − confidence:
-    Bonferroni's bound, which holds however the engines' errors are related. Stepwise methods (Holm's, or a fixed order)
-    do not apply: they bound wrong answers among hypotheses that are tested in an order set beforehand or by their
-    strength, while the winner is chosen by speed, which does not favor the surest.
+    All engines are compared to find the winner, so the chance that any of them passes wrongly must stay within 1 −
+    confidence: Bonferroni's bound, which holds however the engines' errors are related. Stepwise methods (Holm's, or a
+    fixed order) do not apply: they bound wrong answers among hypotheses that are tested in an order set beforehand or
+    by their strength, while the winner is chosen by speed, which does not favor the surest.
     """
     return 1.0 - (1.0 - confidence) / max(competing, 1)
 
@@ -70,7 +70,7 @@ def per_engine(confidence: float, competing: int) -> float:
 def accuracy(
     baseline_scores: npt.ArrayLike, engine_scores: npt.ArrayLike, max_drop_pp: float, confidence: float
 ) -> Verdict:
-    """Non-inferiority, paired on the same samples: the upper bound of the drop is within the allowed drop.
+    """Judge non-inferiority, paired on the same samples: the upper bound of the drop must be within the allowed drop.
 
     baseline_scores, engine_scores: (N,) in [0, 1]. Method: see `stats.paired_drop`.
     """
@@ -78,12 +78,12 @@ def accuracy(
 
 
 def accuracy_of(drop: Bounds, max_drop_pp: float, confidence: float, competing: int = 1) -> Verdict:
-    """The same, from a drop that was computed already, with the confidence of each bound (`per_engine`)."""
+    """Judge the same, from a precomputed drop, with the confidence of each bound (`per_engine`)."""
     return _drop(_Gate("accuracy", max_drop_pp, "pp"), drop, confidence, competing, "drop")
 
 
 def champion(drop: Bounds, max_drop_pp: float, confidence: float, competing: int, version: str) -> Verdict:
-    """The same against what serves now: a retrained baseline may itself have become worse."""
+    """Judge the same against the champion: a retrained baseline may itself have become worse."""
     gate = _Gate("champion", max_drop_pp, "pp")
     return _drop(gate, drop, confidence, competing, f"against champion version {version}: drop")
 
@@ -96,9 +96,9 @@ def _drop(gate: _Gate, drop: Bounds, confidence: float, competing: int, what: st
 
 
 def latency(latencies_ms: npt.ArrayLike, limit_ms: float, confidence: float, noisy: bool = False) -> Verdict:
-    """p99 of single requests against the objective's limit; needs the 662 queries of LoadGen's rule.
+    """Judge the p99 of single requests against the objective's limit; needs the 662 queries of LoadGen's rule.
 
-    latencies_ms: (N,). On a noisy machine a breach may be the neighbour's, so that it is inconclusive, never a fail.
+    latencies_ms: (N,). On a noisy machine other load may cause a breach, so it is inconclusive, never a fail.
     """
     verdict = _p99("latency", latencies_ms, limit_ms, confidence, stats.min_queries(0.99))
     if noisy and verdict.answer == "fail":
@@ -108,8 +108,8 @@ def latency(latencies_ms: npt.ArrayLike, limit_ms: float, confidence: float, noi
 
 
 MIN_SPEEDUP = 1.02
-"""Two copies of one ONNX Runtime engine, loaded side by side in one process, differed by about 1 % (2-core EPYC, under
-load): memory layout, not speed. So less than this is not called faster."""
+"""Two copies of one ONNX Runtime engine in one process differed by about 1 % (2-core EPYC, under load): memory layout,
+not speed. A smaller ratio than this is therefore not called faster."""
 
 
 def speedup(
@@ -118,10 +118,10 @@ def speedup(
     reference: str = "the baseline's FP32 engine on the same target",
     crowded: bool = False,
 ) -> Verdict:
-    """Faster than the reference: the lower bound of the ratio is above 1.02. Pruned or INT8 engines often are not.
+    """Judge the speed-up: the lower bound of the ratio must be above 1.02. Pruned or INT8 engines often miss it.
 
-    `crowded`: others took cores that both sides need, so that the estimate says little and the interval, wider for it,
-    decides alone: below 1.02 is "fail", across it "inconclusive".
+    `crowded`: other processes took cores that both sides need, so the estimate is unreliable and only the widened
+    interval decides: below 1.02 is "fail", across it "inconclusive".
     """
     gate = _Gate("speedup", MIN_SPEEDUP, "×")
     what = f"{ratio.estimate:.2f}× {reference}, {_bound(confidence, 'lower')} {ratio.low:.2f}×, from {ratio.n} rounds"

@@ -1,7 +1,7 @@
-"""NVIDIA GPUs of this machine: what they are, and how busy they are, asked of the driver through nvidia-ml-py (NVML).
+"""NVIDIA GPUs of this machine: identity and utilization, from the driver through nvidia-ml-py (NVML).
 
-NVML counts GPUs in the order of their PCI addresses and does not follow CUDA_VISIBLE_DEVICES; CUDA counts those that it
-may use. So a device is named by CUDA's number and looked up in NVML by its PCI address.
+NVML numbers GPUs in the order of their PCI addresses and does not follow CUDA_VISIBLE_DEVICES; CUDA numbers those that
+it may use. A device is therefore named by CUDA's number and looked up in NVML by its PCI address.
 """
 
 import statistics
@@ -15,7 +15,8 @@ from slipstream.errors import EngineError
 
 MIB = 2**20
 EVERY_S = 0.1
-"""NVML averages its utilisation over 1/6 to 1 s, by device, so that asking more often tells no more."""
+"""NVML averages its utilization over 1/6 to 1 s, depending on the device, so more frequent polls give no more
+information."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class Gpu:
     ordinal: int
     name: str
     compute_capability: str
-    """`8.6` and the like: which instructions it has."""
+    """`8.6` and the like, which determines the available instructions."""
     driver: str
-    """Version of the driver, such as `580.95.05`; empty where NVML does not tell."""
+    """Version of the driver, such as `580.95.05`; empty if NVML does not report it."""
     pci_address: str
 
 
 def find(ordinal: int) -> Gpu:
-    """The GPU with CUDA's number `ordinal`. Raises EngineError when it is not here, with the reason."""
+    """Return the GPU with CUDA's number `ordinal`. Raise EngineError with the reason if it is not here."""
     try:
         from cuda.bindings import runtime as cuda
     except ImportError as error:
@@ -52,7 +53,7 @@ def find(ordinal: int) -> Gpu:
 
 
 def ask(answer: tuple[Any, ...], what: str) -> Any:
-    """The value in what a CUDA function answered, None when it has none. Raises EngineError for an error code."""
+    """Return the value of a CUDA function's answer, or None if it has none. Raise EngineError for an error code."""
     error, *values = answer
     if int(error) != 0:
         from cuda.bindings import runtime as cuda
@@ -64,16 +65,16 @@ def ask(answer: tuple[Any, ...], what: str) -> Any:
 
 @dataclass
 class Usage:
-    """What a GPU was seen to do while something ran."""
+    """Observed use of a GPU while something ran."""
 
     before_mib: float | None = None
-    """Memory in use before, by whomever."""
+    """Memory in use before, by any process."""
     memory_mib: list[float] = field(default_factory=list)
     utilization: list[float] = field(default_factory=list)
     """Share of the time, in percent, in which a kernel ran."""
 
     def metrics(self) -> dict[str, float]:
-        """`gpu_memory_mib` (most in use, beyond what was before) and `gpu_utilization` (mean, %); none unmeasured."""
+        """Return `gpu_memory_mib` (peak, above the use before) and `gpu_utilization` (mean, %); empty if unmeasured."""
         figures = {}
         if self.memory_mib and self.before_mib is not None:
             figures["gpu_memory_mib"] = max(0.0, max(self.memory_mib) - self.before_mib)
@@ -84,7 +85,7 @@ class Usage:
 
 @contextmanager
 def watch(ordinal: int | None) -> Iterator[Usage]:
-    """Watch a GPU, by CUDA's number, while the context lasts; nothing is seen without one or without NVML."""
+    """Watch a GPU, by CUDA's number, while the context lasts; without a GPU or NVML, nothing is recorded."""
     usage = Usage()
     handle = None if ordinal is None else _handle(ordinal)
     if handle is None:
@@ -116,7 +117,7 @@ def _memory_mib(handle: Any) -> float:
 
 
 def _handle(ordinal: int) -> Any | None:
-    """NVML's handle of a GPU; None where there is no such GPU or no NVML."""
+    """Return NVML's handle of a GPU; None if there is no such GPU or no NVML."""
     try:
         import pynvml
 

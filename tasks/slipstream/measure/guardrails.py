@@ -1,9 +1,9 @@
 """Verdicts of stages 2 and 3: champion and challenger in the same windows, judged while the requests arrive.
 
-All evidence is always valid (sequential.py), so that it may be looked at at any time. A guardrail passes when the
-upper bound is within its limit. It fails when the challenger is certainly worse than allowed: with a fifth of the
-error probability that the objective's confidence leaves, since a stage has five guardrails and a rejection is final.
-What is neither is inconclusive, and so is every failure that an outage or an overloaded machine may explain.
+All evidence is always valid (sequential.py), so it may be evaluated at any time. A guardrail passes when the upper
+bound is within its limit. It fails when the challenger is certainly worse than allowed: with a fifth of the error
+probability that the objective's confidence leaves, since a stage has five guardrails and a rejection is final.
+Everything else is inconclusive, and so is every failure that an outage or an overloaded machine may explain.
 """
 
 import math
@@ -19,15 +19,16 @@ from slipstream.measure.sequential import Peaks, Windows, reached
 from slipstream.measure.stats import Bounds, unknown
 
 GUARDRAILS = 5
-"""errors, p99_ratio, p99_cap, disagreement, accuracy: what may reject a healthy release by chance."""
+"""errors, p99_ratio, p99_cap, disagreement, accuracy: the guardrails that may reject a healthy release by chance."""
 LEAST_ERRORS = 5
-"""Failed requests that a final rejection takes, however unlikely fewer may be: a handful can be one client's."""
+"""Minimum number of failed requests for a final rejection, however unlikely fewer may be: a handful can be one
+client's."""
 BLOCK = 50
 """Requests in a block whose slowest answers are compared: about a p98, in half a second at 100 requests/s."""
 TAIL = 0.99
 """The percentile that the latency guardrails protect."""
 SMALL_SERVER_MIB = 512.0
-"""Servers below this are not compared: they hold little but their libraries."""
+"""Servers below this size are not compared: they hold little but their libraries."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class _Gate:
     unit: str
 
     def verdict(self, answer: Answer, reason: str, value: Bounds | None = None) -> Verdict:
-        """A verdict in which an unknown number is None, since JSON has no NaN."""
+        """Return a verdict in which an unknown number is None, since JSON has no NaN."""
         value = value or unknown()
         estimate, low, high = (v if math.isfinite(v) else None for v in (value.estimate, value.low, value.high))
         return Verdict(
@@ -48,7 +49,7 @@ class _Gate:
         )  # fmt: skip
 
     def within(self, value: Bounds, what: str, confidence: float) -> Verdict:
-        """Pass where the upper bound is within the limit, fail where the lower bound is beyond it."""
+        """Return pass if the upper bound is within the limit, fail if the lower bound is beyond it."""
         if not value.known:
             return self.verdict("inconclusive", f"{value.n:,} usable answers are too few", value)
         answer: Answer = "pass" if value.high <= self.limit else "fail" if value.low > self.limit else "inconclusive"
@@ -56,12 +57,12 @@ class _Gate:
 
 
 def certainty(confidence: float) -> float:
-    """The confidence with which a guardrail rejects: the error probability shared by all of them."""
+    """Return the confidence with which a guardrail rejects: all of them share the error probability."""
     return 1.0 - (1.0 - confidence) / GUARDRAILS
 
 
 def looks_confidence(confidence: float, look: int) -> float:
-    """The confidence of the `look`-th look (from 1) at a bound that is not always valid.
+    """Return the confidence of the `look`-th look (from 1) at a bound that is not always valid.
 
     α/(k(k + 1)) sums to α over all looks (Howard and Ramdas, Bernoulli 28:1704–1728, 2022, section 3.1).
     """
@@ -69,7 +70,7 @@ def looks_confidence(confidence: float, look: int) -> float:
 
 
 def errors(windows: Windows, limit_pp: float, confidence: float) -> Verdict:
-    """Failed requests of the challenger beyond the champion's rate in the same windows, in percentage points."""
+    """Judge the challenger's failed requests above the champion's rate in the same windows, in percentage points."""
     gate, limit, n = _Gate("errors", limit_pp, "pp"), limit_pp / 100, int(windows.challenger_n.sum())
     if not n:
         return gate.verdict("inconclusive", "no window in which both releases answered")
@@ -88,10 +89,10 @@ def errors(windows: Windows, limit_pp: float, confidence: float) -> Verdict:
 
 
 def certainly_more(windows: Windows, limit: float, confidence: float) -> bool:
-    """Whether the challenger's rate is certainly above the champion's, and by best guess by more than `limit`.
+    """Return whether the challenger's rate is certainly above the champion's, and its estimate by more than `limit`.
 
-    Errors needed depend on neither the plan nor the limit: about 8 where as many requests go to the champion, at least
-    LEAST_ERRORS elsewhere.
+    The number of errors needed depends on neither the plan nor the limit: about 8 if as many requests go to the
+    champion, at least LEAST_ERRORS otherwise.
     """
     if windows.challenger_hits.sum() < LEAST_ERRORS or windows.excess <= limit:
         return False
@@ -99,11 +100,11 @@ def certainly_more(windows: Windows, limit: float, confidence: float) -> bool:
 
 
 def p99_ratio(champion_ms: npt.ArrayLike, challenger_ms: npt.ArrayLike, limit: float, confidence: float) -> Verdict:
-    """The challenger's p99 over the champion's, from (N,) latencies of the same N requests in their order.
+    """Judge the challenger's p99 over the champion's, from (N,) latencies of the same N requests in their order.
 
-    Passes when two questions are answered: is the slowest answer of a typical block less than `limit` times as slow
-    (which sees all that makes every request slower), and are less than 1 % more of its answers than of the champion's
-    slower than `limit` times the champion's p99 (which sees rare slow answers and bursts of them)?
+    It passes if two conditions hold: the slowest answer of a typical block is less than `limit` times as slow (which
+    detects what slows every request), and less than 1 % more of its answers than of the champion's are slower than
+    `limit` times the champion's p99 (which detects rare slow answers and bursts of them).
     """
     a, b = np.asarray(champion_ms, dtype=np.float64), np.asarray(challenger_ms, dtype=np.float64)
     n = len(a)
@@ -130,7 +131,7 @@ def p99_ratio(champion_ms: npt.ArrayLike, challenger_ms: npt.ArrayLike, limit: f
 
 
 def typical_ratio(peaks: Peaks, limit: float, confidence: float) -> Verdict:
-    """How many times as slow the challenger's slowest answer in a typical block is; for any split of the traffic."""
+    """Judge how many times as slow the challenger's slowest answer in a typical block is, for any traffic split."""
     gate, count = _Gate("p99_ratio", limit, "×"), len(peaks.champion_ms)
     n = int(peaks.challenger_n.sum())
     if not count:
@@ -150,7 +151,8 @@ def typical_ratio(peaks: Peaks, limit: float, confidence: float) -> Verdict:
 
 
 def p99_limit(gate: str, latencies_ms: Sequence[float], limit_ms: float, confidence: float) -> Verdict:
-    """Absolute limit on the p99: less than 1 % of the answers take longer. (N,) latencies in the requests' order."""
+    """Judge the absolute limit on the p99: less than 1 % of the (N,) latencies, in the requests' order, are above
+    it."""
     ms = np.asarray(latencies_ms, dtype=np.float64)
     if not ms.size or not np.isfinite(ms).all():
         return _Gate(gate, limit_ms, "ms").verdict("inconclusive", f"{ms.size:,} usable latencies", unknown(ms.size))
@@ -169,26 +171,26 @@ def p99_limit(gate: str, latencies_ms: Sequence[float], limit_ms: float, confide
 
 
 def certainly_slow(slow: npt.ArrayLike, confidence: float) -> bool:
-    """Whether certainly more than 1 % of the answers are slow; (N,) booleans in the requests' order."""
+    """Return whether certainly more than 1 % of the answers are slow; (N,) booleans in the requests' order."""
     return reached(sequential.log_rate(slow, 1.0 - TAIL, "above"), certainty(confidence))
 
 
 def disagreement(share: Bounds, max_percent: float, confidence: float) -> Verdict:
-    """Share of requests that champion and challenger answered differently, with bounds for this look."""
+    """Judge the share of requests that champion and challenger answered differently, with bounds for this look."""
     rate = share.scaled(100.0)
     what = f"{rate.estimate:.2f} % of {rate.n:,} answers differ, at most {rate.high:.2f} %"
     return _Gate("disagreement", max_percent, "%").within(rate, what, confidence)
 
 
 def accuracy(drop: Bounds, max_drop_pp: float, confidence: float) -> Verdict:
-    """Drop of the quality against the champion as a fraction, with bounds for this look."""
+    """Judge the drop of the quality from the champion as a fraction, with bounds for this look."""
     pp = drop.scaled(100.0)
     what = f"drop {pp.estimate:.2f} points against the champion, at most {pp.high:.2f}, from {pp.n:,} samples"
     return _Gate("accuracy", max_drop_pp, "pp").within(pp, what, confidence)
 
 
 def memory(challenger_mib: float, champion_mib: float, max_mib: float, max_ratio: float) -> Verdict:
-    """Resident memory of the challenger's server: within the limit, and within `max_ratio` times the champion's."""
+    """Judge the memory of the challenger's server: within the limit, and within `max_ratio` times the champion's."""
     limit = min(max_mib, max(max_ratio * champion_mib, SMALL_SERVER_MIB)) if champion_mib > 0 else max_mib
     what = f"the server holds {challenger_mib:.0f} MiB, the champion's {champion_mib:.0f} MiB, limit {limit:.0f} MiB"
     answer: Answer = "pass" if challenger_mib <= limit else "fail"
@@ -196,7 +198,7 @@ def memory(challenger_mib: float, champion_mib: float, max_mib: float, max_ratio
 
 
 def undecided(verdict: Verdict, why: str) -> Verdict:
-    """A failure that something else may explain, as inconclusive; any other verdict as it is."""
+    """Return a failure that has another possible explanation as inconclusive; any other verdict unchanged."""
     if verdict.answer != "fail":
         return verdict
     reason = f"{verdict.reason}; not held against the challenger, since {why}"

@@ -1,8 +1,8 @@
 """Interleaved latency: every subject is measured in every round, in rotated order, and compared round by round.
 
-Whatever slows the machine for a while (heat, a neighbour) then slows all subjects alike, and cancels in the ratio.
-Rounds in which others were busy are dropped. Where too few clean ones are found, the measurement extends itself,
-then judges on all rounds: the interval becomes wider, and `Comparison.noise` says so.
+Anything that slows the machine for a while (heat, other load) then slows all subjects equally, and cancels in the
+ratio. Rounds in which other processes were busy are dropped. If too few clean ones are found, the measurement is
+extended, then judged on all rounds: the interval becomes wider, and `Comparison.noise` records it.
 """
 
 import logging
@@ -22,35 +22,36 @@ from slipstream.measure.stats import Bounds
 log = logging.getLogger(__name__)
 
 QUIETEST = 3
-"""In noise, percentiles are read from at least so many rounds, so that no single round decides them."""
+"""Under noise, percentiles are read from at least this many rounds, so that no single round decides them."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure. The defaults take 7 to 14 s for three subjects of up to 1 ms."""
+    """Duration of the measurement. The defaults take 7 to 14 s for three subjects of up to 1 ms."""
 
     rounds: int = 8
     """Rounds to start with."""
     clean_rounds: int = 6
-    """Clean rounds that suffice; with fewer, more rounds follow."""
+    """Sufficient number of clean rounds; with fewer, more rounds follow."""
     max_rounds: int = 12
-    """Rounds after which it stops asking for clean ones."""
+    """Maximum number of rounds, clean or not."""
     block_ms: int = 250
-    """Length of one subject's block in a round; /proc/stat counts in steps of 10 ms, so not much shorter."""
+    """Length of one subject's block in a round; /proc/stat counts in steps of 10 ms, so blocks cannot be much
+    shorter."""
     warmup_ms: int = 300
-    """Each subject runs this long before the first round: lazy initialisation, caches, clock speed."""
+    """Warm-up of each subject before the first round: lazy initialization, caches, clock speed."""
     block_warmup_ms: int = 20
-    """And this long before each block, since the subject before has filled caches and thread pools."""
+    """Warm-up before each block, since the previous subject has filled caches and thread pools."""
     others_cores: float = 0.25
     """A round is clean if other processes used less than this. The embedded platform itself idles at about 0.1, and at
     up to 0.2 while a run is followed."""
     min_queries: int = stats.min_queries(0.99)
-    """Queries over all clean rounds, for subjects whose p99 is judged, however slow they are."""
+    """Minimum queries over all clean rounds, for subjects whose p99 is judged, however slow they are."""
     server_ms: int = 1000
     """Length of the Server scenario."""
 
     def at(self, confidence: float) -> "Plan":
-        """This plan with enough rounds to carry a bound at this confidence."""
+        """Return this plan with enough rounds to give a bound at this confidence."""
         needed = stats.min_rounds(confidence)
         return replace(
             self,
@@ -62,7 +63,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Round:
-    """One round: (N,) latencies in milliseconds for each subject, and what others used meanwhile."""
+    """One round: (N,) latencies in milliseconds for each subject, and the cores that other processes used meanwhile."""
 
     latencies_ms: Mapping[str, npt.NDArray[np.float64]]
     others_cores: float | None
@@ -77,18 +78,18 @@ class Comparison:
 
     @property
     def clean(self) -> tuple[Round, ...]:
-        """Rounds in which others are known to have been quiet."""
+        """Rounds in which other processes are known to have been quiet."""
         limit = self.plan.others_cores
         return tuple(r for r in self.rounds if r.others_cores is not None and r.others_cores < limit)
 
     @property
     def judged(self) -> tuple[Round, ...]:
-        """Rounds that count: the clean ones where they suffice, else all."""
+        """Rounds that count: the clean ones if they suffice, else all."""
         return self.clean if len(self.clean) >= self.plan.clean_rounds else self.rounds
 
     @property
     def noise(self) -> Noise:
-        """How quiet the machine was during the rounds that count."""
+        """The machine's noise during the rounds that count."""
         others = [r.others_cores for r in self.judged if r.others_cores is not None]
         return Noise(
             clean_rounds=len(set(map(id, self.judged)) & set(map(id, self.clean))),
@@ -97,26 +98,26 @@ class Comparison:
         )
 
     def crowded(self, threads: int) -> bool:
-        """Whether others left too few cores for so many threads to run at once.
+        """Return whether other processes left too few cores for this many threads to run at once.
 
-        Threads wait for each other at every layer, so that even the fastest query of a framework is then far too
-        slow: a ratio to it would flatter the engine (52× instead of 6×, under a load of 15), and none is given. A
-        ratio of two engines of one kind gets a wider interval: see `speedup`.
+        Threads wait for each other at every layer, so even the fastest query of a framework is then far too slow: a
+        ratio to it would overstate the engine (52× instead of 6×, under a load of 15), and none is given. A ratio of
+        two engines of one kind gets a wider interval: see `speedup`.
         """
         others = self.noise.others_cores if self.noise.noisy else None
         return others is not None and others > len(os.sched_getaffinity(0)) - threads + 0.5
 
     def speedup(self, subject: str, reference: str, confidence: float, *, crowded: bool = False) -> Bounds:
-        """How many times faster the subject is than the reference, from one figure of each for every round.
+        """Return how many times faster the subject is than the reference, from one figure of each for every round.
 
-        The figure is the median; in noise it is the 10th percentile. Neighbours hit subjects unequally: two threads
-        that wait for each other lose far more than one, so that under a load of 15 medians made eager PyTorch 575
-        times slower than an engine. The fast queries are those that nobody interrupted.
+        The figure is the median; under noise it is the 10th percentile. Other load affects subjects unequally: two
+        threads that wait for each other lose far more than one, so under a load of 15 medians made eager PyTorch 575
+        times slower than an engine. The fast queries are the uninterrupted ones.
 
-        `crowded`: perhaps somebody did, and one of the two only (an engine beside a copy of itself once came out 4.9
-        times as fast). So the interval then reaches to where one side has its figure, and the other the fastest
-        thousandth of its queries: an engine is faster only if its figure beats the best of the reference. Of copies
-        of a ResNet beside two and four busy processes on two cores the lower ends were 0.86 to 0.95.
+        `crowded`: possibly only one of the two was interrupted (an engine and a copy of itself once differed by a
+        factor of 4.9). The interval is therefore extended to where one side has its figure, and the other the fastest
+        thousandth of its queries: an engine is faster only if its figure beats the best of the reference. For copies of
+        a ResNet running with two and four busy processes on two cores, the lower ends were 0.86 to 0.95.
         """
         level = 0.1 if self.noise.noisy else 0.5
         slow, fast = ([float(np.quantile(r.latencies_ms[s], level)) for r in self.judged] for s in (reference, subject))
@@ -128,13 +129,14 @@ class Comparison:
         return replace(ratio, low=min(ratio.low, low), high=max(ratio.high, high))
 
     def _best_ms(self, subject: str) -> float:
-        """What the fastest thousandth of its queries took, over all rounds that count."""
+        """Return the time of its fastest thousandth of queries, over all rounds that count."""
         return float(np.quantile(np.concatenate([r.latencies_ms[subject] for r in self.judged]), 0.001))
 
     def pooled_ms(self, subject: str) -> npt.NDArray[np.float64]:
-        """(N,) latencies of a subject: of the judged rounds, or in noise of the quietest ones that give a p99.
+        """Return (N,) latencies of a subject: of the judged rounds, or under noise of the quietest ones that give a
+        p99.
 
-        Rounds are chosen by what others did, never by the latency itself, so that the choice flatters nobody.
+        Rounds are chosen by other processes' activity, never by the latency itself, so the choice is not biased.
         """
         if not self.noise.noisy:
             return np.concatenate([r.latencies_ms[subject] for r in self.judged])
@@ -156,10 +158,10 @@ def compare(
     tails: tuple[str, ...] = (),
     progress: Callable[[int, int, float | None], None] = lambda done, total, others: None,
 ) -> Comparison:
-    """Measure all subjects, interleaved; `samples` is how many inputs LoadGen may choose from.
+    """Measure all subjects, interleaved; `samples` is the number of inputs that LoadGen may choose from.
 
-    `tails` names the subjects whose p99 is wanted: their blocks last until there are enough queries for one.
-    `progress` is told the rounds done, the rounds planned so far, and what others used in the last one.
+    `tails` names the subjects whose p99 is needed: their blocks last until there are enough queries for one. `progress`
+    receives the rounds done, the rounds planned so far, and the cores that other processes used in the last one.
     """
     expected = {name: warm_up(issue, samples, plan.warmup_ms) for name, issue in subjects.items()}
     rounds: list[Round] = []
@@ -177,10 +179,10 @@ def compare(
 
 
 def _rotated(names: tuple[str, ...], turn: int) -> tuple[str, ...]:
-    """Each subject goes first equally often, and each order is followed by its reverse.
+    """Return orders in which each subject goes first equally often, each followed by its reverse.
 
-    With the reverse, nobody always runs after the same neighbour, whose threads may still spin and whose data fill
-    the caches (carry-over; E. J. Williams, Australian Journal of Chemistry 2:149–168, 1949).
+    With the reverse, no subject always runs after the same predecessor, whose threads may still spin and whose data
+    fill the caches (carry-over; E. J. Williams, Australian Journal of Chemistry 2:149–168, 1949).
     """
     shift = (turn // 2) % len(names)
     order = names[shift:] + names[:shift]
@@ -212,7 +214,7 @@ def _round(
 
 
 def warm_up(issue: Issue, samples: int, duration_ms: float) -> float:
-    """Run a subject for a while, at least three times; returns its fastest run in milliseconds."""
+    """Run a subject for a while, at least three times; return its fastest run in milliseconds."""
     fastest, runs, end = np.inf, 0, time.perf_counter() + duration_ms / 1e3
     while runs < 3 or time.perf_counter() < end:
         start = time.perf_counter()
@@ -223,9 +225,9 @@ def warm_up(issue: Issue, samples: int, duration_ms: float) -> float:
 
 
 def summary(scenario: str, latencies_ms: npt.NDArray[np.float64], rate_per_s: float | None = None) -> Latency:
-    """Evidence of one subject. A percentile is given only where LoadGen's rule allows one.
+    """Return the evidence of one subject. A percentile is given only if LoadGen's rule allows one.
 
-    latencies_ms: (N,), N > 0. `rate_per_s` is the offered rate (Server); else one request follows the other.
+    latencies_ms: (N,), N > 0. `rate_per_s` is the offered rate (Server); without it, requests are sequential.
     """
     n = len(latencies_ms)
 
@@ -244,7 +246,7 @@ def summary(scenario: str, latencies_ms: npt.NDArray[np.float64], rate_per_s: fl
 
 
 def under_load(issue: Issue, samples: int, plan: Plan, seed: int, capacity_per_s: float) -> Latency:
-    """Server scenario: a Poisson load at half of what the subject answers one by one."""
+    """Run the Server scenario: a Poisson load at half the rate of the subject's sequential answers."""
     rate = capacity_per_s / 2
     warm_up(issue, samples, plan.block_warmup_ms)
     block = loadgen.server(issue, samples, duration_ms=plan.server_ms, min_queries=8, rate_per_s=rate, seed=seed)

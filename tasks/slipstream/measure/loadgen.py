@@ -1,7 +1,7 @@
 """Latency of single requests, issued and timed by MLPerf LoadGen.
 
 LoadGen decides when a query is issued and takes its time; the figures are its own. The blocks are far shorter than
-MLPerf's rules ask for, so nothing measured here is an MLPerf result, and none of it may be called one.
+MLPerf's rules require, so nothing measured here is an MLPerf result or may be called one.
 """
 
 import re
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from slipstream.errors import SlipstreamError
 
 Issue = Callable[[int], object]
-"""Runs one request on the sample with this index; returns when the answer is there."""
+"""Runs one request on the sample with this index, and returns when it is answered."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Block:
 def single_stream(
     issue: Issue, samples: int, *, duration_ms: int, min_queries: int, expected_ms: float, seed: int
 ) -> Block:
-    """Scenario SingleStream: the next query is issued when the last one is answered.
+    """Run the scenario SingleStream: each query is issued when the previous one is answered.
 
     LoadGen prepares duration / expected queries in advance, so `expected_ms` must not be above the true latency.
     """
@@ -53,9 +53,9 @@ def server(
     seed: int,
     limit_ms: float = 1000.0,
 ) -> Block:
-    """Scenario Server: queries arrive as a Poisson process; a latency counts from the scheduled arrival.
+    """Run the scenario Server: queries arrive as a Poisson process; a latency counts from the scheduled arrival.
 
-    `limit_ms` is the latency that LoadGen's verdict is about.
+    `limit_ms` is the latency limit of LoadGen's verdict.
     """
     import mlperf_loadgen as loadgen
 
@@ -112,7 +112,7 @@ def _start(loadgen: Any, answer: Callable[[list[Any]], None], samples: int, sett
 
 
 def _read(folder: Path) -> Block:
-    """Latencies from the trace (`complete_ns` counts from the scheduled time), and the verdict from the summary."""
+    """Return latencies from the trace (`complete_ns` counts from the scheduled time), and the summary's verdict."""
     trace = (folder / "mlperf_log_trace.json").read_text()
     samples = re.findall(r'"sample_seq":(\d+),[^}]*"complete_ns":(\d+)', trace)
     if not samples:

@@ -1,4 +1,4 @@
-"""How much memory a piece of work needs at its peak."""
+"""Peak memory of a piece of work."""
 
 import ctypes
 import gc
@@ -10,14 +10,14 @@ log = logging.getLogger(__name__)
 
 _PROC = Path("/proc/self")
 _RESET_PEAK = "5"
-"""Written to clear_refs, it sets VmHWM back to the resident memory of now (proc_pid_clear_refs(5))."""
+"""Written to clear_refs, it resets VmHWM to the current resident memory (proc_pid_clear_refs(5))."""
 
 
 def peak_added(work: Callable[[], object], proc: Path = _PROC) -> float | None:
-    """By how many MiB this process's resident memory rose at most while `work` ran.
+    """Return the maximum increase in MiB of this process's resident memory while `work` ran.
 
-    Memory that `work` gives back counts, which a look at the end would miss. What the process held before, and the
-    peaks it had before, do not count. None where the kernel does not tell: only Linux does.
+    This includes memory that `work` frees before it ends. It excludes memory and peaks from before. Return None if the
+    kernel does not report it: only Linux does.
     """
     _give_back()
     before = _resident_mib(proc, "VmRSS") if _reset_peak(proc) else None
@@ -27,7 +27,7 @@ def peak_added(work: Callable[[], object], proc: Path = _PROC) -> float | None:
 
 
 def _give_back() -> None:
-    """Return what this process freed to the kernel: `work` would take it again without anybody seeing it."""
+    """Return memory that this process freed to the kernel: otherwise `work` would reuse it without being counted."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU C library's
     if trim is not None:
@@ -44,7 +44,7 @@ def _reset_peak(proc: Path) -> bool:
 
 
 def _resident_mib(proc: Path, name: str) -> float | None:
-    """One of the sizes (KiB) of /proc/self/status."""
+    """Return one of the sizes (KiB) of /proc/self/status."""
     try:
         lines = (proc / "status").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""How many cores other processes used while something was measured, from /proc/stat.
+"""Number of cores that other processes used during a measurement, from /proc/stat.
 
-Under a load of 6 an eager EfficientNet once read 71 ms instead of 11.8 ms, a false speed-up of 35×; a block in
-which others were busy is therefore not evidence. Time stolen by the hypervisor counts as others' too.
+Under a load of 6 an eager EfficientNet once read 71 ms instead of 11.8 ms, a false speed-up of 35×; a block in which
+other processes were busy is therefore not evidence. Time stolen by the hypervisor counts as other processes' too.
 """
 
 import os
@@ -18,18 +18,18 @@ BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
 
 @dataclass
 class Usage:
-    """What a block found: cores that others used on average, or None where /proc does not tell."""
+    """Result for a block: cores that other processes used on average, or None if /proc does not say."""
 
     others_cores: float | None = None
 
     def clean(self, limit_cores: float) -> bool:
-        """Whether others are known to have used less than the limit."""
+        """Return whether other processes are known to have used less than the limit."""
         return self.others_cores is not None and self.others_cores < limit_cores
 
 
 @contextmanager
 def watch(proc: Path = Path("/proc")) -> Iterator[Usage]:
-    """Measure what others use while the block runs; the result is filled in when the block ends."""
+    """Measure the use by other processes while the block runs; the result is filled in when the block ends."""
     usage = Usage()
     before, start = _others_s(proc), time.monotonic()
     yield usage
@@ -39,7 +39,7 @@ def watch(proc: Path = Path("/proc")) -> Iterator[Usage]:
 
 
 def _others_s(proc: Path) -> float | None:
-    """CPU seconds since boot of all that is not this process or its descendants."""
+    """Return CPU seconds since boot of everything except this process and its descendants."""
     try:
         first = (proc / "stat").read_text().splitlines()[0].split()
     except (OSError, IndexError):
@@ -51,7 +51,7 @@ def _others_s(proc: Path) -> float | None:
 
 
 def _own_ticks(proc: Path, root: int) -> int:
-    """CPU ticks of a process and all its descendants, those that have ended included."""
+    """Return CPU ticks of a process and all its descendants, including ended ones."""
     children: dict[int, list[int]] = {}
     ticks: dict[int, int] = {}
     for entry in proc.iterdir():
@@ -69,7 +69,7 @@ def _own_ticks(proc: Path, root: int) -> int:
 
 
 def _stat_fields(process: Path) -> list[str]:
-    """Fields of /proc/PID/stat from the state on; empty when the process has ended meanwhile."""
+    """Return the fields of /proc/PID/stat from the state on; empty if the process has ended meanwhile."""
     try:
         return (process / "stat").read_text().rpartition(")")[2].split()
     except OSError:

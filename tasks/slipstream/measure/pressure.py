@@ -1,25 +1,25 @@
 """How long processes of this machine waited for a processor, from Linux's pressure stall information.
 
-A load average counts what runs as well as what waits, and on a cluster it is the node's; pressure counts waiting alone
-(Documentation/accounting/psi.rst in the Linux kernel).
+A load average counts both running and waiting processes, and on a cluster it is the node's; pressure counts only
+waiting (Documentation/accounting/psi.rst in the Linux kernel).
 """
 
 import time
 from pathlib import Path
 
 OVERLOADED = 0.5
-"""Share of the time in which something waited for a processor, from which on the machine counts as overloaded."""
+"""Share of time in which something waited for a processor, above which the machine counts as overloaded."""
 
 
 class Meter:
-    """Measures from its making on."""
+    """Measures from its creation on."""
 
     def __init__(self, file: Path = Path("/proc/pressure/cpu")) -> None:
         self._file = file
         self._waited_s, self._begun = _waited_s(file), time.monotonic()
 
     def share(self) -> float | None:
-        """Share of the time since then in which some process waited for a processor; None where nothing tells."""
+        """Share of the time since then in which some process waited for a processor; None if unknown."""
         now, elapsed = _waited_s(self._file), time.monotonic() - self._begun
         if now is None or self._waited_s is None or elapsed <= 0:
             return None

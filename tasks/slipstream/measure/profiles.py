@@ -1,7 +1,7 @@
-"""Profiles of an engine at work, by NVIDIA's Nsight Systems (`nsys`) or Linux's `perf`.
+"""Profiles of a working engine, by NVIDIA's Nsight Systems (`nsys`) or Linux's `perf`.
 
-The profiler starts a process of its own that loads the engine and answers real samples one by one:
-`python -m slipstream.measure.profiles ENGINE SAMPLES.npy REQUESTS`.
+The profiler starts a separate process that loads the engine and answers real samples one by one: `python -m
+slipstream.measure.profiles ENGINE SAMPLES.npy REQUESTS`.
 """
 
 import shutil
@@ -22,27 +22,27 @@ REQUESTS = 200
 SAMPLES = 16
 WITHIN_S = 600
 TAIL = 800
-"""Characters of a failed profiler's words that an error repeats."""
+"""Characters of a failed profiler's output that an error repeats."""
 
 COMMANDS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "nsys": (
         "engine.nsys-rep",
         lambda out: ["nsys", "profile", "--trace=cuda,nvtx,osrt", "--force-overwrite=true", f"--output={out}"],
     ),
-    # -g keeps who called whom; 999 Hz, a prime's neighbour, does not beat with timers.
+    # -g records call chains; 999 Hz does not coincide with timers at round frequencies.
     "perf": ("engine.perf", lambda out: ["perf", "record", "-q", "-g", "-F", "999", "-o", str(out), "--"]),
 }
-"""Profiler → the file that it writes, and the start of its command line."""
+"""Output file and first arguments by profiler."""
 
 
 def wanted(target: Target) -> str | None:
-    """The profiler that a target asks for (`options.profile`)."""
+    """Return the profiler that a target requests (`options.profile`)."""
     profiler = target.options.get("profile")
     return profiler if isinstance(profiler, str) else None
 
 
 def require_tool(target: Target) -> None:
-    """Raise EngineError when the target asks for a profiler that is not installed."""
+    """Raise EngineError if the target requests a profiler that is not installed."""
     tool = wanted(target)
     if tool is not None and shutil.which(tool) is None:
         raise EngineError(
@@ -52,7 +52,7 @@ def require_tool(target: Target) -> None:
 
 
 def record(tool: str, engine: Path, samples: npt.NDArray[Any], folder: Path, requests: int = REQUESTS) -> Path:
-    """Profile an engine folder on samples (N, …); the profile lies in `folder`. Raises EngineError."""
+    """Profile an engine folder on samples (N, …); the profile is written to `folder`. Raise EngineError."""
     folder.mkdir(parents=True, exist_ok=True)
     name, command = COMMANDS[tool]
     inputs, out = folder / "samples.npy", folder / name
@@ -71,7 +71,7 @@ def record(tool: str, engine: Path, samples: npt.NDArray[Any], folder: Path, req
 
 
 def answer(engine: Path, samples: Path, requests: int) -> None:
-    """What is profiled: load an engine and answer single requests."""
+    """Load an engine and answer single requests, under the profiler."""
     runner, inputs = load_engine(engine), np.load(samples, allow_pickle=False)
     for index in range(requests):
         at = index % len(inputs)

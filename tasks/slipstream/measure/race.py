@@ -1,7 +1,7 @@
-"""Engines head to head: all take turns in one interleaved run, and ratios within it say which is faster.
+"""Engines head to head: all take turns in one interleaved run, and ratios within it show which is faster.
 
-A ratio to the eager baseline from a run of each engine alone compares the machine's moods as well: on two quiet cores a
-pick by such ratios took an engine of 0.202 ms over one of 0.127 ms. Here every engine meets the same rounds.
+When each engine runs separately, its ratio to the eager baseline includes the machine's variation: on two quiet cores a
+pick by such ratios took an engine of 0.202 ms over one of 0.127 ms. Here every engine runs in the same rounds.
 """
 
 import math
@@ -18,7 +18,7 @@ from slipstream.measure.loadgen import Issue
 from slipstream.measure.stats import Bounds
 
 PLAN = Plan(rounds=10, max_rounds=16, clean_rounds=8, block_ms=100)
-"""Many engines share a round, so that it lasts long enough for /proc/stat with shorter blocks."""
+"""Many engines share a round, which is therefore long enough for /proc/stat with shorter blocks."""
 
 
 def run(
@@ -31,14 +31,15 @@ def run(
     mean: bool,
     progress: Callable[[int, int, float | None], None] = lambda done, total, others: None,
 ) -> Race:
-    """Measure all subjects, interleaved. `threads` is the most that any needs; `mean` is for who wants throughput."""
+    """Measure all subjects, interleaved. `threads` is the most that any needs; `mean` is for throughput."""
     return of(latency.compare(subjects, samples, plan, seed, progress=progress), threads=threads, mean=mean)
 
 
 def of(comparison: Comparison, *, threads: int, mean: bool) -> Race:
-    """A race from its rounds: one figure of each subject for every round that counts.
+    """Return a race from its rounds: one figure of each subject for every round that counts.
 
-    The figure is the median (or mean) of the queries; in noise it is their 10th percentile, as in `Comparison.speedup`.
+    The figure is the median (or mean) of the queries; under noise it is their 10th percentile, as in
+    `Comparison.speedup`.
     """
     quick, judged = comparison.noise.noisy, comparison.judged
 
@@ -58,9 +59,9 @@ def of(comparison: Comparison, *, threads: int, mean: bool) -> Race:
 
 
 def time_ratio(race: Race, subject: str, reference: str, confidence: float) -> Bounds:
-    """The subject's time for a request over the reference's, from paired rounds; below 1 it is faster.
+    """Return the subject's time for a request over the reference's, from paired rounds; below 1 it is faster.
 
-    In a crowd the interval also covers what the fastest thousandth of the queries says (`Comparison.speedup`).
+    In a crowd the interval also covers the value for the fastest thousandth of the queries (`Comparison.speedup`).
     """
     slow, fast = race.rounds_ms[subject], race.rounds_ms[reference]
     ratio = stats.ratio_of_rounds(slow, fast, confidence)
@@ -72,10 +73,10 @@ def time_ratio(race: Race, subject: str, reference: str, confidence: float) -> B
 
 
 def time_ms(race: Race) -> dict[str, float]:
-    """Milliseconds a request for each subject, in the order of their ratios.
+    """Return milliseconds per request for each subject, in the order of their ratios.
 
-    Of each round the geometric mean of all subjects is taken out, which is the round's own speed; the Hodges-Lehmann
-    center of what remains is the subject's, and is put back on the mean of all rounds.
+    The geometric mean of all subjects, which is the round's own speed, is removed from each round; the Hodges-Lehmann
+    center of the remainder is the subject's, and is rescaled by the mean of all rounds.
     """
     logs = np.log(np.array(list(race.rounds_ms.values())))
     pace = logs.mean(axis=0)
@@ -84,7 +85,7 @@ def time_ms(race: Race) -> dict[str, float]:
 
 
 def standings(race: Race, entrants: Iterable[str], confidence: float) -> dict[str, Standing]:
-    """Every subject's time, and its ratio to the fastest of the entrants, which may win."""
+    """Return every subject's time, and its ratio to the fastest of the entrants, which can win."""
     times = time_ms(race)
     fastest = min(entrants, key=lambda name: (times[name], name))
     by_name = {}
@@ -96,5 +97,5 @@ def standings(race: Race, entrants: Iterable[str], confidence: float) -> dict[st
 
 
 def tied(standing: Standing) -> bool:
-    """Whether an engine may be as fast as the fastest: its interval reaches 1, or there is none."""
+    """Return whether an engine may be as fast as the fastest: its interval reaches 1, or there is none."""
     return standing.relative is None or standing.relative.low <= 1.0

@@ -1,9 +1,9 @@
-"""Always-valid tests behind stages 2 and 3: evidence that may be looked at, and acted on, after every request.
+"""Always-valid tests for stages 2 and 3: evidence that may be evaluated, and acted on, after every request.
 
 Evidence is an e-process: a nonnegative process whose expectation under the null hypothesis never exceeds 1. By Ville's
-inequality it ever reaches 1/α with probability at most α, so neither looking often nor stopping early nor adding
-requests costs a false alarm (Ramdas, Grünwald, Vovk and Shafer, Statistical Science 38:576–601, 2023). Everything here
-returns its logarithm.
+inequality it reaches 1/α at any time with probability at most α, so neither frequent looks nor early stopping nor
+additional requests cause false alarms (Ramdas, Grünwald, Vovk and Shafer, Statistical Science 38:576–601, 2023).
+Everything here returns its logarithm.
 """
 
 import math
@@ -17,13 +17,13 @@ Floats = npt.NDArray[np.float64]
 Side = Literal["above", "below"]
 
 EXPECTED_N = 200.0
-"""Requests that the prior guess of a rate is worth; it decides how fast evidence grows, not whether it is valid."""
+"""Number of requests that the prior guess of a rate is worth; it affects how fast evidence grows, not its validity."""
 RATE_FACTORS = (2.0, 5.0, 20.0)
-"""Alternatives against "not above": the challenger's rate is this many times the champion's."""
+"""Alternatives against "not above": the challenger's rate is this multiple of the champion's."""
 MARGIN_FACTORS = (0.0, 0.5)
-"""Alternatives against "not below": the excess is this part of the margin."""
+"""Alternatives against "not below": the excess is this fraction of the margin."""
 PEAK_FACTORS = (0.1, 0.25, 0.5)
-"""Alternatives for peaks: this part of the probability that chance alone gives."""
+"""Alternatives for peaks: this fraction of the probability that chance alone gives."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Windows:
 
     @classmethod
     def of(cls, rows: npt.ArrayLike) -> "Windows":
-        """From (W, 4) rows: champion's hits and n, challenger's hits and n. Rows without either side are left out."""
+        """Return windows from (W, 4) rows: champion's hits and n, challenger's hits and n. Rows with an empty side are
+        dropped."""
         table = np.asarray(rows, dtype=np.float64).reshape(-1, 4)
         table = table[(table[:, 1] > 0) & (table[:, 3] > 0)]
         return cls(*(np.ascontiguousarray(column) for column in table.T))
@@ -59,7 +60,8 @@ class Windows:
 
 
 def log_excess(windows: Windows, margin: float, side: Side) -> Floats:
-    """(W,) evidence after each window that the challenger's rate is above, or below, the champion's plus `margin`.
+    """Return (W,) evidence after each window that the challenger's rate is above, or below, the champion's plus
+    `margin`.
 
     Each window multiplies the evidence by the likelihood of both sides' counts under an alternative, over that under
     its projection onto the line rate = champion's + margin (R. Turner and P. Grünwald, "Exact anytime-valid confidence
@@ -87,7 +89,7 @@ def log_excess(windows: Windows, margin: float, side: Side) -> Floats:
 
 
 def excess_bound(windows: Windows, confidence: float) -> float:
-    """Always-valid upper bound on the excess; 1 while nothing is known. Within 1e-4."""
+    """Return an always-valid upper bound on the excess; 1 while nothing is known. Within 1e-4."""
     low, high = 0.0, 1.0 - 1e-6
     while high - low > 1e-4:
         middle = (low + high) / 2
@@ -99,11 +101,11 @@ def excess_bound(windows: Windows, confidence: float) -> float:
 
 
 def log_share(hits: npt.ArrayLike, share: npt.ArrayLike, side: Side) -> Floats:
-    """(N,) evidence after each of N trials that they hit more, or less, often than with probability `share`.
+    """Return (N,) evidence after each of N trials that they hit more, or less, often than with probability `share`.
 
-    hits: (N,) booleans; share: one probability, or (N,) of them, each fixed before its trial. Likelihood ratios,
-    mixed over alternatives in which the rarer outcome has 0.1 to 0.5 of its probability (below), or in which the miss
-    has (above).
+    hits: (N,) booleans; share: one probability, or (N,) of them, each fixed before its trial. Likelihood ratios, mixed
+    over alternatives in which the rarer outcome has 0.1 to 0.5 of its probability (below), or in which the miss has
+    (above).
     """
     y = np.asarray(hits, dtype=bool)
     p = np.clip(np.broadcast_to(np.asarray(share, dtype=np.float64), y.shape), 1e-9, 1 - 1e-9)
@@ -115,13 +117,13 @@ def log_share(hits: npt.ArrayLike, share: npt.ArrayLike, side: Side) -> Floats:
 
 
 def reached(evidence: Floats, confidence: float) -> bool:
-    """Whether the evidence is, after the last observation, enough to call its null hypothesis wrong."""
+    """Return whether the evidence after the last observation suffices to reject its null hypothesis."""
     return bool(evidence.size) and bool(evidence[-1] >= -math.log1p(-confidence))
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """The slowest answer of champion and challenger in each of the same B blocks, and how many answers those had."""
+    """The slowest answer of champion and challenger in each of the same B blocks, and their numbers of answers."""
 
     champion_ms: Floats
     champion_n: Floats
@@ -130,26 +132,26 @@ class Peaks:
 
     @classmethod
     def of(cls, rows: npt.ArrayLike) -> "Peaks":
-        """From (B, 4) rows, in the order of the fields."""
+        """Return peaks from (B, 4) rows, in the order of the fields."""
         return cls(*np.asarray(rows, dtype=np.float64).reshape(-1, 4).T)
 
     def log_slower(self, ratio: float, side: Side) -> Floats:
-        """(B,) evidence that the challenger is more than (above), or less than (below), `ratio` times as slow.
+        """Return (B,) evidence that the challenger is more than (above), or less than (below), `ratio` times as slow.
 
-        Were all its answers exactly `ratio` times as slow, any of a block's n + m answers would be as likely as any
-        other to be the slowest after dividing, so that the challenger has it with probability m / (n + m): whatever
-        the latencies' distribution, and however they depend on each other, as long as the two sides are exchangeable
-        within a block. A burst, however high or long, counts for one block.
+        If all its answers were exactly `ratio` times as slow, each of a block's n + m answers would be equally likely
+        to be the slowest after division, so the challenger has it with probability m / (n + m): whatever the latencies'
+        distribution, and however they are correlated, as long as the two sides are exchangeable within a block. A
+        burst, however high or long, counts for one block.
         """
         chance = self.challenger_n / (self.champion_n + self.challenger_n)
         return log_share(self.challenger_ms > ratio * self.champion_ms, chance, side)
 
     def ratio(self) -> float:
-        """The typical block's ratio: the median, corrected for nothing; NaN without blocks."""
+        """The typical block's ratio: the median, uncorrected; NaN without blocks."""
         return float(np.median(self.challenger_ms / self.champion_ms)) if self.champion_ms.size else math.nan
 
     def bounds(self, confidence: float) -> tuple[float, float]:
-        """Always-valid bounds on the ratio: the least and the greatest that the evidence does not exclude."""
+        """Return always-valid bounds on the ratio: the smallest and the largest that the evidence does not exclude."""
         low, high = math.nan, math.nan
         for ratio in np.geomspace(1 / 32, 32, 121):
             if reached(self.log_slower(float(ratio), "above"), confidence):
@@ -160,9 +162,9 @@ class Peaks:
 
 
 def blocks(champion_ms: npt.ArrayLike, challenger_ms: npt.ArrayLike, size: int) -> Peaks:
-    """Peaks of blocks of `size` pairs, from (N,) latencies of the same N requests in their order.
+    """Return peaks of blocks of `size` pairs, from (N,) latencies of the same N requests in their order.
 
-    A rest that fills no block is left out.
+    A remainder smaller than a block is dropped.
     """
     a, b = np.asarray(champion_ms, dtype=np.float64), np.asarray(challenger_ms, dtype=np.float64)
     whole = len(a) // size * size
@@ -172,33 +174,33 @@ def blocks(champion_ms: npt.ArrayLike, challenger_ms: npt.ArrayLike, size: int) 
 
 GAP, LONGEST, EXPECTED_LENGTH = 2, 25, 4.0
 """Slow answers with at most GAP others between them belong to one episode (the runs method of extreme values: Ferro and
-Segers, Journal of the Royal Statistical Society B 65:545–556, 2003); one of more than LONGEST requests counts again
-for every LONGEST. Until slow answers have shown how long their episodes are, EXPECTED_LENGTH is assumed."""
+Segers, Journal of the Royal Statistical Society B 65:545–556, 2003); one of more than LONGEST requests counts again for
+every LONGEST. EXPECTED_LENGTH is assumed until slow answers have shown the length of their episodes."""
 
 
 def episodes(slow: npt.ArrayLike) -> npt.NDArray[np.intp]:
-    """Indices at which episodes of slow answers begin; slow: (N,) booleans in the order of the requests."""
+    """Return indices at which episodes of slow answers begin; slow: (N,) booleans in the order of the requests."""
     at = np.flatnonzero(np.asarray(slow, dtype=bool))
     if not at.size:
         return at
     begins = np.concatenate([[True], np.diff(at) > GAP + 1])
-    first = at[np.maximum.accumulate(np.where(begins, np.arange(at.size), 0))]  # begin of each one's own episode
+    first = at[np.maximum.accumulate(np.where(begins, np.arange(at.size), 0))]  # begin of each answer's episode
     part = (at - first) // LONGEST
     counted: npt.NDArray[np.intp] = at[begins | np.concatenate([[False], np.diff(part) > 0])]
     return counted
 
 
 def episode_length(*slow: npt.ArrayLike) -> float:
-    """Mean slow answers in an episode over all sides, at least 1: N answers then say as much as N / length."""
+    """Return the mean slow answers per episode over all sides, at least 1: N answers are worth N / length."""
     answers = sum(int(np.asarray(s, dtype=bool).sum()) for s in slow)
     return max(1.0, (answers + EXPECTED_LENGTH) / (sum(len(episodes(s)) for s in slow) + 1))
 
 
 def episode_windows(champion: npt.ArrayLike, challenger: npt.ArrayLike, size: int = 100) -> Windows:
-    """Windows of `size` pairs in which episodes count, and requests as many as are independent.
+    """Return windows of `size` pairs that count episodes, and the number of independent requests.
 
     champion, challenger: (N,) booleans, whether the answer to the same request was slow. Slow answers come in bursts;
-    counted one by one they would pretend to be more evidence than they are.
+    counted one by one, they would overstate the evidence.
     """
     a, b = np.asarray(champion, dtype=bool), np.asarray(challenger, dtype=bool)
     length = episode_length(a, b)
@@ -207,7 +209,7 @@ def episode_windows(champion: npt.ArrayLike, challenger: npt.ArrayLike, size: in
 
 
 def log_rate(slow: npt.ArrayLike, limit: float, side: Side, size: int = 100) -> Floats:
-    """(W,) evidence that the share of slow answers is above, or below, `limit`; slow: (N,) booleans in order.
+    """Return (W,) evidence that the share of slow answers is above, or below, `limit`; slow: (N,) booleans in order.
 
     Windows of `size` requests (the last may be shorter) in which episodes count, as in `episode_windows`.
     """
@@ -223,7 +225,7 @@ def log_rate(slow: npt.ArrayLike, limit: float, side: Side, size: int = 100) -> 
 
 
 def rate_bound(slow: npt.ArrayLike, confidence: float) -> float:
-    """Always-valid upper bound on the share of slow answers; 1 while nothing is known. Within 1e-4."""
+    """Return an always-valid upper bound on the share of slow answers; 1 while nothing is known. Within 1e-4."""
     low, high = 0.0, 1.0 - 1e-6
     while high - low > 1e-4:
         middle = (low + high) / 2
@@ -235,7 +237,7 @@ def rate_bound(slow: npt.ArrayLike, confidence: float) -> float:
 
 
 def _per_window(slow: npt.NDArray[np.bool_], length: float, size: int) -> tuple[Floats, Floats]:
-    """Episodes that begin in each window, and its requests over the episodes' length."""
+    """Return episodes that begin in each window, and its requests divided by the episodes' length."""
     count = -(-len(slow) // size)
     n = np.minimum(size, len(slow) - size * np.arange(count)) / length
     hits = np.bincount(episodes(slow) // size, minlength=count)
@@ -247,13 +249,13 @@ def _rate(hits: Floats, n: Floats) -> float:
 
 
 def _before(values: Floats) -> Floats:
-    """Sums of all earlier values."""
+    """Return the sums of all earlier values."""
     sums: Floats = np.cumsum(values) - values
     return sums
 
 
 def _projection(a_n: Floats, b_n: Floats, a: Floats, b: Floats, margin: float) -> tuple[Floats, Floats]:
-    """The point (x, x + margin) nearest to (a, b) in Kullback-Leibler divergence, weighted by the counts."""
+    """Return the point (x, x + margin) nearest to (a, b) in Kullback-Leibler divergence, weighted by the counts."""
     low = np.full(a.shape, 1e-12)
     high = np.full(a.shape, 1.0 - margin - 1e-12)
     for _ in range(50):

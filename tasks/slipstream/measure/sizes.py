@@ -1,7 +1,7 @@
-"""How many test samples a margin needs: known before anything is trained, from the margin and the discordance.
+"""Number of test samples that a margin needs, computed before training from the margin and the discordance.
 
-Discordance is the share of samples that one of the two models gets right and the other does not. It decides the
-spread of the paired difference: an engine without any true drop still loses some samples and wins as many others.
+Discordance is the share of samples that one of the two models gets right and the other does not. It determines the
+spread of the paired difference: an engine without any true drop still loses some samples and wins equally many.
 """
 
 import math
@@ -13,11 +13,11 @@ from slipstream.measure import betting, stats
 POWER = 0.8
 """Probability with which an engine without any drop should pass."""
 EXAMPLES = (0.001, 0.01, 0.05)
-"""Discordances that are shown where none was observed: INT8 of a large network, of a small one, and a small student."""
+"""Discordances shown if none was observed: INT8 of a large network, of a small one, and a small student."""
 
 
 def least(margin: float, confidence: float, *, graded: bool) -> int:
-    """Fewest samples with which an engine can pass at all: one that answers every sample as the baseline does.
+    """Return the fewest samples with which an engine can pass at all: one that answers every sample like the baseline.
 
     margin: allowed drop, as a fraction. `graded`: scores between 0 and 1 (measure/betting.py), not 0 or 1 (Tango).
     """
@@ -31,11 +31,11 @@ def least(margin: float, confidence: float, *, graded: bool) -> int:
 
 
 def needed(margin: float, confidence: float, discordance: float, *, graded: bool = False) -> int:
-    """Samples with which an engine without any true drop passes with 80 % probability; at least `least`.
+    """Return the samples with which an engine without true drop passes with 80 % probability; at least `least`.
 
     margin, discordance: fractions. ((z₁·σ₀ + z₂·σ₁) / margin)², with the spread of a paired difference at the margin,
-    as Tango's test has it, and without a drop (J. Nam, Biometrics 53:1422–1430, 1997). Graded scores take about twice
-    as many.
+    as in Tango's test, and without a drop (J. Nam, Biometrics 53:1422–1430, 1997). Graded scores take about twice as
+    many.
     """
     z1, z2 = (float(distributions.norm.ppf(p)) for p in (confidence, POWER))
     slope = 2.0 * margin - discordance

@@ -1,8 +1,8 @@
 """Statistics behind the gates: arrays and a seeded generator in, numbers out.
 
-Every bound is one-sided and holds by itself with the given confidence, because every gate asks a one-sided
-question. `low` and `high` together therefore cover with 1 − 2α. Where the data cannot carry a bound (no
-observations, NaN, too few), the bound is NaN, and a gate turns NaN into `inconclusive`.
+Every bound is one-sided and holds separately with the given confidence, because every gate asks a one-sided question.
+`low` and `high` together therefore cover with 1 − 2α. If the data cannot give a bound (no observations, NaN, too few),
+the bound is NaN, and a gate turns NaN into `inconclusive`.
 """
 
 import math
@@ -19,14 +19,14 @@ SET_RESAMPLES = 2000
 """Bootstrap resamples of values that are computed from whole sets; the Monte Carlo error of a 95 % bound is then a few
 percent of its distance."""
 JACKKNIFE = 200
-"""Most groups that the jackknife leaves out in turn."""
+"""Maximum number of groups that the jackknife leaves out in turn."""
 BOOTSTRAP_MIN = 30
-"""Fewer pairs than this and a bootstrap of the mean covers too little (Efron and Tibshirani 1993, ch. 14)."""
+"""With fewer pairs, a bootstrap of the mean covers too little (Efron and Tibshirani 1993, ch. 14)."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """An estimate between its lower and its upper confidence bound; NaN where there is none."""
+    """An estimate between its lower and its upper confidence bound; NaN if there is none."""
 
     estimate: float
     low: float
@@ -39,22 +39,22 @@ class Bounds:
         return all(math.isfinite(v) for v in (self.estimate, self.low, self.high))
 
     def scaled(self, factor: float) -> "Bounds":
-        """The same in another unit, such as percent; `factor` is positive."""
+        """Return the same in another unit, such as percent; `factor` is positive."""
         return Bounds(self.estimate * factor, self.low * factor, self.high * factor, self.n)
 
 
 def unknown(n: int = 0) -> Bounds:
-    """What is known without usable data."""
+    """Return the result without usable data."""
     return Bounds(math.nan, math.nan, math.nan, n)
 
 
 def paired_drop(baseline: npt.ArrayLike, engine: npt.ArrayLike, confidence: float) -> Bounds:
-    """Drop of a mean score from baseline to engine on the same samples, as a fraction.
+    """Return the drop of a mean score from baseline to engine on the same samples, as a fraction.
 
-    baseline, engine: (N,) scores in [0, 1], one for each sample, in the same order.
-    Scores that are all 0 or 1 use Tango's score interval, others a bound that holds for every distribution
-    (measure/betting.py): a bootstrap knows nothing of the rare samples that an engine loses whole and that were not
-    drawn, and let a drop at the limit pass in 13 to 56 % of test sets of 50 to 200 such scores.
+    baseline, engine: (N,) scores in [0, 1], one for each sample, in the same order. Scores that are all 0 or 1 use
+    Tango's score interval, others a bound that holds for any distribution (measure/betting.py): a bootstrap cannot
+    account for rare samples that an engine loses entirely and that were not drawn, and let a drop at the limit pass in
+    13 to 56 % of test sets of 50 to 200 such scores.
     """
     from slipstream.measure import betting  # which builds on this module
 
@@ -67,12 +67,12 @@ def paired_drop(baseline: npt.ArrayLike, engine: npt.ArrayLike, confidence: floa
 
 
 def tango(lost: int, won: int, n: int, confidence: float) -> Bounds:
-    """Score bounds for the paired difference (lost − won) / n of two proportions.
+    """Return score bounds for the paired difference (lost − won) / n of two proportions.
 
-    lost: samples that only the baseline got right; won: only the engine; n: all samples.
-    Inverts the score test of H0: difference = Δ. The nuisance parameter is its restricted maximum likelihood
-    estimate, which keeps the one-sided error at its nominal level where the Wald interval fails: few discordant
-    pairs, the normal case for an engine (T. Tango, Statistics in Medicine 17:891–908, 1998, eq. 4 and 6).
+    lost: samples that only the baseline got right; won: only the engine; n: all samples. Inverts the score test of H0:
+    difference = Δ. The nuisance parameter is its restricted maximum likelihood estimate, which keeps the one-sided
+    error at its nominal level where the Wald interval fails: few discordant pairs, the normal case for an engine (T.
+    Tango, Statistics in Medicine 17:891–908, 1998, eq. 4 and 6).
     """
     if n <= 0 or lost < 0 or won < 0 or lost + won > n:
         return unknown(max(n, 0))
@@ -84,7 +84,7 @@ def tango(lost: int, won: int, n: int, confidence: float) -> Bounds:
 
 
 def _tango_z(delta: float, lost: int, won: int, n: int) -> float:
-    """Score statistic of H0: difference = delta; falls as delta grows."""
+    """Return the score statistic of H0: difference = delta; it decreases as delta grows."""
     a = 2.0 * n
     b = -lost - won + (2.0 * n - lost + won) * delta
     c = -won * delta * (1.0 - delta)
@@ -97,7 +97,7 @@ def _tango_z(delta: float, lost: int, won: int, n: int) -> float:
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a falling function crosses zero between low and high; the end that it never crosses, otherwise."""
+    """Return where a decreasing function crosses zero between low and high; without a crossing, the nearer end."""
     if function(low) <= 0.0:
         return low
     if function(high) >= 0.0:
@@ -137,11 +137,11 @@ def paired_bootstrap(
 
 
 def _expanded(confidence: float, influence: Floats) -> float:
-    """The normal quantile, widened as far as the estimate hangs on few samples.
+    """Return the normal quantile, widened as far as the estimate depends on few samples.
 
     A bootstrap of n samples is too narrow by √((n − 1)/n) and knows its spread no better than n − 1 degrees of freedom
-    tell (T. Hesterberg, The American Statistician 69:371–386, 2015, section 4.2.1). For n stands the number of samples,
-    or groups, that share the variance equally: (Σu²)² / Σu⁴ of the influences u, Kish's (1965) effective sample size.
+    allow (T. Hesterberg, The American Statistician 69:371–386, 2015, section 4.2.1). n is the number of samples, or
+    groups, that share the variance equally: (Σu²)² / Σu⁴ of the influences u, Kish's (1965) effective sample size.
     """
     shares = influence**2
     if not shares.any():
@@ -151,13 +151,13 @@ def _expanded(confidence: float, influence: Floats) -> float:
 
 
 def _resample_counts(resamples: int, n: int, rng: np.random.Generator) -> Floats:
-    """(R, N) how often each sample is in each of R resamples of N samples, drawn with replacement."""
+    """Return (R, N) how often each sample is in each of R resamples of N samples, drawn with replacement."""
     drawn = rng.integers(0, n, (resamples, n)) + n * np.arange(resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.float64)
 
 
 def _jackknife_counts(n: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """Counts, in chunks, of the resamples that leave out one group of samples each; at most JACKKNIFE groups."""
+    """Return counts, in chunks, of the resamples that leave out one group of samples each; at most JACKKNIFE groups."""
     group = rng.permutation(n) % min(n, JACKKNIFE)
     first = 0
     for size in _chunks(n, min(n, JACKKNIFE)):
@@ -166,13 +166,13 @@ def _jackknife_counts(n: int, rng: np.random.Generator) -> Iterator[Floats]:
 
 
 def _chunks(n: int, resamples: int) -> list[int]:
-    """Sizes of the parts in which resamples of n samples are drawn: at most 2 million draws each."""
+    """Return sizes of the parts in which resamples of n samples are drawn: at most 2 million draws each."""
     chunk = max(1, 2_000_000 // n)
     return [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
 
 
 def _bca(estimate: float, drawn: Floats, influence: Floats, z: float) -> Bounds:
-    """BCa bounds from bootstrap values at the normal quantiles ±z.
+    """Return BCa bounds from bootstrap values at the normal quantiles ±z.
 
     influence: how much each sample, or group of them, pulls the estimate up.
     """
@@ -186,7 +186,7 @@ def _bca(estimate: float, drawn: Floats, influence: Floats, z: float) -> Bounds:
 
 
 def _bca_level(bias: float, acceleration: float, z: float) -> float:
-    """Quantile of the bootstrap distribution that BCa reads for the normal quantile z."""
+    """Return the quantile of the bootstrap distribution that BCa reads for the normal quantile z."""
     shifted = bias + z
     if acceleration * shifted >= 1.0:  # past the pole, where the formula would come back from the other side
         return 1.0 if shifted > 0 else 0.0
@@ -194,7 +194,7 @@ def _bca_level(bias: float, acceleration: float, z: float) -> float:
 
 
 def wilson(successes: int, n: int, confidence: float) -> Bounds:
-    """Score bounds for a proportion (E. B. Wilson, JASA 22:209–212, 1927)."""
+    """Return score bounds for a proportion (E. B. Wilson, JASA 22:209–212, 1927)."""
     if n <= 0 or not 0 <= successes <= n:
         return unknown(max(n, 0))
     z = float(stats.norm.ppf(confidence))
@@ -207,12 +207,12 @@ def wilson(successes: int, n: int, confidence: float) -> Bounds:
 
 
 def ratio_of_rounds(reference_ms: npt.ArrayLike, subject_ms: npt.ArrayLike, confidence: float) -> Bounds:
-    """Speed-up: how many times faster the subject is than the reference, from interleaved rounds.
+    """Return the speed-up, how many times faster the subject is than the reference, from interleaved rounds.
 
-    reference_ms, subject_ms: (R,) median latency of each round; both were measured in the same round, so that
-    what slows the machine for a while slows both. The Hodges–Lehmann estimate of the log-ratios and its exact
-    signed-rank bounds, taken back: one round in which a neighbour hit only one of the two (3× is common on a shared
-    machine) hardly moves it, where a t interval would explode (Hodges and Lehmann 1963; Hollander, Wolfe and Chicken,
+    reference_ms, subject_ms: (R,) median latency of each round; both were measured in the same round, so anything that
+    slows the machine for a while slows both. The Hodges–Lehmann estimate of the log-ratios and its exact signed-rank
+    bounds, exponentiated: one round in which other load hit only one of the two (3× is common on a shared machine)
+    hardly moves it, while it would inflate a t interval (Hodges and Lehmann 1963; Hollander, Wolfe and Chicken,
     Nonparametric Statistical Methods, section 3.3).
     """
     a, b = np.asarray(reference_ms, dtype=np.float64), np.asarray(subject_ms, dtype=np.float64)
@@ -225,12 +225,13 @@ def ratio_of_rounds(reference_ms: npt.ArrayLike, subject_ms: npt.ArrayLike, conf
 
 
 def min_rounds(confidence: float) -> int:
-    """Fewest rounds that can carry a bound: all R signs agree by chance with probability 2^−R; 5 rounds at 95 %."""
+    """Return the fewest rounds that can give a bound: all R signs agree by chance with probability 2^−R; 5 rounds at 95
+    %."""
     return math.ceil(round(-math.log2(1.0 - confidence), 9))
 
 
 def hodges_lehmann(values: npt.ArrayLike, confidence: float) -> tuple[float, float, float]:
-    """Centre of (N,) symmetrically distributed values, with bounds from the null distribution of the signed-rank sum.
+    """Return the center of (N,) symmetrically distributed values, with bounds from the signed-rank null distribution.
 
     N is at least `min_rounds(confidence)`. The bounds are the k-th smallest and largest of the N(N + 1)/2 Walsh
     averages, with the largest k for which P[W ≤ k − 1] ≤ 1 − confidence.
@@ -247,22 +248,22 @@ def hodges_lehmann(values: npt.ArrayLike, confidence: float) -> tuple[float, flo
 
 
 def center(values: npt.ArrayLike) -> float:
-    """The Hodges-Lehmann estimate alone: the median of the Walsh averages of (N,) values, N > 0."""
+    """Return only the Hodges-Lehmann estimate: the median of the Walsh averages of (N,) values, N > 0."""
     return float(np.median(_walsh_averages(np.asarray(values, dtype=np.float64))))
 
 
 def _walsh_averages(values: Floats) -> Floats:
-    """(N(N + 1)/2,) means of all pairs, each value with itself included, in ascending order."""
+    """Return (N(N + 1)/2,) means of all pairs, including each value with itself, in ascending order."""
     i, j = np.triu_indices(values.size)
     averages: Floats = np.sort((values[i] + values[j]) / 2.0)
     return averages
 
 
 def min_queries(percentile: float, confidence: float = 0.99) -> int:
-    """Fewest queries from which a percentile may be told: 64, 130, 662 and 6,636 for p90, p95, p99 and p99.9.
+    """Return the fewest queries for a percentile: 64, 130, 662 and 6,636 for p90, p95, p99 and p99.9.
 
-    LoadGen's early-stopping rule: the smallest n with P[Binomial(n, 1 − p) ≤ 1] ≤ 1 − confidence, so that one
-    query above the limit could be tolerated (MLPerf Inference, loadgen/early_stopping.cc).
+    LoadGen's early-stopping rule: the smallest n with P[Binomial(n, 1 − p) ≤ 1] ≤ 1 − confidence, so that one query
+    above the limit could be tolerated (MLPerf Inference, loadgen/early_stopping.cc).
     """
     low, high = 1, 2
     while stats.binom.cdf(1, high, 1.0 - percentile) > 1.0 - confidence:
@@ -274,10 +275,10 @@ def min_queries(percentile: float, confidence: float = 0.99) -> int:
 
 
 def percentile_bounds(values: npt.ArrayLike, percentile: float, confidence: float) -> Bounds:
-    """Distribution-free bounds of a percentile by order statistics; an infinite side means too few values.
+    """Return distribution-free bounds of a percentile by order statistics; an infinite side means too few values.
 
-    The k-th smallest of n values lies above the percentile p with probability P[Binomial(n, p) < k]
-    (David and Nagaraja, Order Statistics, 2003, section 7.1).
+    The k-th smallest of n values lies above the percentile p with probability P[Binomial(n, p) < k] (David and
+    Nagaraja, Order Statistics, 2003, section 7.1).
     """
     v = np.sort(np.asarray(values, dtype=np.float64))
     if v.size == 0 or not np.isfinite(v).all():

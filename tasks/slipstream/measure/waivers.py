@@ -1,4 +1,4 @@
-"""A person's word in place of a verdict that could not be reached; never against one that was."""
+"""A person's approval in place of a verdict that could not be reached; never against one that was reached."""
 
 import datetime
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from slipstream.spec.sections import Waiver
 
 
 def waive(verdicts: Iterable[Verdict], waivers: Iterable[Waiver], today: datetime.date) -> tuple[Verdict, ...]:
-    """The verdicts, of which inconclusive ones that a person waived pass, with name and reason. A failure stays one."""
+    """Return the verdicts, with waived inconclusive ones as passes, with name and reason. A failure stays a failure."""
     valid = {w.gate: w for w in waivers if today <= w.until}
     return tuple(
         v.model_copy(update={"answer": "pass", "reason": _waived(v, valid[v.gate])})

@@ -1,8 +1,8 @@
-"""ONNX graphs, whoever wrote them: read, checked, and brought to the one form that everything here works on.
+"""ONNX graphs from any exporter: read, checked, and converted to the one form that everything here works on.
 
-That form: operators of ONNX itself only, of opset 13 or later (the first in which one scale for each channel can be
-said), no local functions, no weight that is NaN, one input `input` and one output `output`, whose first dimension is
-the batch and dynamic.
+That form: only operators of ONNX itself, of opset 13 or later (the first that supports one scale for each channel), no
+local functions, no NaN weight, one input `input` and one output `output`, whose first dimension is the batch and
+dynamic.
 """
 
 import logging
@@ -23,7 +23,7 @@ from slipstream.frameworks.base import INPUT, OUTPUT
 log = logging.getLogger(__name__)
 
 OPSET = 13
-"""Least opset: DequantizeLinear has an axis from here on. A model is not converted further than it must be."""
+"""Minimum opset: DequantizeLinear has an axis from here on. A model is not converted further than necessary."""
 STANDARD = ("", "ai.onnx")
 """Names of the domain of ONNX's own operators."""
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
@@ -36,11 +36,11 @@ DTYPES = {helper.np_dtype_to_tensor_dtype(np.dtype(name)): name for name in INPU
 """Types that an input may have."""
 BATCH = "batch"
 NAMED = 5
-"""How many names an error lists."""
+"""Maximum number of names that an error lists."""
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """A model with its weights, also those in files beside it, checked. Raises ModelError."""
+    """Return a checked model with its weights, including those in external files. Raise ModelError."""
     try:
         model = onnx.load(path)
     except Exception as error:  # protobuf and the file system share no root but Exception
@@ -54,7 +54,7 @@ def read(path: Path) -> onnx.ModelProto:
 
 
 def external_files(path: Path) -> list[str]:
-    """Names of the files beside a model in which weights lie; none for what is no model."""
+    """Return names of the external files with a model's weights; empty if it is not a model."""
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception:  # protobuf and the file system share no root but Exception; `read` says what is wrong
@@ -63,9 +63,9 @@ def external_files(path: Path) -> list[str]:
 
 
 def prepare(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
-    """The model in the form that this module's docstring says, but for a batch dimension that is a number.
+    """Return the model in the form that this module's docstring describes, except for a fixed batch dimension.
 
-    Raises ModelError, which begins with `where`.
+    Raise ModelError, which begins with `where`.
     """
     try:
         model = inline_local_functions(model, convert_version=True)
@@ -75,7 +75,7 @@ def prepare(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
         _require_one_of_each(model.graph)
         rename(model.graph, {model.graph.input[0].name: INPUT, model.graph.output[0].name: OUTPUT})
         _require_types(model.graph)
-        del model.graph.value_info[:]  # stale once anything changes, and inferred anew by whoever needs it
+        del model.graph.value_info[:]  # stale once anything changes, and inferred again when needed
         infer_shapes(model)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from error
@@ -83,7 +83,7 @@ def prepare(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
 
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the shape of every tensor that strict inference can tell. Raises ModelError where shapes clash."""
+    """Return the model with every shape that strict inference can determine. Raise ModelError if shapes conflict."""
     try:
         onnx.checker.check_model(model)
         return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
@@ -92,14 +92,14 @@ def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy."""
+    """Return a copy."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     return copy
 
 
 def at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """The model in this opset or a later one. Raises ModelError when an operator cannot be converted."""
+    """Return the model in this opset or a later one. Raise ModelError if an operator cannot be converted."""
     version = opset_of(model)
     if version < opset:
         try:
@@ -115,12 +115,12 @@ def at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """Version of ONNX's own operators that the model uses."""
+    """Return the version of ONNX's own operators that the model uses."""
     return max((int(o.version) for o in model.opset_import if o.domain in STANDARD), default=1)
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and the graphs in it: branches and loop bodies."""
+    """Return a graph and the graphs in it: branches and loop bodies."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -130,13 +130,13 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """All nodes, also those of branches and loop bodies."""
+    """Return all nodes, including those of branches and loop bodies."""
     for graph in graphs(model.graph):
         yield from graph.node
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """All tensors whose values the file holds: initializers and constants."""
+    """Return all tensors whose values the file holds: initializers and constants."""
     for graph in graphs(model.graph):
         yield from graph.initializer
         for node in graph.node:
@@ -144,7 +144,7 @@ def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Initializers and the values of Constant nodes, by name."""
+    """Return initializers and the values of Constant nodes, by name."""
     values = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         value = next((a.t for a in node.attribute if a.name == "value"), None)
@@ -154,26 +154,27 @@ def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 
 def replace(field: Any, values: Iterable[Any]) -> None:
-    """Make a repeated field, such as `graph.node`, hold copies of these, which may be its own."""
-    copies = [type(value).FromString(value.SerializeToString()) for value in values]  # emptying it ends the old ones
+    """Set a repeated field, such as `graph.node`, to copies of these, which may be its own elements."""
+    copies = [type(value).FromString(value.SerializeToString()) for value in values]  # emptying invalidates the old
     del field[:]
     field.extend(copies)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: int = 0) -> int:
-    """An integer that a node has as an attribute."""
+    """Return an integer attribute of a node."""
     return next((int(a.i) for a in node.attribute if a.name == name), default)
 
 
 def parameters(model: onnx.ModelProto) -> int:
-    """Number of weights: values of floating-point tensors with at least one dimension, and of quantized ones."""
+    """Return the number of weights: values of quantized tensors and of floating-point ones with at least one
+    dimension."""
     counted = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.INT8,
                TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)  # fmt: skip
     return sum(int(np.prod(t.dims)) for t in tensors(model) if t.dims and t.data_type in counted)
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:
-    """Whether anything in it is quantized already."""
+    """Return whether anything in it is already quantized."""
     return any(node.op_type in QUANTIZED for node in nodes(model))
 
 
@@ -194,7 +195,7 @@ def require_sound_weights(model: onnx.ModelProto, where: str) -> None:
 
 
 def require_standard(model: onnx.ModelProto) -> None:
-    """Raise ModelError that names the operators which are not ONNX's own; drop the mention of domains not in use."""
+    """Raise ModelError that names the operators which are not ONNX's own; drop unused domains."""
     custom = Counter(f"{n.domain}.{n.op_type}" for n in nodes(model) if n.domain not in STANDARD)
     if custom:
         operators = _list(map(_times, custom.items()))
@@ -211,7 +212,7 @@ def require_standard(model: onnx.ModelProto) -> None:
 
 
 def rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
-    """Rename tensors throughout; one that has a new name already gets another first."""
+    """Rename tensors throughout; one that already has a new name gets another first."""
     existing = {n for g in graphs(graph) for node in g.node for n in (*node.input, *node.output)}
     existing |= {v.name for g in graphs(graph) for v in (*g.initializer, *g.input, *g.output)}
     aside = {new: f"{new}_of_the_graph" for new in names.values() if new in existing and new not in names}
@@ -225,19 +226,18 @@ def rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
 
 
 def dimensions(value: onnx.ValueInfoProto) -> tuple[int, ...]:
-    """Shape of an input or output, with -1 where it varies."""
+    """Return the shape of an input or output, with -1 where it varies."""
     return tuple(int(d.dim_value) if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim)
 
 
 def dtype(value: onnx.ValueInfoProto) -> str:
-    """NumPy's name of an input's type."""
+    """Return NumPy's name of an input's type."""
     return DTYPES[value.type.tensor_type.elem_type]
 
 
 def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose batch is dynamic instead of a number, in the only places where exporters write that number:
-    the input, the output, and the shapes that reshapes are given. Whether that was all, only samples can tell.
-    """
+    """Return a copy whose batch is dynamic instead of a number, in the only places where exporters write that number:
+    the input, the output, and the shapes of reshapes. Only samples can show whether that was all."""
     copy = copy_of(model)
     batch = dimensions(copy.graph.input[0])[0]
     for value in (copy.graph.input[0], copy.graph.output[0]):
@@ -265,7 +265,7 @@ def _free_reshape(node: onnx.NodeProto, tensor: onnx.TensorProto, batch: int) ->
 
 
 def _drop_weights_from_inputs(graph: onnx.GraphProto) -> None:
-    """Before version 4 of the format every initializer was an input too."""
+    """Drop weights from the inputs: before version 4 of the format every initializer was an input too."""
     weights = {t.name for t in graph.initializer}
     inputs = [v for v in graph.input if v.name not in weights]
     del graph.input[:]
@@ -308,6 +308,6 @@ def _list(names: Iterable[str]) -> str:
 
 
 def _external(path: Path) -> str:
-    """What to do when weights lie in files that did not come along."""
+    """Return what to do if external files with weights are missing."""
     missing = [name for name in external_files(path) if not (path.parent / name).is_file()]
     return f"; its weights lie in {_list(missing)}, which is not beside it" if missing else ""

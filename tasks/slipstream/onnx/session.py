@@ -1,4 +1,4 @@
-"""ONNX Runtime, to learn what an ONNX file answers; what is deployed is built by the engines."""
+"""ONNX Runtime, for the answers of an ONNX file; deployed engines are built by engines/."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ from slipstream.onnx.agreement.bounds import EXACT, explain_mismatch
 
 BATCH = 64
 SILENT = 4
-"""Only fatal messages: what goes wrong is raised."""
+"""Only fatal messages: errors are raised."""
 
 
 class Session:
-    """A model as it is written: without any optimisation of the graph."""
+    """A model as written, without any optimization of the graph."""
 
     def __init__(self, model: onnx.ModelProto | Path, threads: int | None = None) -> None:
-        """Raises ModelError when ONNX Runtime does not take the model."""
+        """Raise ModelError if ONNX Runtime does not accept the model."""
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = SILENT
@@ -36,11 +36,11 @@ class Session:
             raise ModelError(f"ONNX Runtime cannot load the model: {error}") from error
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, …) inputs to (N, …) float32 outputs. Raises ModelError."""
+        """Return (N, …) float32 outputs for inputs (N, …). Raise ModelError."""
         return np.asarray(self.tensors([OUTPUT], batch)[0], np.float32)
 
     def tensors(self, names: Sequence[str], batch: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        """Values of the graph's outputs `names` for inputs (N, …). Raises ModelError."""
+        """Return values of the graph's outputs `names` for inputs (N, …). Raise ModelError."""
         try:
             values: list[npt.NDArray[Any]] = self._session.run(names, {INPUT: batch})
         except Exception as error:  # as above
@@ -48,12 +48,12 @@ class Session:
         return values
 
     def answers(self, inputs: npt.NDArray[Any], batch: int = BATCH) -> npt.NDArray[np.float32]:
-        """(N, …) inputs to (N, …) outputs, a batch at a time."""
+        """Return (N, …) outputs for inputs (N, …), a batch at a time."""
         return np.concatenate([self.run(part) for part in _parts(inputs, batch)])
 
 
 def require_same(before: npt.NDArray[Any], after: npt.NDArray[Any], what: str) -> None:
-    """Raise ModelError unless two answers are the same but for the order of sums."""
+    """Raise ModelError unless two answers are the same except for the order of sums."""
     if (problem := explain_mismatch(before, after, EXACT)) is not None:
         raise ModelError(f"{what}: {problem}")
 

@@ -1,12 +1,12 @@
 """A spec as a Kubeflow Pipelines v2 package: the same flow, the same images, the same step commands.
 
-Each stage is a pipeline of its own, so that the stages show in the graph; each step is a container that is given the
-OUT documents that it builds on as artifacts, and writes its own as one. Runs in the kubeflow environment; the
-command is `slipstream compile SPEC --kfp OUT`.
+Each stage is a separate pipeline, so that the stages show in the graph; each step is a container that receives its
+upstream OUT documents as artifacts, and writes its own as one. It runs in the kubeflow environment; the command is
+`slipstream compile SPEC --kfp OUT`.
 
-Differences to the Airflow DAG, which follow from what Kubeflow Pipelines offers: any cell that fails ends the run
-(Airflow goes on with the others), and there is no step at which a person approves, so that a spec that asks for one
-is only compiled up to the small-scale test.
+Differences from the Airflow DAG, due to the capabilities of Kubeflow Pipelines: any failed cell ends the run (Airflow
+continues with the others), and there is no manual approval, so a spec that asks for one is compiled only up to the
+small-scale test.
 """
 
 import argparse
@@ -38,30 +38,30 @@ FROM_SECRET = (
     "MLFLOW_TRACKING_PASSWORD",
     "SLIPSTREAM_SIGNING_KEY",
 )
-"""Keys that a step takes from the settings' ConfigMaps and Secrets where they have them."""
+"""Keys that a step takes from the settings' ConfigMaps and Secrets, if present."""
 
 
 def key_of(task: Task) -> str:
-    """A Python name: recipes and targets hold letters, digits and hyphens only."""
+    """Return a Python name: recipes and targets contain only letters, digits and hyphens."""
     return task.title.replace(" ", "_").replace("@", "__").replace("-", "_")
 
 
 def builds_on(task: Task, chosen: Spec, earlier: Mapping[str, Task]) -> list[str]:
-    """Keys of the tasks whose outputs a task is given."""
+    """Return keys of the tasks whose outputs a task receives."""
     sources = flow.sources(task, chosen)
     return [key for key, producer in earlier.items() if producer in sources]
 
 
 @dataclass
 class Compiler:
-    """Makes the package of one spec."""
+    """Builds the package of one spec."""
 
     chosen: Spec
     installation: Settings
     done: dict[str, Task] = field(default_factory=dict)
 
     def pipeline(self, stop_after: str) -> Any:
-        """The whole: stages in order. Raises InputError when a person must approve."""
+        """Return the whole pipeline, with its stages in order. Raise InputError if a person must approve."""
         skipped = flow.skipped_stages(stop_after)
         if self.chosen.rollout.approval and "full_rollout" not in skipped:
             raise InputError(
@@ -84,7 +84,7 @@ class Compiler:
         return dsl.pipeline(name=catalog.dag_id(self.chosen.name), description=about)(run)
 
     def _stage(self, name: str) -> tuple[list[str], Any]:
-        """Keys that a stage takes from earlier ones, and its pipeline, which puts out those that it made."""
+        """Return the keys that a stage takes from earlier ones, and its pipeline, which outputs its own."""
         own = {key_of(task): task for task in flow.tasks(self.chosen, name)}
         needed: dict[str, list[str]] = {}
         for key, task in own.items():
@@ -105,7 +105,7 @@ class Compiler:
         return inputs, dsl.pipeline(name=name.replace("_", "-"))(_with_signature(body, inputs, Outputs))
 
     def _run(self, task: Task, common: Mapping[str, Any], documents: Mapping[str, Any]) -> Any:
-        """One step; its OUT document."""
+        """Add one step; return its OUT document."""
         ran = self._component(task, list(documents))(**common, **documents)
         ran.set_display_name(task.title).set_caching_options(False)  # steps know better what has changed
         if STEPS[task.step].retried:  # Kubeflow cannot tell a failed gate from a lost node
@@ -143,7 +143,7 @@ class Compiler:
         )
 
     def _place(self, step: str, ran: Any) -> None:
-        """Resources, where it runs, and what its environment holds."""
+        """Set resources, placement and environment."""
         resources, cluster = self.installation.resources_of(step, self.chosen), self.installation.kubernetes
         if resources.cpu is not None:
             ran.set_cpu_request(str(resources.cpu))
@@ -165,7 +165,7 @@ class Compiler:
 
 
 def _with_signature(body: Callable[..., Any], inputs: list[str], outputs: Any) -> Callable[..., Any]:
-    """The SDK reads a pipeline's inputs and outputs off its signature; these depend on the spec."""
+    """Set a signature: the SDK reads a pipeline's inputs and outputs from it, and these depend on the spec."""
     keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, keyword, annotation=str) for name in ("spec", "run_key")]
     parameters += [inspect.Parameter(k, keyword, annotation=dsl.Input[dsl.Artifact]) for k in inputs]
@@ -175,14 +175,14 @@ def _with_signature(body: Callable[..., Any], inputs: list[str], outputs: Any) -
 
 
 def package(path: Path, out: Path, stop_after: str = "none") -> None:
-    """Compile the spec file at `path` into the package `out` (YAML). Raises SpecError, InputError."""
+    """Compile the spec file at `path` into the package `out` (YAML). Raise SpecError, InputError."""
     chosen = specs.load(path)
     spec_compiler = Compiler(chosen, settings.load(Home.from_environment()))
     compiler.Compiler().compile(spec_compiler.pipeline(stop_after), str(out))
 
 
 def main() -> None:
-    """The command line; exit codes as the command `slipstream` has them."""
+    """Run the command line; exit codes are those of the command `slipstream`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("spec", type=Path)
     parser.add_argument("out", type=Path)

@@ -1,6 +1,6 @@
 """The published specs: the YAML files in `specs` of the home. Each is a DAG, and each alias it names a trigger.
 
-The folder may hold anything: whatever is wrong with one file is a SpecError in its place and affects no other spec.
+The folder may contain anything: an error in one file is a SpecError in its place and affects no other spec.
 """
 
 import re
@@ -19,14 +19,14 @@ from slipstream.spec.fields import NAME, PATTERNS
 from slipstream.storage import Entry
 
 LISTED_FOR_S = 3.0
-"""How long a listing of an s3:// prefix is used again. Parsing DAGs asks for it several times in a row."""
+"""How long a listing of an s3:// prefix is reused. Parsing DAGs requests it several times in a row."""
 
 _listings: dict[str, tuple[float, dict[str, Entry]]] = {}
 """By prefix: when it was listed (monotonic seconds), and the specs in it by name."""
 
 
 def dag_id(name: str) -> str:
-    """The DAG of a spec. For a file whose name no spec may have, an id that Airflow accepts and no spec has."""
+    """Return the DAG id of a spec. For an invalid file name, return an id that Airflow accepts and no spec has."""
     if re.fullmatch(NAME, name) or not name:
         return f"optimize-{name}"
     legible = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:40]
@@ -34,21 +34,21 @@ def dag_id(name: str) -> str:
 
 
 def fingerprint(spec: Spec) -> str:
-    """Short digest of what a spec says; comments and key order do not count. The DAG's description carries it."""
+    """Return a short digest of a spec's content, without comments and key order; it is in the DAG's description."""
     return digest(spec.model_dump(mode="json"))[:12]
 
 
 def uri(home: Home, name: str) -> str:
-    """Where a spec is published."""
+    """Return where a spec is published."""
     return storage.join(home.specs, f"{name}.yaml")
 
 
 def publish(home: Home, path: Path) -> Spec:
-    """Validate a spec file and put it, comments included, where Airflow finds it. Raises SpecError, Unavailable."""
+    """Validate a spec file and store it, with its comments, where Airflow finds it. Raise SpecError, Unavailable."""
     text = load_text(path)
     spec = parse(text, str(path))
     to = uri(home, spec.name)
-    # What is there already stays untouched: its date is where the spec's schedule begins.
+    # An existing identical file stays untouched: the spec's schedule counts from its date.
     if not storage.exists(to) or storage.read_text(to) != text:
         storage.write_text(to, text)
         _listings.pop(home.specs, None)
@@ -56,7 +56,7 @@ def publish(home: Home, path: Path) -> Spec:
 
 
 def read(home: Home, name: str) -> Spec:
-    """A published spec. Raises SpecError, also when the file's name is not the spec's, and Unavailable."""
+    """Return a published spec. Raise SpecError, also if the file's name differs from the spec's, and Unavailable."""
     entry = _listed(home).get(name)
     if entry is None:
         raise SpecError(f"{uri(home, name)}: no such spec; publish it with `slipstream run`")
@@ -64,7 +64,7 @@ def read(home: Home, name: str) -> Spec:
 
 
 def published(home: Home) -> Iterator[tuple[str, Spec | SpecError]]:
-    """Names of all published specs, in order, each with the spec or with what is wrong with it."""
+    """Return the names of all published specs, in order, each with the spec or its error."""
     for name, entry in _listed(home).items():
         try:
             yield name, _read(entry)
@@ -73,12 +73,12 @@ def published(home: Home) -> Iterator[tuple[str, Spec | SpecError]]:
 
 
 def published_at(home: Home, name: str) -> datetime:
-    """When a spec was published. Its schedule counts from here: publishing must not start a run by itself."""
+    """Return when a spec was published. Its schedule counts from then: publishing must not start a run."""
     return datetime.fromtimestamp(_listed(home)[name].modified, UTC)
 
 
 def naming(home: Home, model: str, alias: str) -> list[Spec]:
-    """Published specs that start when `alias` of the registered `model` moves."""
+    """Return the published specs that start when `alias` of the registered `model` moves."""
     valid = [spec for _, spec in published(home) if isinstance(spec, Spec)]
     return [spec for spec in valid if (spec.model.name, spec.model.alias) == (model, alias)]
 
@@ -98,7 +98,7 @@ def _read(entry: Entry) -> Spec:
 
 
 def _listed(home: Home) -> dict[str, Entry]:
-    """The specs' files by name, in order."""
+    """Return the specs' files by name, in order."""
     at, listing = _listings.get(home.specs, (-LISTED_FOR_S, {}))
     if time.monotonic() - at >= LISTED_FOR_S:
         depth = uri(home, "any").count("/")

@@ -1,7 +1,7 @@
-"""The plan of a pipeline run, as plain data: its stages, its tasks, its cells, and what each step builds on.
+"""The plan of a pipeline run, as plain data: its stages, its tasks, its cells, and their dependencies.
 
-The DAG and the Kubeflow package turn this into operators and decide nothing themselves. A step is given exactly the
-outputs that it uses, since they decide its identity; they are found by key, never by position, so that a failed cell
+The DAG and the Kubeflow package turn this into operators and make no decisions themselves. A step receives exactly the
+outputs that it uses, since they determine its identity; they are found by key, never by position, so that a failed cell
 leaves a visible gap.
 """
 
@@ -23,7 +23,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 """Stages in order, and their steps."""
 OF_AIRFLOW = {"approval": "full_rollout", "outcome": "report"}
-"""Tasks of the DAG that are no steps: a person's word before the rollout, and the run's state after the report."""
+"""Tasks of the DAG that are not steps: a person's approval before the rollout, and the run's state after the report."""
 
 STOP_AFTER = ("none", "accuracy_validation", "small_scale_test")
 """Stages after which a run may end early."""
@@ -43,18 +43,18 @@ class Task(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Its name for people: `retrain`, `quantize int8` or `build int8@server`."""
+        """Its display name: `retrain`, `quantize int8` or `build int8@server`."""
         return self.step if self.cell is None else f"{self.step} {self.cell.key}"
 
 
 def task_of(task_id: str) -> Task:
-    """The task of an id. Names of recipes and targets have no dots."""
+    """Return the task of an id. Names of recipes and targets have no dots."""
     step, *cell = task_id.split(".")
     return Task(step, Cell(recipe=cell[0], target=cell[1] if len(cell) > 1 else None) if cell else None)
 
 
 def tasks(spec: Spec, stage: str) -> Iterator[Task]:
-    """All steps of a stage, in an order in which each comes after what it builds on."""
+    """Return all steps of a stage, each after those that it depends on."""
     for step in STAGES[stage]:
         match STEPS[step].per:
             case "recipe":
@@ -66,19 +66,19 @@ def tasks(spec: Spec, stage: str) -> Iterator[Task]:
 
 
 def stage_of(name: str) -> str:
-    """The stage of a step, or of another task of the DAG."""
+    """Return the stage of a step, or of another task of the DAG."""
     return OF_AIRFLOW.get(name) or str(STEPS[name].stage)
 
 
 def place(name: str) -> tuple[int, int]:
-    """Where a step, or another task of the DAG, stands in the flow: by this, lists of tasks are sorted."""
+    """Return the position of a step or another task of the DAG in the flow, by which lists of tasks are sorted."""
     steps = list(STEPS)
     within = steps.index(name) if name in STEPS else -1 if name == "approval" else len(steps)
     return list(STAGES).index(stage_of(name)), within
 
 
 def sources(task: Task, spec: Spec) -> list[Task]:
-    """Tasks whose outputs a task is given, in the order of the flow's table."""
+    """Return tasks whose outputs a task receives, in the order of the flow's table."""
     uses, steps = STEPS[task.step].uses, list(STEPS)
     if uses is None:
         before = steps[: steps.index(task.step)]
@@ -87,7 +87,7 @@ def sources(task: Task, spec: Spec) -> list[Task]:
 
 
 def _used(name: str, task: Task, spec: Spec) -> Task:
-    """The task behind an entry of `StepInfo.uses`."""
+    """Return the task behind an entry of `StepInfo.uses`."""
     if task.cell is None or (name in STEPS and STEPS[name].per == "run"):
         return Task(name)
     if name == BASELINE_ENGINE:
@@ -100,7 +100,7 @@ def _used(name: str, task: Task, spec: Spec) -> Task:
 
 
 def parents(task: Task, spec: Spec) -> list[Task]:
-    """Tasks that a task with a cell directly follows: its sources, less those that one of these follows itself."""
+    """Return tasks that a task with a cell directly follows: its sources, without those that another source follows."""
     further = {ancestor for source in sources(task, spec) for ancestor in _ancestors(source, spec)}
     return [source for source in sources(task, spec) if source not in further]
 
@@ -111,7 +111,7 @@ def _ancestors(task: Task, spec: Spec) -> set[Task]:
 
 
 def skipped_stages(stop_after: str) -> tuple[str, ...]:
-    """Stages that do not run when the run ends after `stop_after`; the report always runs."""
+    """Return stages that do not run if the run ends after `stop_after`; the report always runs."""
     if stop_after == "none":
         return ()
     stages = [s for s in STAGES if s != "report"]
@@ -119,15 +119,15 @@ def skipped_stages(stop_after: str) -> tuple[str, ...]:
 
 
 def run_folder(home: Home, spec_name: str, run_key: str) -> str:
-    """Folder, or s3:// prefix, of a pipeline run.
+    """Return the folder, or s3:// prefix, of a pipeline run.
 
-    Run ids are unique for each DAG only: two weekly specs start at the same second.
+    Run ids are unique only within a DAG: two weekly specs start at the same second.
     """
     return storage.join(str(home.runs), spec_name, run_key)
 
 
 def with_choices(spec: Spec, *, max_drop: float | None = None, recipes: Sequence[str] | None = None) -> Spec:
-    """The spec with a trigger form's choices applied. Raises SpecError for a choice that it does not allow."""
+    """Return the spec with a trigger form's choices applied. Raise SpecError for a choice that it does not allow."""
     document = spec.model_dump(mode="json")
     if max_drop is not None:
         document["objective"]["max_drop"] = max_drop
@@ -140,21 +140,21 @@ def with_choices(spec: Spec, *, max_drop: float | None = None, recipes: Sequence
 
 
 def cells(spec: Spec) -> list[str]:
-    """Keys of all cells that a run must judge: every recipe on every target that takes it, the baseline first."""
+    """Return keys of all cells that a run must judge: every recipe on every target that supports it, baseline first."""
     return [Cell(recipe=r, target=t).key for t in spec.targets for r in (BASELINE, *spec.recipes) if spec.runs(r, t)]
 
 
 def cell_of(key: str) -> Cell:
-    """The cell of a key such as `int8` or `int8@server`."""
+    """Return the cell of a key such as `int8` or `int8@server`."""
     recipe, _, target = key.partition("@")
     return Cell(recipe=recipe, target=target or None)
 
 
 def upstream(step: str, spec: Spec, cell: Cell | None, outputs: Iterable[StepOutput]) -> tuple[StepOutput, ...]:
-    """Exactly those outputs that `step` builds on for `cell`.
+    """Return exactly the outputs that `step` depends on for `cell`.
 
-    Raises InputError when one is missing: the step that should have made it failed, so there is nothing to work on. A
-    step that judges the whole run takes what there is.
+    Raise InputError if one is missing: the step that should have made it failed, so there is nothing to work on. A step
+    that judges the whole run accepts what exists.
     """
     by_task = {Task(o.step, o.cell): o for o in outputs}
     task = Task(step, cell)

@@ -1,4 +1,4 @@
-"""Where the embedded platform listens. Written by `slipstream up`; ports are looked up once and remembered."""
+"""Addresses of the embedded platform. Written by `slipstream up`; ports are chosen once and stored."""
 
 import base64
 import hashlib
@@ -16,14 +16,14 @@ from slipstream.errors import Unavailable
 from slipstream.home import Home, write_atomically
 
 PORTS = range(18_000, 21_000)
-"""Below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes a remembered port, and below
-those of the model servers (traffic/envoy.py)."""
+"""Below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes a stored port, and below those of
+the model servers (traffic/envoy.py)."""
 
 
 Profile = Literal["local", "server"]
-"""`local` keeps metadata in SQLite and artefacts in files; `server` in PostgreSQL and behind an S3 endpoint."""
+"""`local` keeps metadata in SQLite and artifacts in files; `server` in PostgreSQL and behind an S3 endpoint."""
 PROFILES: dict[Profile, frozenset[str]] = {"local": frozenset(), "server": frozenset({"postgresql", "s3"})}
-"""Services of each profile beyond those that every one has."""
+"""Additional services of each profile."""
 
 
 MLFLOW = "MLFLOW_TRACKING_URI"
@@ -48,16 +48,16 @@ class Addresses(Document):
     @model_validator(mode="before")
     @classmethod
     def _moved(cls, document: Any) -> Any:
-        """A home that was made while Envoy's admin interface had a port is still read."""
+        """Accept a home that was created when Envoy's admin interface had a port."""
         return {k: v for k, v in document.items() if k != "envoy_admin"} if isinstance(document, dict) else document
 
     def urls(self) -> dict[str, str]:
-        """Every address by its name."""
+        """Return every address by its name."""
         return {k: v for k, v in self.model_dump(exclude={"profile"}).items() if v is not None}
 
 
 class Secrets(Document):
-    """Made at the first `up`, kept in a file that only its owner can read; never logged."""
+    """Created at the first `up`, in a file that only its owner can read; never logged."""
 
     airflow_user: str
     airflow_password: str
@@ -75,7 +75,7 @@ class Secrets(Document):
 
 
 def load(home: Home) -> Addresses:
-    """Read the addresses. Raises Unavailable when the platform was never started here."""
+    """Read the addresses. Raise Unavailable if the platform was never started here."""
     try:
         return Addresses.model_validate_json(home.addresses_file().read_text())
     except OSError as error:
@@ -88,7 +88,7 @@ def save(home: Home, addresses: Addresses) -> None:
 
 
 def load_secrets(home: Home) -> Secrets:
-    """Read the secrets. Raises Unavailable when the platform was never started here."""
+    """Read the secrets. Raise Unavailable if the platform was never started here."""
     try:
         return Secrets.model_validate_json((home.root / "secrets.json").read_text())
     except OSError as error:
@@ -96,15 +96,15 @@ def load_secrets(home: Home) -> Secrets:
 
 
 def mlflow_variables(addresses: Addresses, login: Secrets) -> dict[str, str]:
-    """What MLflow's client needs to reach the embedded server."""
+    """Return the variables that MLflow's client needs to reach the embedded server."""
     variables = {MLFLOW: addresses.mlflow, MLFLOW_USER: login.mlflow_user, MLFLOW_PASSWORD: login.mlflow_password}
     return {name: value for name, value in variables.items() if value}
 
 
 def reach_mlflow(home: Home, variables: MutableMapping[str, str]) -> None:
-    """Add what MLflow's client needs for the embedded server, unless the variables name another server.
+    """Add the variables that MLflow's client needs for the embedded server, unless they name another server.
 
-    Raises Unavailable where they name none and none was started here.
+    Raise Unavailable if they name none and none was started here.
     """
     server = variables.get(MLFLOW)
     if server and not home.addresses_file().exists():
@@ -116,12 +116,13 @@ def reach_mlflow(home: Home, variables: MutableMapping[str, str]) -> None:
 
 
 def choose(home: Home, occupied: set[int], profile: Profile = "local") -> Addresses:
-    """The remembered addresses, made and saved at the first call; ports in `occupied` are replaced by free ones."""
+    """Return the stored addresses, chosen and saved at the first call; ports in `occupied` are replaced by free
+    ones."""
     remembered = load(home) if home.addresses_file().exists() else None
     required = {n for n, f in Addresses.model_fields.items() if f.is_required()} | PROFILES[profile]
     urls = {name: url for name, url in remembered.urls().items() if name in required} if remembered else {}
     avoid = occupied | {port_of(url) for url in urls.values()}
-    # Each home starts elsewhere, so that a stopped platform does not find its ports with another one.
+    # Each home starts at another port, so that a stopped platform does not find another one on its ports.
     start = int.from_bytes(hashlib.sha256(str(home.root).encode()).digest()[:4]) % len(PORTS)
     candidates = (p for p in (*PORTS[start:], *PORTS[:start]) if p not in avoid and is_free(p))
     for name in sorted(required):
@@ -135,16 +136,16 @@ def choose(home: Home, occupied: set[int], profile: Profile = "local") -> Addres
 
 
 def port_of(url: str) -> int:
-    """Port of a base URL."""
+    """Return the port of a base URL."""
     port = urlsplit(url).port
     assert port is not None, url
     return port
 
 
 def is_free(port: int) -> bool:
-    """Whether a server can listen on 127.0.0.1 at this port now."""
+    """Return whether a server can listen on 127.0.0.1 at this port now."""
     with socket.socket() as probe:
-        # As servers do it: connections of an ended server that still wait to time out are not in the way.
+        # Like servers: waiting connections of an ended server do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
@@ -154,9 +155,9 @@ def is_free(port: int) -> bool:
 
 
 def ensure_secrets(home: Home) -> Secrets:
-    """The secrets, made at the first call and kept in a file that only its owner can read.
+    """Return the secrets, created at the first call in a file that only its owner can read.
 
-    A home of an earlier version gets those that it lacks.
+    Missing ones are added to a home of an earlier version.
     """
     path = home.root / "secrets.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
@@ -180,5 +181,5 @@ def ensure_secrets(home: Home) -> Secrets:
 
 
 def _fernet_key() -> str:
-    """32 random bytes in URL-safe base64, as the `cryptography` package wants a Fernet key."""
+    """Return 32 random bytes in URL-safe base64, the form of a Fernet key in the `cryptography` package."""
     return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()

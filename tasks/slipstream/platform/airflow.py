@@ -28,17 +28,17 @@ POOLS = {
     "machine": (2, "This machine: training steps share it, a measuring step takes both slots and has it alone"),
     "release": (1, "Small-scale tests, rollouts and rollbacks: one at a time (registry protocol)"),
 }
-"""Name → slots and description."""
+"""Slots and description of each pool."""
 
 
 def settings(home: Home, addresses: Addresses, secrets: Secrets) -> dict[str, str]:
-    """Airflow's configuration, as environment variables."""
+    """Return Airflow's configuration, as environment variables."""
     return {
         "AIRFLOW_HOME": str(home.root / "airflow"),
         "AIRFLOW__CORE__DAGS_FOLDER": str(dags_folder()),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
-        "AIRFLOW__CORE__PARALLELISM": "4",  # 32 would be 28 idle workers more
+        "AIRFLOW__CORE__PARALLELISM": "4",  # 32 would add 28 idle workers
         # An event that arrives while a DAG is paused is lost.
         "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
         "AIRFLOW__CORE__FERNET_KEY": secrets.airflow_fernet_key,
@@ -51,7 +51,7 @@ def settings(home: Home, addresses: Addresses, secrets: Secrets) -> dict[str, st
         "AIRFLOW__API_AUTH__JWT_SECRET": secrets.airflow_jwt_secret,
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": _database(home, addresses),
         "AIRFLOW__LOGGING__COLORED_CONSOLE_LOG": "False",
-        # Parsing takes a core for some 2 s, which every measurement would see: seldom by itself, and on request when a
+        # Parsing takes a core for about 2 s, which disturbs every measurement: rarely on a timer, and on request when a
         # spec is published (platform/airflow_api.py).
         "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "30",
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
@@ -65,7 +65,7 @@ def settings(home: Home, addresses: Addresses, secrets: Secrets) -> dict[str, st
 
 
 def programs(home: Home, environment: dict[str, str]) -> list[Program]:
-    """The four processes. The scheduler gets longer to stop: it waits for the tasks under way."""
+    """Return the four processes. The scheduler gets longer to stop: it waits for running tasks."""
     airflow = str(home.envs / "airflow" / "bin" / "airflow")
     waits = {SCHEDULER: 30}
     return [
@@ -75,7 +75,7 @@ def programs(home: Home, environment: dict[str, str]) -> list[Program]:
 
 
 def prepare(home: Home, environment: dict[str, str], secrets: Secrets) -> None:
-    """Write the password file; create or migrate the database once for each Airflow version. Raises Unavailable."""
+    """Write the password file; create or migrate the database once for each Airflow version. Raise Unavailable."""
     passwords = json.dumps({secrets.airflow_user: secrets.airflow_password})
     if not _passwords_file(home).exists() or _passwords_file(home).read_text() != passwords:
         write_atomically(_passwords_file(home), passwords, mode=0o600)
@@ -83,7 +83,7 @@ def prepare(home: Home, environment: dict[str, str], secrets: Secrets) -> None:
     version = _installed_version(home)
     if stamp.exists() and stamp.read_text() == version:
         return
-    for name in COMMANDS:  # an earlier version's processes must not come up while their database changes
+    for name in COMMANDS:  # an earlier version's processes must not start while their database changes
         supervisor.stop(home, name)
     completed = subprocess.run(
         [str(home.envs / "airflow" / "bin" / "airflow"), "db", "migrate"],
@@ -99,7 +99,7 @@ def prepare(home: Home, environment: dict[str, str], secrets: Secrets) -> None:
 
 
 def ensure_pools(home: Home) -> None:
-    """Create the pools that DAGs name. Raises Unavailable."""
+    """Create the pools that DAGs name. Raise Unavailable."""
     api = AirflowApi.of(home)
     for name, (slots, description) in POOLS.items():
         api.ensure_pool(name, slots, description)
@@ -116,7 +116,7 @@ def _passwords_file(home: Home) -> Path:
 
 
 def _installed_version(home: Home) -> str:
-    """Version of Airflow in its environment, from the name of its metadata folder."""
+    """Return the version of Airflow in its environment, from the name of its metadata folder."""
     folders = sorted((home.envs / "airflow").glob("lib/python3*/site-packages/apache_airflow_core-*.dist-info"))
     if not folders:
         raise Unavailable(f"{home.envs / 'airflow'}: no Airflow in this environment; {INSTALL}")

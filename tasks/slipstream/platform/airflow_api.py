@@ -1,4 +1,4 @@
-"""Airflow's REST API, as far as slipstream uses it: find a DAG, start a run once, follow it. Imports no Airflow."""
+"""The part of Airflow's REST API that slipstream uses: find a DAG, start a run once, follow it. Imports no Airflow."""
 
 import time
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from slipstream.plan import flow
 from slipstream.platform import addresses
 
 FINAL = ("success", "failed")
-"""States in which a run stays."""
+"""Final states of a run."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class TaskInstance:
     """One task of a run."""
 
     id: str
-    """Airflow's, such as `build.int8.server`."""
+    """Airflow's id, such as `build.int8.server`."""
     state: str | None
     """Airflow's state; None before it is scheduled."""
     started: str | None
     """ISO 8601."""
     seconds: float | None
-    """How long the latest try took, or has taken so far."""
+    """Duration of the latest try so far."""
     tries: int
 
     @property
@@ -43,7 +43,7 @@ class TaskInstance:
 
 
 class AirflowApi:
-    """A client with one log-in. Every method raises Unavailable when Airflow does not answer."""
+    """A client with one log-in. Every method raises Unavailable if Airflow does not answer."""
 
     def __init__(self, base_url: str, user: str, password: str) -> None:
         self._client = httpx.Client(base_url=base_url, timeout=20)
@@ -51,17 +51,18 @@ class AirflowApi:
 
     @classmethod
     def of(cls, home: Home) -> "AirflowApi":
-        """The Airflow of the platform that was started for this home."""
+        """Return a client for the platform that was started for this home."""
         secrets = addresses.load_secrets(home)
         return cls(addresses.load(home).airflow, secrets.airflow_user, secrets.airflow_password)
 
     def dag(self, dag_id: str) -> dict[str, Any] | None:
-        """A DAG's details; None when Airflow does not know it."""
+        """Return a DAG's details, or None if Airflow does not know it."""
         answer = self._ask("GET", f"/dags/{dag_id}", fine=(404,))
         return None if answer.status_code == httpx.codes.NOT_FOUND else dict(answer.json())
 
     def wait_for_dag(self, dag_id: str, mark: str, seconds: float = 120) -> None:
-        """Return when Airflow has parsed the DAG whose description holds `mark`. Raises Unavailable after that time."""
+        """Return when Airflow has parsed the DAG whose description contains `mark`. Raise Unavailable after that
+        time."""
         self._ask_to_parse(dag_id)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -75,28 +76,28 @@ class AirflowApi:
         )
 
     def _ask_to_parse(self, dag_id: str) -> None:
-        """Have the DAG's file parsed now. All DAGs of that kind share it; the first of them waits for the interval."""
+        """Request parsing of the DAG's file now. All DAGs of that kind share it; the first waits for the interval."""
         kind = dag_id.partition("-")[0]
         dags = self._ask("GET", f"/dags?limit=1&dag_id_pattern={kind}-").json()["dags"]
         for dag in dags:
             self._ask("PUT", f"/parseDagFile/{dag['file_token']}", fine=(409,))
 
     def ensure_pool(self, name: str, slots: int, description: str) -> None:
-        """Create a pool, or give it the slots that it lacks: a task that needs more than there are waits for ever."""
+        """Create a pool, or add missing slots: a task that needs more than exist waits forever."""
         answer = self._ask("GET", f"/pools/{name}", fine=(404,))
         if answer.status_code == httpx.codes.NOT_FOUND:
             pool = {"name": name, "slots": slots, "description": description, "include_deferred": False}
             self._ask("POST", "/pools", pool, fine=(409,))
         elif answer.json()["slots"] < slots:
-            # Airflow 3.3 wants the fields that do not change, too, and under another name than POST does.
+            # Airflow 3.3 requires the unchanged fields too, under another name than POST does.
             self._ask("PATCH", f"/pools/{name}", {"pool": name, "slots": slots, "include_deferred": False})
 
     def unpause(self, dag_id: str) -> None:
-        """Let a DAG run; fine when it does already."""
+        """Unpause a DAG, if it is paused."""
         self._ask("PATCH", f"/dags/{dag_id}", {"is_paused": False})
 
     def trigger(self, dag_id: str, run_id: str, conf: Mapping[str, Any]) -> bool:
-        """Start a run; False when a run with this id was started before. Raises InputError for a refused conf."""
+        """Start a run; return False if a run with this id was started before. Raise InputError for a refused conf."""
         body = {"dag_run_id": run_id, "logical_date": None, "conf": dict(conf)}
         answer = self._ask("POST", f"/dags/{dag_id}/dagRuns", body, fine=(400, 409, 422))
         if answer.status_code == httpx.codes.CONFLICT:
@@ -106,18 +107,18 @@ class AirflowApi:
         return True
 
     def run(self, dag_id: str, run_id: str) -> dict[str, Any] | None:
-        """A run's details; None when there is no such run."""
+        """Return a run's details, or None if there is no such run."""
         answer = self._ask("GET", f"/dags/{dag_id}/dagRuns/{run_id}", fine=(404,))
         return None if answer.status_code == httpx.codes.NOT_FOUND else dict(answer.json())
 
     def run_under_way(self, dag_id: str) -> str | None:
-        """Id of a run that is running; None when there is none."""
+        """Return the id of a running run, or None."""
         answer = self._ask("GET", f"/dags/{dag_id}/dagRuns?state=running&limit=1", fine=(404,))
         runs = answer.json().get("dag_runs", []) if answer.is_success else []
         return str(runs[0]["dag_run_id"]) if runs else None
 
     def tasks(self, dag_id: str, run_id: str) -> list[TaskInstance]:
-        """All task instances of a run."""
+        """Return all task instances of a run."""
         entries: list[dict[str, Any]] = []
         while True:
             query = f"limit=100&offset={len(entries)}"
@@ -127,7 +128,7 @@ class AirflowApi:
                 return [_task(entry) for entry in entries]
 
     def error(self, dag_id: str, run_id: str, task: TaskInstance) -> str:
-        """Message of the exception that ended a task's latest try, from its log; empty when the log has none."""
+        """Return the exception message that ended a task's latest try, from its log; empty if the log has none."""
         where = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task.id}/logs/{task.tries}"
         answer = self._ask("GET", f"{where}?full_content=true", fine=(404,))
         entries = answer.json().get("content", []) if answer.is_success else []
@@ -137,7 +138,7 @@ class AirflowApi:
     def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, fine: tuple[int, ...] = ()
     ) -> httpx.Response:
-        """One request, logged in; again with a fresh token when the old one has expired."""
+        """Send one request, logged in; repeat it with a new token if the old one has expired."""
         try:
             answer = self._client.request(method, f"/api/v2{path}", json=body)
             if answer.status_code == httpx.codes.UNAUTHORIZED:

@@ -1,4 +1,4 @@
-"""What `slipstream up`, `down`, `status` and `logs` show a person."""
+"""Terminal output of `slipstream up`, `down`, `status` and `logs`."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def up(home: Home, *, new_ports: bool, profile: Profile | None = None) -> None:
 
 
 def environment(home: Home) -> None:
-    """Print the variables by which MLflow and the store are reached, as a shell takes them. Raises Unavailable."""
+    """Print the variables for access to MLflow and the store, as shell code. Raise Unavailable."""
     endpoints = addresses.load(home)
     login = addresses.load_secrets(home)
     variables = addresses.mlflow_variables(endpoints, login)
@@ -55,7 +55,7 @@ def down(home: Home) -> None:
 
 
 def status(home: Home, *, as_json: bool) -> bool:
-    """Print every service; returns whether all are healthy. Raises Unavailable when nothing was ever started here."""
+    """Print every service; return whether all are healthy. Raise Unavailable if nothing was ever started here."""
     services = health.status(home, addresses.load(home))
     console = Console(soft_wrap=True)
     if as_json:
@@ -70,7 +70,7 @@ def status(home: Home, *, as_json: bool) -> bool:
 
 
 def logs(home: Home, service: str | None, lines: int, follow: bool) -> None:
-    """Become `tail` on one service's log, or on all. Raises InputError for an unknown service."""
+    """Become `tail` on one service's log, or on all. Raise InputError for an unknown service."""
     services = sorted(p.stem for p in (home.root / "logs").glob("*.log"))
     if service is not None and service not in services:
         raise InputError(f"no log of {service!r} under {home.root / 'logs'}; known: {', '.join(services) or 'none'}")
@@ -93,7 +93,7 @@ def _table(services: Sequence[ServiceStatus]) -> Table:
 
 
 class _Progress(AbstractContextManager["_Progress"]):
-    """A live table on a terminal; elsewhere a line whenever a service becomes healthy, or none has for a while."""
+    """A live table on a terminal; otherwise a line whenever a service becomes healthy, or none has for a while."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -113,7 +113,7 @@ class _Progress(AbstractContextManager["_Progress"]):
             self._live.stop()
 
     def show(self, services: list[ServiceStatus]) -> None:
-        """Draw, or tell what is new."""
+        """Draw the table, or print what is new."""
         if self._live:
             self._live.update(_table(services), refresh=True)
         for s in services:

@@ -1,4 +1,4 @@
-"""Whether each service runs and answers, as `slipstream status` shows it and `slipstream up` waits for it."""
+"""Whether each service runs and answers, for `slipstream status` and `slipstream up`."""
 
 import json
 from collections.abc import Mapping
@@ -25,24 +25,24 @@ _AIRFLOW_PARTS = {
 
 
 class ServiceStatus(Document):
-    """A service as it is now."""
+    """Current state of a service."""
 
     name: str
     state: str
-    """supervisord's word: `RUNNING`, `STARTING`, `BACKOFF`, `FATAL`, …; `ABSENT`, or `ORPHANED` when supervisord was
+    """supervisord's state: `RUNNING`, `STARTING`, `BACKOFF`, `FATAL`, …; `ABSENT`, or `ORPHANED` if supervisord was
     killed and the service was left running."""
     pid: int | None
     address: str | None
     memory_mib: float
-    """Of the process and its children; 0 when it does not run."""
+    """Of the process and its children; 0 if it does not run."""
     healthy: bool
-    """Whether it answers, not only runs, and supervisord would start it again."""
+    """Whether it answers and supervisord would restart it."""
     note: str | None = None
-    """What is wrong, where more is known than that it does not answer."""
+    """Details of a problem, if known."""
 
 
 def expected(addresses: Addresses) -> dict[str, str | None]:
-    """The platform's own services and their addresses, in the order in which they are started."""
+    """Return the platform's own services and their addresses, in the order in which they are started."""
     stores = {postgresql.NAME: addresses.postgresql, object_store.NAME: addresses.s3}
     return {
         **{name: address for name, address in stores.items() if address is not None},
@@ -54,10 +54,10 @@ def expected(addresses: Addresses) -> dict[str, str | None]:
 
 
 def status(home: Home, addresses: Addresses) -> list[ServiceStatus]:
-    """Every service of the platform, then the model servers."""
+    """Return every service of the platform, then the model servers."""
     states = supervisor.states(home)
     servers = _model_servers(home)
-    # What is neither (a program of a user's own) is shown too.
+    # A user's own program is shown too.
     services = expected(addresses) | {name: servers.get(name) for name in sorted((states | servers).keys())}
     services |= expected(addresses)
     with httpx.Client(timeout=5) as client:
@@ -74,10 +74,10 @@ class _Probe:
     client: httpx.Client
     airflow_health: Mapping[str, Any]
     ejected: Mapping[str, str]
-    """Program of a model server that Envoy does not send requests to → what happens to them."""
+    """What happens to the requests of each model server's program that Envoy has ejected."""
 
     def healthy(self, name: str, address: str | None, pid: int) -> bool | None:
-        """None for a program that has no address to ask at."""
+        """Return whether the service is ready; None for a program without an address."""
         if name in _AIRFLOW_PARTS:
             return _beats(self.airflow_health.get(_AIRFLOW_PARTS[name]), _AIRFLOW_PARTS[name], pid)
         if name == postgresql.NAME and address:
@@ -95,7 +95,7 @@ class _Probe:
 
 
 def _one(name: str, address: str | None, state: ProcessState, probe: _Probe) -> ServiceStatus:
-    # First the port, then the answer: the last answer of a left-over process that ends in between must not count.
+    # First the port, then the answer: the last answer of a leftover process that ends in between must not count.
     note = _wrong(name, address, state) or probe.ejected.get(name)
     answer = probe.healthy(name, address, state.pid) if state.pid else False
     return ServiceStatus(
@@ -110,10 +110,10 @@ def _one(name: str, address: str | None, state: ProcessState, probe: _Probe) -> 
 
 
 def _wrong(name: str, address: str | None, state: ProcessState) -> str | None:
-    """What an answer cannot tell: that nobody supervises the service, or that another process answers in its place."""
+    """Return problems that an answer does not show: an unsupervised service, or an answer from another process."""
     if state.state == supervisor.ORPHANED:
         return "supervisord was killed: nothing would start it again; `slipstream up` takes it over"
-    # PostgreSQL's files may be closed to this user.
+    # PostgreSQL's files may be inaccessible to this user.
     if state.pid is None or address is None or name == postgresql.NAME:
         return None
     port = port_of(address)
@@ -125,7 +125,7 @@ def _wrong(name: str, address: str | None, state: ProcessState) -> str | None:
 def _ejected(home: Home) -> dict[str, str]:
     try:
         ejected = Admin(home.envoy).ejected()
-    except Unavailable:  # which its own line says
+    except Unavailable:  # as its own line says
         return {}
     return {
         f"server-{key}": f"ejected by Envoy: {fallback} answers its requests" if fallback else "not healthy to Envoy"
@@ -149,7 +149,7 @@ def _airflow_health(addresses: Addresses) -> Mapping[str, Any]:
 
 
 def _beats(part: object, name: str, pid: int) -> bool:
-    """Whether this very process has sent a heartbeat: one of its killed predecessor stays `healthy` for 30 s."""
+    """Return whether this exact process has sent a heartbeat: a killed predecessor stays `healthy` for 30 s."""
     if not isinstance(part, Mapping) or part.get("status") != "healthy":
         return False
     beat = part.get(f"latest_{name}_heartbeat")
@@ -157,7 +157,7 @@ def _beats(part: object, name: str, pid: int) -> bool:
 
 
 def _model_servers(home: Home) -> dict[str, str]:
-    """Program name → base URL of the deployed releases (traffic/envoy.py writes the records)."""
+    """Return base URLs of the deployed releases by program name (traffic/envoy.py writes the records)."""
     urls = {}
     for record in home.releases.glob("*/deployment.json"):
         urls[f"server-{record.parent.name}"] = f"http://127.0.0.1:{json.loads(record.read_text())['port']}"

@@ -1,12 +1,12 @@
 """What supervisord runs in place of a program: it becomes the program, or takes over one that already runs.
 
-A program's command and environment lie in a JSON file of their own, which only its owner can read: the ini format
-of supervisord cannot carry every value (a quote of each kind, ` ;` and `#` start a comment), and environments hold
-secrets. Run by path, with nothing of slipstream imported, so that it adds some 20 ms and no memory.
+A program's command and environment are in a separate JSON file, which only its owner can read: supervisord's ini format
+cannot represent every value (a quote of each kind, ` ;` and `#` start a comment), and environments contain secrets. It
+is run by path, without importing slipstream, so it adds only about 20 ms and no memory.
 
 Programs outlive a supervisord that is killed. Each leaves a record of its process; under the next supervisord this
-module finds it and watches that process instead of starting a second one, so that servers go on answering. What else
-is left of a program (the children of a killed parent, which may hold its port) is stopped before the program starts.
+module finds it and watches that process instead of starting a second one, so servers continue to answer. Other remains
+of a program (the children of a killed parent, which may hold its port) are stopped before the program starts.
 """
 
 import json
@@ -17,21 +17,22 @@ import time
 from collections.abc import Callable
 
 MARK = "SLIPSTREAM_SUPERVISED"
-"""Set to the home in everything that supervisord starts; how orphans are found. Not SLIPSTREAM_HOME: a user's shell
-may carry that one."""
+"""Set to the home in everything that supervisord starts, to find orphans. SLIPSTREAM_HOME cannot be used: a user's
+shell may have it too."""
 PROGRAM = "SLIPSTREAM_PROGRAM"
 """Name of the program that a process belongs to; its children inherit it."""
 DESCRIPTION = "SLIPSTREAM_DESCRIPTION"
 """Digest of the program's description."""
 
 Record = dict[str, "int | str"]
-"""A program's process: `pid`, `identity` (see there), and `description`, the digest of what it was started by."""
+"""A program's process: `pid`, `identity` (see there), and `description`, the digest of the description it was started
+from."""
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _PR_SET_PDEATHSIG = 1
 
 
 def main(description: str, record: str, log: str) -> None:
-    """Become the described program, or watch it; 127 when its command cannot be executed, as a shell would."""
+    """Become the described program, or watch it; return 127 if its command cannot be executed, like a shell."""
     _write_to(log)
     with open(description, encoding="utf-8") as file:  # noqa: PTH123 (pathlib would double the start time)
         program = json.load(file)
@@ -51,7 +52,7 @@ def main(description: str, record: str, log: str) -> None:
 
 
 def recorded(record: str) -> Record | None:
-    """The recorded process if it lives; None when it has ended."""
+    """Return the recorded process if it is alive; None if it has ended."""
     try:
         with open(record, encoding="utf-8") as file:  # noqa: PTH123
             process: Record = json.load(file)
@@ -61,7 +62,8 @@ def recorded(record: str) -> Record | None:
 
 
 def identity(pid: int) -> str | None:
-    """What tells a process from a later one of the same number: its start, in which boot. None when it is gone."""
+    """Return what distinguishes a process from a later one with the same number: its start and boot. None if it
+    ended."""
     try:
         fields = _stat(f"/proc/{pid}/stat")
         with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:  # noqa: PTH123
@@ -73,9 +75,9 @@ def identity(pid: int) -> str | None:
 
 
 def marked(home: str) -> dict[int, str]:
-    """Processes that carry the home's mark → the program that each belongs to; empty where it says none.
+    """Return the program of each process with the home's mark; empty if it names none.
 
-    Both are of one look at a process: a second look would see processes that have started since.
+    Both come from one read of a process: a second read would see processes that have started since.
     """
     mark, program = f"{MARK}={home}".encode(), f"{PROGRAM}=".encode()
     processes = {}
@@ -93,19 +95,19 @@ def marked(home: str) -> dict[int, str]:
 
 
 def of_program(home: str, program: str) -> set[int]:
-    """Processes of one program: its own, and what they started."""
+    """Return processes of one program: its own, and those they started."""
     return {pid for pid, name in marked(home).items() if name == program}
 
 
 def left_over(process: Record | None) -> set[int]:
-    """Processes of this program: those of its mark, and its recorded one, whose environment may not be readable."""
+    """Return processes of this program: those with its mark, and its recorded one, which may be unreadable."""
     pids = of_program(os.environ[MARK], os.environ[PROGRAM])
     pids |= {int(process["pid"])} if process is not None else set()
     return pids - {os.getpid()}
 
 
 def stop(pids: set[int], wait_s: float, ask: int = signal.SIGTERM) -> None:
-    """Stop processes: by the signal `ask`, and after `wait_s` by SIGKILL. Returns when they have ended."""
+    """Stop processes with the signal `ask`, and after `wait_s` with SIGKILL. Return when they have ended."""
     living = {pid: name for pid in pids if (name := identity(pid)) is not None}
     deadline, signaled = time.monotonic() + wait_s, False
     while living:
@@ -119,11 +121,11 @@ def stop(pids: set[int], wait_s: float, ask: int = signal.SIGTERM) -> None:
 
 
 def watch(pid: int, stop_wait_s: int) -> None:
-    """Stand for a process that an earlier supervisord started: hand signals on to it, and end when it ends.
+    """Represent a process that an earlier supervisord started: forward signals to it, and end when it ends.
 
-    Ends itself with this supervisord, so that the next one can take the process over likewise.
+    It ends with this supervisord, so that the next one can take the process over in the same way.
     """
-    import ctypes  # needed by nobody else
+    import ctypes  # needed only here
 
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -135,7 +137,7 @@ def watch(pid: int, stop_wait_s: int) -> None:
     def hand_on(number: int, _: object) -> None:
         received.append(number)
         _signal(os.killpg, group, number)
-        signal.alarm(max(stop_wait_s - 1, 1))  # supervisord's own SIGKILL would reach this process alone
+        signal.alarm(max(stop_wait_s - 1, 1))  # supervisord's own SIGKILL would reach only this process
 
     for number in STOPS:
         signal.signal(number, hand_on)
@@ -161,7 +163,7 @@ def _await_end(pid: int) -> None:
 
 
 def _write_to(log: str) -> None:
-    """Write to the log itself: a pipe to supervisord would break with it. slipstream bounds the file's size."""
+    """Write directly to the log: a pipe to supervisord would break with it. slipstream bounds the file's size."""
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -177,7 +179,7 @@ def _record(record: str) -> None:
 
 
 def _stat(path: str) -> list[bytes]:
-    """Fields of proc(5)'s stat from the third on: the command before may itself hold spaces and parentheses."""
+    """Return fields of proc(5)'s stat from the third on: the command before may contain spaces and parentheses."""
     with open(path, "rb") as file:  # noqa: PTH123
         return file.read().rpartition(b")")[2].split()
 

@@ -27,23 +27,23 @@ from slipstream.traffic import envoy
 log = logging.getLogger(__name__)
 
 SILENT_FOR_S = 300
-"""How long services may neither change nor log before `up` gives them up. Airflow takes 15 to 60 s on two cores, 150 s
-beside a load of 12, and more than 5 min beside one of 20, but it logs meanwhile."""
+"""How long services may neither change nor log before `up` gives up. Airflow takes 15 to 60 s on two cores, 150 s under
+a load of 12, and more than 5 min under one of 20, but it logs meanwhile."""
 STARTS = 10
-"""Starts of a service while `up` waits: one that ends as often will not come up."""
+"""Maximum starts of a service while `up` waits: one that ends this often will not start."""
 
 DATA = ("airflow/airflow.db", "mlflow/mlflow.db", "postgresql/version", "object-store/formatted")
-"""Files by which a home is known to hold data, and so to keep its profile."""
+"""Files that show that a home contains data, and must keep its profile."""
 
 Listener = Callable[[list[ServiceStatus]], None]
 
 
 def up(home: Home, watch: Listener, *, new_ports: bool = False, profile: Profile | None = None) -> Addresses:
-    """Start what does not run, and return when everything answers; `watch` is told how far it is.
+    """Start everything that is not running, and return when everything answers; `watch` receives the progress.
 
-    Profile, ports and secrets are made at the first call and remembered. Raises Unavailable when a port is taken
-    (`new_ports` chooses others instead), a program is not installed, or a service or a release does not come up;
-    InputError when the home holds the data of another profile.
+    Profile, ports and secrets are chosen at the first call and stored. Raise Unavailable if a port is taken
+    (`new_ports` chooses others instead), a program is not installed, or a service or a release does not start;
+    InputError if the home contains the data of another profile.
     """
     with _locked(home):
         chosen = _profile(home, profile)
@@ -55,7 +55,7 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False, profile: Profile
         with_airflow = environment | airflow.settings(home, endpoints, secrets) | _database_access(home, endpoints)
         envoy.bootstrap(home, port_of(endpoints.envoy))
         _start_stores(home, endpoints, secrets)
-        # MLflow and Envoy come up while Airflow's database is made.
+        # MLflow and Envoy start while Airflow's database is created.
         supervisor.start(home, mlflow_server.program(home, endpoints, secrets, environment))
         supervisor.start(home, envoy.program(home))
         airflow.prepare(home, with_airflow, secrets)
@@ -70,9 +70,9 @@ def up(home: Home, watch: Listener, *, new_ports: bool = False, profile: Profile
 
 
 def _sort_out_orphans(home: Home) -> None:
-    """After the death of supervisord: stop what its successor cannot take over. The programs themselves go on.
+    """After the death of supervisord, stop what its successor cannot take over. The programs themselves continue.
 
-    supervisor.start brings the successor, under which each program is taken over by its record (launch.py).
+    supervisor.start starts the successor, under which each program is taken over from its record (launch.py).
     """
     orphaned = supervisor.states(home)
     if postgresql.NAME not in orphaned:
@@ -85,9 +85,9 @@ def _sort_out_orphans(home: Home) -> None:
 
 
 def revive(home: Home) -> bool:
-    """Start supervisord again where it was killed; its programs are taken over as they run. Whether it had to.
+    """Restart supervisord if it was killed; its running programs are taken over. Return whether it was necessary.
 
-    Raises Unavailable, also while `up` or `down` is under way, which see to it themselves.
+    Raise Unavailable, also while `up` or `down` is running, which do it themselves.
     """
     if supervisor.running_pid(home) is not None:
         return False
@@ -99,9 +99,9 @@ def revive(home: Home) -> bool:
 
 
 def down(home: Home) -> list[Process]:
-    """Stop everything of this home; data, ports and deployed releases are kept. Returns what had to be stopped extra.
+    """Stop everything of this home; data, ports and deployed releases are kept. Return additionally stopped programs.
 
-    The scheduler goes first, while the API server still takes the last word of its tasks; the stores go last.
+    The scheduler goes first, while the API server still accepts the last messages of its tasks; the stores go last.
     """
     if not home.root.exists():
         return []
@@ -112,7 +112,7 @@ def down(home: Home) -> list[Process]:
 
 
 def _profile(home: Home, requested: Profile | None) -> Profile:
-    """The profile of this home: what was asked for, or what it has. Raises InputError, Unavailable."""
+    """Return the profile of this home: the requested or the existing one. Raise InputError, Unavailable."""
     current = addresses.load(home).profile if home.addresses_file().exists() else None
     chosen = requested or current or "local"
     if current not in (None, chosen) and any((home.root / path).exists() for path in DATA):
@@ -120,21 +120,21 @@ def _profile(home: Home, requested: Profile | None) -> Profile:
             f"{home.root} holds data of profile {current}, which profile {chosen} cannot read; choose another "
             f"SLIPSTREAM_HOME for it, or start this one with `slipstream up --profile {current}`"
         )
-    if chosen == "server":  # what is not installed is said before anything is made
+    if chosen == "server":  # missing programs are reported before anything is created
         postgresql.programs_folder(home)
         object_store.binary(home)
     return chosen
 
 
 def _addresses(home: Home, new_ports: bool, profile: Profile) -> Addresses:
-    """The addresses, with no stranger on any of their ports. Raises Unavailable."""
+    """Return the addresses, with no foreign process on any of their ports. Raise Unavailable."""
     endpoints = addresses.choose(home, set(), profile)
     ours = {p.pid for p in processes.supervised(home)}
     running = {name for name, state in supervisor.states(home).items() if state.state == "RUNNING"}
     conflicts: dict[int, str] = {}
     for name, url in endpoints.urls().items():
         port = port_of(url)
-        # PostgreSQL's process may be another user's, whose ports cannot be looked up.
+        # PostgreSQL's process may belong to another user, whose ports cannot be looked up.
         if addresses.is_free(port) or name in running & {postgresql.NAME}:
             continue
         owner = processes.listener(port)
@@ -152,7 +152,7 @@ def _addresses(home: Home, new_ports: bool, profile: Profile) -> Addresses:
 
 
 def _start_stores(home: Home, endpoints: Addresses, secrets: Secrets) -> None:
-    """Of profile `server`: PostgreSQL and the object store come up before what keeps its data there."""
+    """Start the stores of profile `server`, PostgreSQL and the object store, before the services that use them."""
     if endpoints.postgresql is not None:
         postgresql.prepare(home, secrets)
         supervisor.start(home, postgresql.program(home, endpoints.postgresql))
@@ -169,12 +169,12 @@ def _start_stores(home: Home, endpoints: Addresses, secrets: Secrets) -> None:
 
 
 def _database_access(home: Home, endpoints: Addresses) -> dict[str, str]:
-    """What Airflow and MLflow need to connect to their databases; steps do without."""
+    """Return the variables that Airflow and MLflow need for their databases; steps do not need them."""
     return {} if endpoints.postgresql is None else postgresql.environment(home)
 
 
 def _environment(home: Home, endpoints: Addresses, secrets: Secrets) -> dict[str, str]:
-    """What every program and every step that it starts needs."""
+    """Return the variables for every program and every step that it starts."""
     return (object_store.environment(endpoints.s3, secrets) if endpoints.s3 else {}) | {
         "SLIPSTREAM_HOME": str(home.root),
         "SLIPSTREAM_ENVS": str(home.envs),
@@ -182,11 +182,11 @@ def _environment(home: Home, endpoints: Addresses, secrets: Secrets) -> dict[str
         "SLIPSTREAM_SPECS": home.specs,
         "SLIPSTREAM_RUNS": home.runs,
         **addresses.mlflow_variables(endpoints, secrets),
-        # Retries after 0, 2, 4, … s: a server that is away for a minute costs a step nothing but time.
+        # Retries after 0, 2, 4, … s: a server that is unavailable for a minute only delays a step.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "8",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        # MLflow looks for git to note the source version; where there is none it is not an error.
+        # MLflow looks for git to record the source version; a missing git is not an error.
         "GIT_PYTHON_REFRESH": "quiet",
         "PYTHONUNBUFFERED": "1",
     }
@@ -198,7 +198,7 @@ def _triggers(home: Home, environment: dict[str, str]) -> Program:
 
 
 def _await_healthy(home: Home, endpoints: Addresses, watch: Listener) -> None:
-    """Wait as long as something moves, which on a busy machine may take many minutes. Raises Unavailable."""
+    """Wait as long as there is progress, which on a busy machine may take many minutes. Raise Unavailable."""
     required = health.expected(endpoints)
     patience = _Patience(home)
     while True:
@@ -213,7 +213,7 @@ def _await_healthy(home: Home, endpoints: Addresses, watch: Listener) -> None:
 
 
 class _Patience:
-    """Decides when waiting for services has become pointless: none moved for long, or one is started ever again."""
+    """Decides when to stop waiting for services: none progressed for long, or one is restarted again and again."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
@@ -222,7 +222,7 @@ class _Patience:
         self._moved_s = -float("inf")
 
     def exhausted(self, missing: list[ServiceStatus], now_s: float) -> list[ServiceStatus]:
-        """The services to give up; empty while there is hope. A service moves when its state or its log changes."""
+        """Return the services to give up; empty while progress is possible: a service's state or log changes."""
         snapshot = {s.name: (s.state, s.pid, self._log_bytes(s.name)) for s in missing}
         if snapshot != self._seen:
             self._seen, self._moved_s = snapshot, now_s
@@ -245,7 +245,7 @@ def _why(home: Home, service: ServiceStatus) -> str:
 
 @contextmanager
 def _locked(home: Home) -> Iterator[None]:
-    """One `up` or `down` at a time; a second one waits."""
+    """Hold the lock for one `up` or `down` at a time; a second one waits."""
     home.prepare()
     with file_lock(home.root / "platform.lock"):
         yield

@@ -1,7 +1,7 @@
 """The embedded MLflow server, behind MLflow's own log-in (its app `basic-auth`).
 
-Everything on this machine can reach the port, and whoever may write to MLflow can delete results and move aliases
-(docs/security.md). The platform logs in as the administrator that MLflow makes at its first start.
+Every process on this machine can reach the port, and anyone who may write to MLflow can delete results and move aliases
+(docs/security.md). The platform logs in as the administrator that MLflow creates at its first start.
 """
 
 from slipstream.home import Home, write_atomically
@@ -11,14 +11,14 @@ from slipstream.platform.programs import Program
 
 NAME = "mlflow"
 USERS = "mlflow_users"
-"""Database of the users: a file in the home, or one of PostgreSQL's."""
+"""Database of the users: a file in the home, or a PostgreSQL database."""
 LOGIN_CACHED_S = 3600
-"""How long a password that was right is not hashed again. Without this each request hashes it: 1,000 ms instead of 6
-(quickest of 18, on two busy cores; 4.3 without a log-in). MLflow drops an entry when the password changes."""
+"""How long a correct password is not hashed again. Without this each request hashes it: 1,000 ms instead of 6 (quickest
+of 18, on two busy cores; 4.3 without a log-in). MLflow drops an entry when the password changes."""
 
 
 def program(home: Home, addresses: Addresses, secrets: Secrets, environment: dict[str, str]) -> Program:
-    """The server under supervisord; its passwords are in its environment, which only this user can read."""
+    """Return the server under supervisord; its passwords are in its environment, which only this user can read."""
     folder = home.root / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     backend, artifacts = f"sqlite:///{folder}/mlflow.db", str(folder / "artifacts")
@@ -46,9 +46,9 @@ def _settings(secrets: Secrets) -> dict[str, str]:
 
 
 def _login(home: Home, addresses: Addresses, secrets: Secrets) -> dict[str, str]:
-    """Write the log-in's configuration, and return the variables that go with it.
+    """Write the log-in's configuration, and return its variables.
 
-    People whom the administrator adds may read everything, and change nothing until they are given more.
+    Users that the administrator adds can only read until they are granted more.
     """
     users = f"sqlite:///{home.root / 'mlflow' / 'users.db'}"
     if addresses.postgresql is not None:

@@ -1,7 +1,7 @@
-"""The embedded S3 endpoint: JuiceFS' gateway over a folder of this machine. For one machine, or to try things out.
+"""The embedded S3 endpoint: JuiceFS' gateway over a folder of this machine. For one machine, or for experiments.
 
-A cluster uses the S3 that it has (AWS_ENDPOINT_URL). The gateway checks credentials and keeps objects' metadata and
-ETags; it knows neither conditional puts nor versions of objects, and slipstream asks for neither.
+A cluster uses its own S3 (AWS_ENDPOINT_URL). The gateway checks credentials and keeps objects' metadata and ETags; it
+supports neither conditional puts nor versions of objects, and slipstream needs neither.
 """
 
 import subprocess
@@ -20,14 +20,14 @@ from slipstream.platform.programs import Program
 NAME = "object-store"
 BUCKET = "slipstream"
 REGION = "us-east-1"
-"""The gateway knows one region, under this name."""
+"""The gateway's only region."""
 VOLUME = "store"
 HEALTH = "/minio/health/live"
 READY_WITHIN_S = 30
 
 
 def binary(home: Home) -> Path:
-    """The gateway's program. Raises Unavailable when it is not installed."""
+    """Return the gateway's program. Raise Unavailable if it is not installed."""
     path = home.envs / "airflow" / "bin" / "juicefs"
     if not path.exists():
         raise Unavailable(f"{path}: the S3 gateway is not installed; `make setup` does so (extra `server`)")
@@ -35,7 +35,7 @@ def binary(home: Home) -> Path:
 
 
 def environment(url: str, secrets: Secrets) -> dict[str, str]:
-    """What boto3, and so MLflow and every step, needs to reach the store."""
+    """Return the variables that boto3, and so MLflow and every step, needs to reach the store."""
     return {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": secrets.s3_access_key,
@@ -46,7 +46,7 @@ def environment(url: str, secrets: Secrets) -> dict[str, str]:
 
 
 def prepare(home: Home) -> None:
-    """Make the volume at the first call. Raises Unavailable."""
+    """Create the volume at the first call. Raise Unavailable."""
     folder = home.root / NAME
     if (folder / "formatted").exists():
         return
@@ -62,12 +62,12 @@ def prepare(home: Home) -> None:
 
 
 def program(home: Home, url: str, secrets: Secrets) -> Program:
-    """The gateway. Its credentials are in its environment, which only this user can read."""
+    """Return the gateway. Its credentials are in its environment, which only this user can read."""
     folder = home.root / NAME
     command = (
         *(str(binary(home)), "gateway", "--multi-buckets", "--keep-etag", "--object-meta"),
         *("--no-usage-report", "--no-banner", "--log", str(folder / "gateway.log")),
-        # The data lie on this machine's disk already: a cache would be a second copy, outside of the home.
+        # The data are already on this machine's disk: a cache would be a second copy, outside of the home.
         *("--cache-dir", str(folder / "cache"), "--cache-size", "0", "--buffer-size", "64M"),
         *(_metadata(folder), urlsplit(url).netloc),
     )
@@ -76,7 +76,7 @@ def program(home: Home, url: str, secrets: Secrets) -> Program:
 
 
 def await_ready(home: Home, url: str) -> None:
-    """Return when the gateway answers. Raises Unavailable."""
+    """Return when the gateway answers. Raise Unavailable."""
     deadline = time.monotonic() + READY_WITHIN_S
     while not healthy(url):
         if time.monotonic() > deadline or supervisor.state(home, NAME).state == "FATAL":
@@ -85,7 +85,7 @@ def await_ready(home: Home, url: str) -> None:
 
 
 def ensure_bucket(url: str, secrets: Secrets) -> None:
-    """Make the platform's bucket unless it is there. Raises Unavailable."""
+    """Create the platform's bucket unless it exists. Raise Unavailable."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -106,7 +106,7 @@ def ensure_bucket(url: str, secrets: Secrets) -> None:
 
 
 def healthy(url: str) -> bool:
-    """Whether the gateway answers."""
+    """Return whether the gateway answers."""
     try:
         return httpx.get(f"{url}{HEALTH}", timeout=5).status_code == httpx.codes.OK
     except httpx.HTTPError:

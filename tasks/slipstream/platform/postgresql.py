@@ -1,6 +1,6 @@
 """The embedded PostgreSQL: Debian's programs, a data folder in the home, one role with a password, three databases.
 
-The password is in no URI, argument or log: clients find it by PGPASSFILE, as libpq and asyncpg do.
+The password is in no URI, argument or log: clients read it through PGPASSFILE, as libpq and asyncpg do.
 """
 
 import os
@@ -28,12 +28,12 @@ READY_WITHIN_S = 120
 
 _SYSTEM_USER = "postgres"
 _HANDED_OVER = "/proc/self/fd/7"
-"""The data folder, as a server started by root names it. PostgreSQL refuses to be root; it runs as `postgres` then,
-who may not walk through a private home, but may use a folder of its own that root has opened for it."""
+"""The data folder, as seen by a server started by root. PostgreSQL refuses to run as root; it then runs as `postgres`,
+which cannot enter a private home, but may use its folder if root has opened it first."""
 
 
 def programs_folder(home: Home) -> Path:
-    """Where PostgreSQL's programs lie: the version that made this home's data, or the newest. Raises Unavailable."""
+    """Return the folder of PostgreSQL's programs: the version of this home's data, or the newest. Raise Unavailable."""
     folders = dict(_installed())
     stamp = _folder(home) / "version"
     version = int(stamp.read_text()) if stamp.exists() else max(folders, default=0)
@@ -45,7 +45,7 @@ def programs_folder(home: Home) -> Path:
 
 
 def prepare(home: Home, secrets: Secrets) -> None:
-    """Make the data folder at the first call, and the file with the password. Raises Unavailable."""
+    """Create the data folder at the first call, and the file with the password. Raise Unavailable."""
     binaries, data = programs_folder(home), _data(home)
     _folder(home).mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(_password_file(home), f"127.0.0.1:*:*:{ROLE}:{secrets.postgresql_password}\n", 0o600)
@@ -59,7 +59,7 @@ def prepare(home: Home, secrets: Secrets) -> None:
 
 
 def program(home: Home, url: str) -> Program:
-    """The server. SIGINT is its fast shutdown: open transactions are rolled back, everything is on the disk."""
+    """Return the server. SIGINT is its fast shutdown: open transactions are rolled back, all data is on the disk."""
     settings = {
         "listen_addresses": "127.0.0.1",
         "port": str(port_of(url)),
@@ -74,7 +74,7 @@ def program(home: Home, url: str) -> Program:
 
 
 def await_ready(home: Home, url: str) -> None:
-    """Return when the server takes connections. Raises Unavailable."""
+    """Return when the server accepts connections. Raise Unavailable."""
     deadline = time.monotonic() + READY_WITHIN_S
     while not healthy(home, url):
         if time.monotonic() > deadline or supervisor.state(home, NAME).state == "FATAL":
@@ -83,7 +83,7 @@ def await_ready(home: Home, url: str) -> None:
 
 
 def ensure_databases(home: Home, url: str, names: Sequence[str]) -> None:
-    """Create the databases that are not there. Raises Unavailable."""
+    """Create missing databases. Raise Unavailable."""
     there = _client(home, url, "psql", "-d", "postgres", "-tAc", "SELECT datname FROM pg_database").split()
     for name in names:
         if name not in there:
@@ -91,37 +91,37 @@ def ensure_databases(home: Home, url: str, names: Sequence[str]) -> None:
 
 
 def healthy(home: Home, url: str) -> bool:
-    """Whether the server takes connections."""
+    """Return whether the server accepts connections."""
     command = [str(programs_folder(home) / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port_of(url)), "-t", "5"]
     return subprocess.run(command, check=False).returncode == 0
 
 
 def uri(url: str, database: str) -> str:
-    """What SQLAlchemy needs to connect, beside `environment`."""
+    """Return the URI that SQLAlchemy needs to connect, in addition to `environment`."""
     return f"postgresql+psycopg2://{ROLE}@127.0.0.1:{port_of(url)}/{database}"
 
 
 def environment(home: Home) -> dict[str, str]:
-    """Variables of a process that connects."""
+    """Return variables of a process that connects."""
     return {"PGPASSFILE": str(_password_file(home))}
 
 
 def stop_left_over(home: Home, wait_s: float = 30) -> None:
     """Stop the server that a killed supervisord left running. Call it only while no supervisord runs.
 
-    The general search for orphans (processes.py) reads environments, which root may not read everywhere for a
-    process of another user; and its SIGTERM would wait for clients to leave.
+    The general search for orphans (processes.py) reads environments, which root cannot always read for a process of
+    another user; and its SIGTERM would wait for clients to disconnect.
     """
     try:
         # Its process id, folder, start and port, a line each.
         pid, _, _, port = (_data(home) / "postmaster.pid").read_text().splitlines()[:4]
         processes.stop(int(pid), f"-D {_named(_data(home))} -c listen_addresses=127.0.0.1 -c port={port} ", wait_s)
-    except (OSError, ValueError):  # none, or one that was just starting and has listened to nobody yet
+    except (OSError, ValueError):  # none, or one that was just starting and has not listened yet
         return
 
 
 def _initdb(binaries: Path, data: Path, password: str) -> None:
-    """Make the data folder's content. The password goes through a pipe: it is never on the disk, nor an argument."""
+    """Create the data folder's content. The password goes through a pipe: it is never on the disk or in an argument."""
     receive, send = os.pipe()
     try:
         os.write(send, f"{password}\n".encode())
@@ -147,7 +147,7 @@ def _initdb(binaries: Path, data: Path, password: str) -> None:
 
 
 def _client(home: Home, url: str, name: str, *arguments: str) -> str:
-    """Output of one of PostgreSQL's client programs. Raises Unavailable."""
+    """Return the output of one of PostgreSQL's client programs. Raise Unavailable."""
     completed = subprocess.run(
         [str(programs_folder(home) / name), "-h", "127.0.0.1", "-p", str(port_of(url)), "-U", ROLE, "-w", *arguments],
         env=os.environ | environment(home),
@@ -162,7 +162,7 @@ def _client(home: Home, url: str, name: str, *arguments: str) -> str:
 
 
 def _installed() -> Iterator[tuple[int, Path]]:
-    """Major versions and their programs' folders."""
+    """Return major versions and their programs' folders."""
     folders = {*Path("/usr/lib/postgresql").glob("*/bin")}
     folders |= {Path(path).resolve().parent for name in ("postgres", "initdb") if (path := shutil.which(name))}
     for folder in folders:
@@ -177,7 +177,7 @@ def _version(binaries: Path) -> int:
 
 
 def _as_its_user(data: Path) -> tuple[str, ...]:
-    """What runs a command as another user than root, with `data` open for it; nothing for everybody else."""
+    """Return a command prefix for root to run as another user, with `data` open; empty for other users."""
     if os.geteuid() != 0:
         return ()
     _system_user()
@@ -186,7 +186,7 @@ def _as_its_user(data: Path) -> tuple[str, ...]:
 
 
 def _named(data: Path) -> str:
-    """The data folder as the server knows it."""
+    """Return the data folder as the server sees it."""
     return _HANDED_OVER if os.geteuid() == 0 else str(data)
 
 

@@ -1,4 +1,4 @@
-"""What runs on this machine for a home, read from /proc."""
+"""Processes of a home on this machine, read from /proc."""
 
 import logging
 import os
@@ -26,13 +26,13 @@ class Process:
 
 
 def supervised(home: Home) -> list[Process]:
-    """Everything that this home's supervisord, or an earlier one, started, and what that started in turn."""
+    """Return everything that this home's supervisord, or an earlier one, started, directly or indirectly."""
     marked = launch.marked(str(home.root))
     return [p for p in _all() if p.pid in marked]
 
 
 def stop_orphans(home: Home, wait_s: float = 15, *, keep: Collection[str] = ()) -> list[Process]:
-    """Stop what an ended supervisord left running: first asked, then killed. Returns what was stopped.
+    """Stop what an ended supervisord left running: first asked, then killed. Return what was stopped.
 
     Call it only while no supervisord runs. The caller's own process and its ancestors are spared, and the programs
     `keep`, which the next supervisord takes over.
@@ -56,7 +56,7 @@ def _orphans(home: Home, keep: Collection[str]) -> list[Process]:
 
 
 def stop(pid: int, command: str, wait_s: float) -> None:
-    """Stop a process, if its command line holds `command`: by SIGINT, and after `wait_s` by SIGKILL."""
+    """Stop a process, if its command line contains `command`, with SIGINT, and after `wait_s` with SIGKILL."""
     deadline = time.monotonic() + wait_s
     signaled = False
     while command in next((p.command for p in _all() if p.pid == pid), ""):
@@ -67,7 +67,7 @@ def stop(pid: int, command: str, wait_s: float) -> None:
 
 
 def listener(port: int) -> Process | None:
-    """Who listens on a TCP port; None when nobody does or it belongs to another user."""
+    """Return the process that listens on a TCP port; None if there is none or it belongs to another user."""
     inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     if not inodes:
         return None
@@ -75,18 +75,18 @@ def listener(port: int) -> Process | None:
 
 
 def holds_port(pid: int, port: int) -> bool:
-    """Whether a process or a descendant of it listens on a TCP port."""
+    """Return whether a process or a descendant of it listens on a TCP port."""
     inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     return any(inodes & _open_files(p) for p in (pid, *_descendants(pid)))
 
 
 def memory_mib(pid: int) -> float:
-    """Memory of a process and its descendants in MiB; pages that they share count once (PSS)."""
+    """Return the memory of a process and its descendants in MiB; pages that they share count once (PSS)."""
     return sum(_pss_kib(p) for p in (pid, *_descendants(pid))) / 1024
 
 
 def started_at(pid: int) -> float:
-    """Start of a process in seconds since the epoch; 0.0 when it is gone."""
+    """Return the start of a process in seconds since the epoch; 0.0 if it has ended."""
     fields = _read(pid, "stat").rpartition(b")")[2].split()
     if not fields:
         return 0.0
@@ -104,7 +104,7 @@ def _all() -> Iterable[Process]:
 
 
 def _read(pid: int, name: str) -> bytes:
-    """A file under /proc/PID; empty when the process ended meanwhile or belongs to another user."""
+    """Return a file under /proc/PID; empty if the process ended meanwhile or belongs to another user."""
     try:
         return (PROC / str(pid) / name).read_bytes()
     except OSError:
@@ -112,7 +112,7 @@ def _read(pid: int, name: str) -> bytes:
 
 
 def _parent(pid: int) -> int:
-    # The command name, in parentheses, may itself hold spaces and parentheses.
+    # The command name, in parentheses, may contain spaces and parentheses.
     fields = _read(pid, "stat").rpartition(b")")[2].split()
     return int(fields[1]) if fields else 0
 
@@ -166,7 +166,7 @@ def _open_files(pid: int) -> set[str]:
 
 
 def _target(link: Path) -> str:
-    """Where a link points; empty when it is gone, as the one by which the folder itself was read."""
+    """Return a link's target; empty if it is gone, like the one through which the folder itself was read."""
     try:
         return str(link.readlink())
     except OSError:

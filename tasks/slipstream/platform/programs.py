@@ -1,6 +1,6 @@
-"""The programs that supervisord is to keep: their files, their logs, and the environment that they inherit.
+"""The programs that supervisord keeps running: their files, their logs, and the environment that they inherit.
 
-A program is a pair of files under `supervisor/programs/`. It exists from the moment that its `.ini` is written.
+A program is a pair of files under `supervisor/programs/`. It exists once its `.ini` is written.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ LOG_BYTES, LOG_BACKUPS = 10_000_000, 3
 """Size at which a log is rotated, and how many earlier ones are kept."""
 
 _SOCKET_PATH_LIMIT = 90
-"""Longest socket path in the home: Linux allows 107 bytes, and supervisord first binds PATH.PID beside it."""
+"""Longest socket path in the home: Linux allows 107 bytes, and supervisord first binds PATH.PID in the same folder."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Program:
 
 
 def write(home: Home, program: Program) -> None:
-    """Write the files of a program. Raises Unavailable for a name that supervisord cannot take."""
+    """Write the files of a program. Raise Unavailable for a name that supervisord does not accept."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", program.name):
         raise Unavailable(f"{program.name!r} cannot name a program; use letters, digits, '.', '_' and '-'")
     below = folder(home)
@@ -52,14 +52,14 @@ def write(home: Home, program: Program) -> None:
 
 
 def log_file(home: Home, name: str) -> Path:
-    """Where a program's output goes."""
+    """Return the path of a program's log."""
     return home.root / "logs" / f"{name}.log"
 
 
 def rotate_logs(home: Home) -> None:
-    """Bound the logs: copy one that is too long aside and empty it. Lines written in between are lost.
+    """Limit the logs: copy one that is too long aside and truncate it. Lines written in between are lost.
 
-    Programs hold their logs open for appending, so that a renamed file would still grow.
+    Programs hold their logs open for appending, so a renamed file would continue to grow.
     """
     for path in sorted((home.root / "logs").glob("*.log")):
         if path.name == log_file(home, "supervisord").name or path.stat().st_size < LOG_BYTES:
@@ -73,14 +73,14 @@ def rotate_logs(home: Home) -> None:
 
 
 def names(home: Home) -> list[str]:
-    """Programs that have a file, and so run whenever supervisord does."""
+    """Return programs that have a file, and so run whenever supervisord does."""
     return sorted(path.stem for path in folder(home).glob("*.ini"))
 
 
 def socket_path(home: Home) -> Path:
-    """Where supervisord listens: in the home, or under /tmp when the home's path is too long for a socket.
+    """Return supervisord's socket: in the home, or under /tmp if the home's path is too long for a socket.
 
-    Derived from the home alone, so that a shell, a cron job and a step agree on it with nothing to remember.
+    It is derived only from the home, so that a shell, a cron job and a step agree on it without stored state.
     """
     inside = supervisor_folder(home) / "supervisor.sock"
     if len(os.fsencode(inside)) <= _SOCKET_PATH_LIMIT:
@@ -90,10 +90,10 @@ def socket_path(home: Home) -> Path:
 
 
 def base_environment(home: Home) -> dict[str, str]:
-    """What every program inherits: the caller's environment (credentials, proxies), less another Airflow's settings.
+    """Return the inherited environment: the caller's (credentials, proxies), without another Airflow's settings.
 
     Bytecode is written whatever the caller's shell says: without it Airflow and MLflow take 8 s of a core to start
-    instead of 4, each time, and every step that imports torch likewise.
+    instead of 4, each time, and so does every step that imports torch.
     """
     unwanted = ("AIRFLOW", "PYTHONDONTWRITEBYTECODE", "SUPERVISOR_", PROGRAM, DESCRIPTION)
     added = _added_environment(home)
@@ -107,13 +107,13 @@ def base_environment(home: Home) -> dict[str, str]:
 
 
 def _added_environment(home: Home) -> dict[str, str]:
-    """What the caller has in its environment as a program of this home; the watch over supervisord is one."""
+    """Return variables that the caller has only as a program of this home; the watch over supervisord is one."""
     own = folder(home) / f"{os.environ.get(PROGRAM)}.json"
     return dict(json.loads(own.read_text())["environment"]) if own.exists() else {}
 
 
 def private_folder(path: Path) -> None:
-    """Make a folder that only this user can enter. Raises Unavailable when somebody else's lies there."""
+    """Create a folder that only this user can enter. Raise Unavailable if one of another user exists."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
@@ -122,22 +122,22 @@ def private_folder(path: Path) -> None:
 
 
 def record_file(home: Home, name: str) -> Path:
-    """Where launch.py writes down which process the program is."""
+    """Return the file in which launch.py records the program's process."""
     return supervisor_folder(home) / "running" / f"{name}.json"
 
 
 def supervisor_folder(home: Home) -> Path:
-    """What supervisord and its programs write about themselves."""
+    """Return the folder for supervisord's own files and records of its programs."""
     return home.root / "supervisor"
 
 
 def folder(home: Home) -> Path:
-    """Where the programs' files lie."""
+    """Return the folder of the programs' files."""
     return supervisor_folder(home) / "programs"
 
 
 def forget_launcher(home: Home) -> None:
-    """Have the next program written with the interpreter that is here now."""
+    """Make the next program use the current interpreter."""
     _launcher_file(home).unlink(missing_ok=True)
 
 
@@ -146,7 +146,7 @@ def _launcher_file(home: Home) -> Path:
 
 
 def _launcher(home: Home) -> list[str]:
-    """What runs launch.py where supervisord is: a step in a container has another interpreter, at another path.
+    """Return what runs launch.py where supervisord is: a step in a container has another interpreter and path.
 
     The interpreter below every environment: a release stays the same whichever environment deployed it.
     """
@@ -161,7 +161,7 @@ def _render_program(home: Home, program: Program, description: str) -> str:
     log = str(log_file(home, program.name))
     files = (folder(home) / f"{program.name}.json", record_file(home, program.name), log)
     command = shlex.join([*_launcher(home), *map(str, files)])
-    # The digest makes a changed description a changed group in supervisord's eyes.
+    # The digest makes a changed description a changed group for supervisord.
     digest = hashlib.sha256(description.encode()).hexdigest()
     return f"""\
 [program:{program.name}]
@@ -182,7 +182,7 @@ stdout_logfile_maxbytes = 0
 
 
 def render_daemon(home: Home) -> str:
-    """The configuration of supervisord itself."""
+    """Return the configuration of supervisord itself."""
     below = _literal(str(supervisor_folder(home)))
     return f"""\
 [supervisord]
@@ -208,5 +208,5 @@ files = programs/*.ini
 
 
 def _literal(value: str) -> str:
-    """supervisord expands %(name)s in every value."""
+    """Escape a value: supervisord expands %(name)s in every value."""
     return value.replace("%", "%%")

@@ -1,9 +1,9 @@
 """Programs under supervisord: the one place that starts and stops long-lived processes.
 
-One supervisord for each SLIPSTREAM_HOME. Each program is a file under `supervisor/programs/`, so it comes back
-with the next `slipstream up`, also after a restart of the machine. Starting, changing or stopping one program
-never touches another: supervisord's own comparison of files and running groups says what changed, and only the
-named group is acted upon.
+One supervisord for each SLIPSTREAM_HOME. Each program is a file under `supervisor/programs/`, so it starts again with
+the next `slipstream up`, also after a restart of the machine. Starting, changing or stopping one program never affects
+another: supervisord's own comparison of files and running groups shows what changed, and only the named group is
+changed.
 """
 
 import os
@@ -25,10 +25,10 @@ from slipstream.platform.launch import MARK
 from slipstream.platform.programs import Program
 
 ALIVE = frozenset({"STARTING", "RUNNING", "BACKOFF"})
-"""States in which supervisord itself keeps a program up, or is about to try again."""
+"""States in which supervisord itself keeps a program running, or is about to retry."""
 
 ORPHANED = "ORPHANED"
-"""State of a program that a killed supervisord left running: it goes on, and nothing would start it again."""
+"""State of a program that a killed supervisord left running: it continues, but nothing would restart it."""
 _FORGOTTEN_WAIT_S = 15
 _BAD_NAME = 10  # supervisor.xmlrpc.Faults
 _NOT_RUNNING = 70
@@ -36,22 +36,21 @@ _NOT_RUNNING = 70
 
 @dataclass(frozen=True)
 class ProcessState:
-    """What supervisord says of a program."""
+    """State of a program as reported by supervisord."""
 
     state: str
     """`RUNNING`, `STARTING`, `STOPPED`, `BACKOFF`, `EXITED`, `FATAL`; `ORPHANED` or `ABSENT`."""
     pid: int | None
-    """The program's own process, also where supervisord watches it through another (launch.py)."""
+    """The program's own process, even if supervisord watches it through another (launch.py)."""
 
 
 ABSENT = ProcessState("ABSENT", None)
 
 
 def start(home: Home, program: Program) -> None:
-    """Write the program's file and start it; nothing changes when it already runs as given.
+    """Write the program's file and start it; nothing changes if it already runs as specified.
 
-    Returns once the process exists, not when it is ready. Starts supervisord where it does not run. Raises
-    Unavailable.
+    Return once the process exists, not when it is ready. Start supervisord if it is not running. Raise Unavailable.
     """
     with _locked(home):
         if running_pid(home) is None:
@@ -69,18 +68,18 @@ def start(home: Home, program: Program) -> None:
 
 
 def stop(home: Home, name: str) -> None:
-    """Stop a program and remove its file; fine when it is not there."""
+    """Stop a program and remove its file, if it exists."""
     with _locked(home):
         _forget(home, name)
 
 
 def state(home: Home, name: str) -> ProcessState:
-    """A program's state; `ABSENT` when it is unknown or supervisord is down."""
+    """Return a program's state; `ABSENT` if it is unknown or supervisord is down."""
     return states(home).get(name, ABSENT)
 
 
 def states(home: Home) -> dict[str, ProcessState]:
-    """Every program that supervisord knows; when it is down, those that it left running."""
+    """Return every program that supervisord knows; if it is down, those that it left running."""
     if running_pid(home) is None:
         pids = {name: _recorded_pid(home, name) for name in programs.names(home)}
         return {name: ProcessState(ORPHANED, pid) for name, pid in pids.items() if pid is not None}
@@ -93,9 +92,9 @@ def states(home: Home) -> dict[str, ProcessState]:
 
 
 def ensure_running(home: Home) -> None:
-    """Start supervisord, and with it every program that has a file, unless it runs. Raises Unavailable.
+    """Start supervisord, and with it every program that has a file, unless it runs. Raise Unavailable.
 
-    Programs that an earlier supervisord left running are taken over as they are.
+    Programs that an earlier supervisord left running are taken over unchanged.
     """
     with _locked(home):
         _ensure_running(home)
@@ -104,7 +103,7 @@ def ensure_running(home: Home) -> None:
 def shutdown(home: Home, first: tuple[str, ...] = (), last: tuple[str, ...] = (), wait_s: float = 60) -> None:
     """Stop the programs, those of `first` before the others, those of `last` after them, then supervisord.
 
-    Their files stay. Raises Unavailable.
+    Their files stay. Raise Unavailable.
     """
     with _locked(home):
         pid = running_pid(home)
@@ -125,7 +124,8 @@ def shutdown(home: Home, first: tuple[str, ...] = (), last: tuple[str, ...] = ()
 
 
 def running_pid(home: Home) -> int | None:
-    """Process id of this home's supervisord, asked over its socket: a stale pid file or socket deceives nobody."""
+    """Return the process id of this home's supervisord, asked over its socket: a stale pid file or socket is
+    detected."""
     path = str(programs.socket_path(home))
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(5)
@@ -141,7 +141,7 @@ def running_pid(home: Home) -> int | None:
 
 
 def _ensure_running(home: Home) -> bool:
-    """Whether supervisord had to be started."""
+    """Start supervisord if necessary; return whether it was."""
     if running_pid(home) is not None:
         return False
     programs.private_folder(programs.socket_path(home).parent)
@@ -167,7 +167,7 @@ def _ensure_running(home: Home) -> bool:
 
 
 def _apply(home: Home, name: str) -> None:
-    """Bring the running group in line with the program's file; touch no other."""
+    """Update the running group to match the program's file, without affecting others."""
     with _calls(home) as call:
         [[added, changed, _]] = call.reloadConfig()
         if name in changed:
@@ -190,7 +190,7 @@ def _stop_group(call: Any, name: str) -> None:
 
 
 def _stop_together(call: Any, names: Collection[str]) -> None:
-    """Stop several groups at once, and return when all have; supervisord kills those that take too long."""
+    """Stop several groups at once, and return when all have stopped; supervisord kills those that take too long."""
     for name in names:
         with _ignored(_BAD_NAME, _NOT_RUNNING):
             call.stopProcessGroup(name, False)
@@ -199,7 +199,7 @@ def _stop_together(call: Any, names: Collection[str]) -> None:
 
 
 def _wait_for_process(home: Home, name: str, seconds: float = 10) -> None:
-    """supervisord forks on its next tick; until then a fresh group reads as stopped."""
+    """Wait for the process: supervisord forks on its next tick; until then a new group reads as stopped."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         now = state(home, name)
@@ -210,7 +210,8 @@ def _wait_for_process(home: Home, name: str, seconds: float = 10) -> None:
 
 
 def _require_start(home: Home, name: str, executable: Path, seconds: float = 10) -> None:
-    """Raise Unavailable unless supervisord can run what is not here: a step in a container sees other files than it."""
+    """Raise Unavailable unless supervisord can run files missing here: a step in a container sees other files than
+    it."""
     deadline = time.monotonic() + seconds
     while (now := state(home, name).state) != "RUNNING":
         if now in ("BACKOFF", "FATAL") or time.monotonic() > deadline:
@@ -233,24 +234,24 @@ def _forget(home: Home, name: str) -> None:
 
 
 def _recorded_pid(home: Home, name: str) -> int | None:
-    """The program's process, if it lives."""
+    """Return the program's process, if it is alive."""
     process = launch.recorded(str(programs.record_file(home, name)))
     return None if process is None else int(process["pid"])
 
 
 def _locked(home: Home) -> AbstractContextManager[None]:
-    """One change at a time: supervisord holds one list of read but not yet applied groups for everybody."""
+    """Make one change at a time: supervisord has a single list of groups that are read but not yet applied."""
     return file_lock(programs.supervisor_folder(home) / "lock")
 
 
 @contextmanager
 def _calls(home: Home) -> Iterator[Any]:
-    """supervisord's XML-RPC interface. Raises Unavailable."""
-    from supervisor.xmlrpc import SupervisorTransport  # loads asyncore; `slipstream --help` need not
+    """Return supervisord's XML-RPC interface. Raise Unavailable."""
+    from supervisor.xmlrpc import SupervisorTransport  # loads asyncore, which `slipstream --help` does not need
 
     transport = SupervisorTransport(None, None, f"unix://{programs.socket_path(home)}")
     try:
-        # The address is a dummy: the transport only looks at the socket.
+        # The address is a dummy: the transport uses only the socket.
         yield xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
     except (OSError, xmlrpc.client.Error) as error:
         raise Unavailable(f"supervisord of {home.root}: {error}") from error

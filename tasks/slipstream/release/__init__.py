@@ -1,2 +1,2 @@
-"""The release protocol: who moves a model's traffic (moves), what is finished or put back after a crash
-(settle, watchdog), and which engines may not be tried again (rejections)."""
+"""The release protocol: ownership of a model's traffic (moves), completion or reversal after a crash (settle,
+watchdog), and engines that may not be retried (rejections)."""

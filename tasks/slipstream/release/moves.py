@@ -2,12 +2,12 @@
 
 A small-scale test, a rollout and a rollback are moves. Each is a tag of the registered model, `slipstream.move.TOKEN`,
 that only its owner writes. Tokens grow, and the newest move owns the traffic. An older one whose process still runs is
-superseded: it looks for a newer token before and after each write, restores what that write overwrote, and stops
-(M. Kleppmann, "How to do distributed locking", 2016: a fencing token). MLflow has no compare-and-swap; a tag per move
-needs none, since no owner overwrites another's entry.
+superseded: it checks for a newer token before and after each write, restores what that write overwrote, and stops (M.
+Kleppmann, "How to do distributed locking", 2016: a fencing token). MLflow has no compare-and-swap; a tag per move needs
+none, since no owner overwrites another's entry.
 
-An open move has a lease that its process renews from a thread. When the lease has run out, the process is dead or
-hangs, and `settle` (the next step, or the watchdog) supersedes the move and finishes it or puts the traffic back.
+An open move has a lease that its process renews from a thread. When the lease has expired, the process is dead or
+hangs, and `settle` (the next step, or the watchdog) supersedes the move and completes it or restores the traffic.
 Leases compare clocks of machines: keep them within a few seconds of each other (NTP).
 """
 
@@ -34,9 +34,9 @@ PREFIX = "slipstream.move."
 LEASE_S, RENEW_S = 15.0, 5.0
 """How long a lease is valid, and how often it is renewed: two renewals may fail."""
 STUCK_S = 60.0
-"""A process that splits the traffic and has not looked at it for this long hangs; its lease is not renewed."""
+"""A process that splits the traffic and has not checked it for this long hangs; its lease is not renewed."""
 KEEP = 6
-"""Newest moves that stay on record, beside the last one that changed the champion."""
+"""Number of newest moves that stay on record, in addition to the last one that changed the champion."""
 
 Kind = Literal["trial", "rollout", "rollback", "rebuild", "serve"]
 State = Literal["started", "promoting", "refused", "done", "reverted", "put back", "given up"]
@@ -44,43 +44,43 @@ OPEN = ("started", "promoting", "refused")
 
 
 class Entry(Record):
-    """What is on record about a move."""
+    """The record of a move."""
 
     token: str
     """Number and a random suffix; a greater one is newer."""
     kind: Kind
     by: str
-    """Run key, or the person who asked."""
+    """Run key, or the person who requested it."""
     at: str
     """When it began, ISO 8601 in UTC."""
     state: State = "started"
     lease_until: float = 0.0
     """Seconds since the epoch."""
     champion: str | None
-    """Version that the alias named when the move began; None before the first release."""
+    """Version of the alias when the move began; None before the first release."""
     previous: str | None
-    """Version that `previous` named then."""
+    """Version of `previous` at that time."""
     back: str
     """Release that has all the traffic unless the move succeeds."""
     to: str | None = None
-    """Version that is tested, rolled out or rolled back to."""
+    """Version that is tested, rolled out or restored."""
     then_previous: str | None = None
-    """What `previous` names after success."""
+    """Version of `previous` after success."""
     run_id: str = ""
     """MLflow run with the evidence."""
     verdicts: tuple[Verdict, ...] = ()
-    """Why it was refused."""
+    """Reasons of its rejection."""
     reason: str = ""
-    """Why a person rolls back."""
+    """A person's reason for the rollback."""
 
     @property
     def open(self) -> bool:
-        """Whether something may be left to finish or to put back."""
+        """Whether something may remain to be completed or reverted."""
         return self.state in OPEN
 
     @property
     def decided(self) -> tuple[str | None, str | None]:
-        """Champion and previous as a closed move left them."""
+        """Champion and previous after a closed move."""
         if self.changed_champion:
             return self.to, self.then_previous
         return self.champion, self.previous
@@ -96,22 +96,22 @@ class Entry(Record):
 
 
 def entries(registry: Registry) -> list[Entry]:
-    """All moves on record, oldest first."""
+    """Return all moves on record, oldest first."""
     return sorted(records.read(registry, PREFIX, Entry), key=lambda e: e.token)
 
 
 def newest(registry: Registry) -> Entry | None:
-    """The move that owns the traffic, open or closed."""
+    """Return the move that owns the traffic, open or closed."""
     return next(reversed(entries(registry)), None)
 
 
 def last_change(registry: Registry) -> Entry | None:
-    """The last finished rollout, rollback or rebuild."""
+    """Return the last finished rollout, rollback or rebuild."""
     return next((e for e in reversed(entries(registry)) if e.changed_champion), None)
 
 
 def now_iso() -> str:
-    """The time for the record."""
+    """Return the time for the record."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -128,12 +128,12 @@ class Move:
         self.splits = False
 
     def check(self) -> None:
-        """Raise Superseded when a newer move owns the traffic."""
+        """Raise Superseded if a newer move owns the traffic."""
         if (later := self._later()) is not None:
             raise _superseded(self.entry, later)
 
     def note_look(self) -> None:
-        """The owner looks at the traffic. Raise Superseded when the renewing thread has found a newer move."""
+        """Record that the owner checked the traffic. Raise Superseded if the renewing thread has found a newer move."""
         self._looked = time.monotonic()
         if self._superseded_by is not None:
             raise _superseded(self.entry, self._superseded_by)
@@ -141,8 +141,8 @@ class Move:
     def guarded(self, write: Callable[[], object], *, way_back: bool = False) -> None:
         """Write as the owner of the traffic.
 
-        A write that a newer move overtook is undone: traffic and aliases are again what that move decided. On the way
-        back the traffic comes first: the check follows the write, and an MLflow that is down does not hold it up.
+        A write that a newer move overtook is undone: traffic and aliases again follow that move's decision. When
+        reverting, the traffic comes first: the check follows the write, and an unavailable MLflow does not delay it.
         """
         self.note_look()
         if not way_back:
@@ -169,13 +169,13 @@ class Move:
         self.guarded(lambda: self.registry.tag(version, tags))
 
     def update(self, **changes: object) -> None:
-        """Put facts on record, and renew the lease."""
+        """Record facts, and renew the lease."""
         with self._lock:
             self.entry = self.entry.model_copy(update={"lease_until": time.time() + LEASE_S, **changes})
             records.write(self.registry, PREFIX + self.entry.token, self.entry)
 
     def close(self, state: State) -> None:
-        """Nothing is left to finish or to put back."""
+        """Record that nothing remains to be completed or reverted."""
         self._ended.set()
         self.update(state=state, lease_until=0.0)
 
@@ -211,7 +211,7 @@ class Move:
             self._ended.set()
             renewing.join(RENEW_S)
             if self.entry.open and self._superseded_by is None:
-                with suppress(SlipstreamError):  # the next one need not wait for the lease to run out
+                with suppress(SlipstreamError):  # the next one need not wait for the lease to expire
                     self.update(lease_until=0.0)
 
     def _forget_old(self) -> None:
@@ -226,10 +226,10 @@ class Move:
 def begin(
     registry: Registry, controller: TrafficController, kind: Kind, by: str, back: str, **facts: object
 ) -> Iterator[Move]:
-    """Own the traffic of a model for the time of a `with`. Raises Superseded when another one began at the same time.
+    """Own the traffic of a model for the duration of a `with`. Raise Superseded if another move began at the same time.
 
-    `back` is the release that gets the traffic unless the move succeeds, `facts` are fields of `Entry`. The champion
-    is read first, and must be compared with what the move relies on within.
+    `back` is the release that gets the traffic unless the move succeeds, `facts` are fields of `Entry`. The champion is
+    read first, and the caller must compare it with the version that the move relies on.
     """
     champion, previous = registry.champion(), registry.alias(PREVIOUS)
     document = {"token": _token(registry), "kind": kind, "by": by, "at": now_iso(), "back": back}
@@ -244,9 +244,9 @@ def begin(
 
 @contextmanager
 def take_over(registry: Registry, controller: TrafficController, entry: Entry) -> Iterator[Move]:
-    """Supersede an open move, with all that is on record about it, to finish it or to put the traffic back."""
+    """Supersede an open move, with its record, to complete it or to restore the traffic."""
     with Move(registry, controller, entry.model_copy(update={"token": _token(registry)}))._held() as move:
-        for latest in entries(registry):  # its owner may have gone on until it was superseded
+        for latest in entries(registry):  # its owner may have continued until it was superseded
             if latest.token == entry.token:
                 move.update(state=latest.state, verdicts=latest.verdicts)
         yield move
@@ -266,7 +266,7 @@ def _superseded(mine: Entry, later: Entry) -> Superseded:
 
 
 def _restore(mine: Move, later: Entry) -> None:
-    """Undo a write that came after `later` was closed, as a move of its own; nothing when they agree."""
+    """Undo a write that came after `later` was closed, as a separate move; nothing if they agree."""
     registry, controller = mine.registry, mine.controller.unfenced
     champion, previous = later.decided
     name = later.back if champion is None else registry.release(champion).name
@@ -289,7 +289,7 @@ def _restore(mine: Move, later: Entry) -> None:
 
 
 class FencedController:
-    """A `TrafficController` whose changes are those of a move; it raises Superseded as well."""
+    """A `TrafficController` whose changes are those of a move; it also raises Superseded."""
 
     def __init__(self, move: Move, controller: TrafficController) -> None:
         self._move, self.unfenced = move, controller

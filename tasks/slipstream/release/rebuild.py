@@ -1,10 +1,10 @@
-"""rebuild: a release whose engine cannot be loaded here any more gets one that can, without an outage.
+"""rebuild: replaces a release whose engine can no longer be loaded here by one that can, without an outage.
 
-The engine is built again from the same candidate, must answer as the old one recorded, and is registered as a new
-version that names the old one. Its server is ready before alias and traffic move. A rebuild that was stopped before
-that changes nothing and is asked for again; one that was stopped afterwards is finished by whoever settles the move.
+The engine is built again from the same candidate, must reproduce the old one's recorded answers, and is registered as a
+new version that names the old one. Its server is ready before alias and traffic move. A rebuild that was stopped before
+that changes nothing and must be requested again; one that was stopped afterwards is completed when the move is settled.
 
-The held-out samples are not asked: stage 1 judged this candidate on them, and evidence is measured once.
+The held-out samples are not evaluated: stage 1 judged this candidate on them, and evidence is measured once.
 """
 
 import datetime
@@ -46,10 +46,10 @@ WITHIN_S = 3600
 
 
 def by_hand(model: str, home: Home, alias: str = CHAMPION, *, dry_run: bool = False) -> str:
-    """What `slipstream rebuild MODEL` does; returns a sentence that says what it did, or would do.
+    """Run `slipstream rebuild MODEL`; return a sentence that says what it did, or would do.
 
-    Raises RegistryError, EngineError, ModelError, GateFailed when the rebuilt engine answers otherwise; Unavailable,
-    also while a test, rollout or rollback is under way.
+    Raise RegistryError, EngineError, ModelError, GateFailed if the rebuilt engine answers differently; Unavailable,
+    also while a test, rollout or rollback is in flight.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with traffic_lock(home, model, wait=False):
@@ -60,17 +60,17 @@ def by_hand(model: str, home: Home, alias: str = CHAMPION, *, dry_run: bool = Fa
 
 @dataclass(frozen=True)
 class Rebuild:
-    """A release that is looked at and, where its engine cannot be loaded here, built again."""
+    """A release that is checked and, if its engine cannot be loaded here, rebuilt."""
 
     registry: Registry
     client: MlflowClient
     home: Home
     alias: str
     by: str
-    """Who asked."""
+    """Person who requested it."""
 
     def run(self, controller: Callable[[], TrafficController], *, dry_run: bool = False) -> str:
-        """The whole of it; returns a sentence. `controller` is called only when there is traffic to move."""
+        """Run all of it; return a sentence. `controller` is called only if there is traffic to move."""
         model, version = self.registry.model, self.registry.alias(self.alias)
         if version is None:
             raise RegistryError(f"{model}: no version has the alias {self.alias}; there is nothing to rebuild")
@@ -94,7 +94,7 @@ class Rebuild:
         return f"{model}: version {rebuilt} {now}, rebuilt from the candidate of version {version}: {reason}"
 
     def _candidate(self, old: "_Old") -> Artifact:
-        """The candidate; its digest is the one in the engine's own folder, which is signed."""
+        """Return the candidate; its digest is the one in the engine's own folder, which is signed."""
         with translated(f"reading the lineage of version {old.version}"):
             try:
                 parent = self.client.get_logged_model(str(old.artifact.model_id)).tags["slipstream.parent"]
@@ -109,7 +109,7 @@ class Rebuild:
         return Artifact(uri=uri, path=path, sha256=sha256, size_bytes=0, model_id=parent)
 
     def _new_version(self, old: "_Old", candidate: Artifact) -> tuple[str, str]:
-        """Version of the rebuilt engine, and why it may serve. Raises EngineError, GateFailed."""
+        """Return the version of the rebuilt engine, and why it may serve. Raise EngineError, GateFailed."""
         tags, work = self.registry.tags(old.version), self.home.work / f"rebuild-{self.registry.model}"
         cell = tags.get(CELL, "rebuilt")
         shutil.rmtree(work, ignore_errors=True)
@@ -135,7 +135,7 @@ class Rebuild:
         return version, verdict.reason
 
     def _build(self, old: "_Old", request: Request) -> Verdict:
-        """Build the engine, and see that it answers as before and loads where it will be served."""
+        """Build the engine, and verify that it answers as before and can be loaded where it will be served."""
         name, builds = f"{self.registry.model} version {old.version}", _builds(old, request.candidate)
         finding = _ask(self.home, builds, Work(action="build", request=request))
         if finding.problem:
@@ -158,7 +158,7 @@ class Rebuild:
 
     @contextmanager
     def _mlflow_run(self, old: "_Old", cell: str) -> Iterator[Run]:
-        """A run in the model's experiment, which ends as what is done within."""
+        """Open a run in the model's experiment, which ends with the status of the block."""
         with translated(f"starting a run for {self.registry.model}"):
             experiment = self.client.get_experiment_by_name(experiment_name(self.registry.model))
             assert experiment is not None, "its engines were logged there"
@@ -172,7 +172,7 @@ class Rebuild:
             self.client.update_run(run.info.run_id, status=status)  # set_terminated prints on stdout
 
     def _put_in_place(self, controller: TrafficController, old: str, version: str) -> None:
-        """Deploy, move the alias, then the traffic where it is the champion, as a move of its own."""
+        """Deploy, move the alias, then the traffic if it is the champion, as a separate move."""
         registry, release, artifact = self.registry, self.registry.release(version), self.registry.artifact(version)
         settle(registry, lambda: controller)
         serves, previous = self.alias == CHAMPION, registry.alias(PREVIOUS)
@@ -188,8 +188,8 @@ class Rebuild:
                     "registered, and neither alias nor traffic was changed"
                 )
             if serves:
-                # The alias first, unlike in a rollout: from then on a killed rebuild is finished (release/settle.py),
-                # and the traffic is never put back to a server that may not start again.
+                # The alias first, unlike in a rollout: from then on a killed rebuild is completed (release/settle.py),
+                # and the traffic never returns to a server that may not start again.
                 move.update(state="promoting")
                 move.set_alias(CHAMPION, version)
                 move.controller.set_routes(registry.model, Routes(weights={release.name: 100}))
@@ -217,12 +217,12 @@ class _Old:
 
 
 def _builds(old: _Old, candidate: Path) -> str:
-    """The environment that builds the engine."""
+    """Return the environment that builds the engine."""
     return ENGINES[old.manifest.engine].environment or FRAMEWORKS[read_candidate(candidate).framework].environment
 
 
 def _ask(home: Home, environment: str, work: Work) -> Finding:
-    """What `release.rebuilt` finds in an environment; in this one where there are no others (an image)."""
+    """Return what `release.rebuilt` finds in an environment; in this one if there are no others (an image)."""
     python = home.require_python(environment, "rebuild") if home.envs.is_dir() else Path(sys.executable)
     try:
         return ask("slipstream.release.rebuilt", work, Finding, python=python, timeout_s=WITHIN_S, quiet=False)

@@ -1,4 +1,4 @@
-"""Builds an engine again from its candidate, in a process where its libraries are.
+"""Rebuilds an engine from its candidate, in a process in the environment of its libraries.
 
 `load` says why an engine folder cannot be loaded in this environment, if so. `build` builds the same target from the
 same candidate, and compares the answers with those that the old engine recorded. `log` logs the new engine to MLflow.
@@ -20,7 +20,7 @@ GATE = "recorded answers"
 
 
 class Request(Document):
-    """What is built again."""
+    """An engine to rebuild."""
 
     engine: Path
     """Folder of the old engine."""
@@ -46,22 +46,22 @@ class Work(Document):
 
 
 class Finding(Document):
-    """What came of it."""
+    """Result of a request."""
 
     problem: str = ""
-    """Why the engine cannot be loaded or built; empty when it can."""
+    """Why the engine cannot be loaded or built; empty if it can."""
     artifact: Artifact | None = None
     verdict: Verdict | None = None
 
 
 def load(folder: Path) -> Finding:
-    """Whether an engine loads here, and repeats its recorded answers where the facts of its build differ."""
+    """Check that an engine loads here, and reproduces its recorded answers if the facts of its build differ."""
     load_engine(folder)
     return Finding()
 
 
 def build(request: Request) -> Finding:
-    """Build, and say whether the new engine, now in its folder, answers as the old one recorded."""
+    """Build, and report whether the new engine, now in its folder, reproduces the old one's recorded answers."""
     old, tokenizer = read_manifest(request.engine), request.engine / tokens.TOKENIZER
     samples, expected = recorded.read(request.engine)
     build_engine(request.candidate, old.target, request.folder, tokenizer.read_text() if tokenizer.exists() else None)
@@ -79,7 +79,7 @@ def build(request: Request) -> Finding:
 
 
 def log(request: Request) -> Finding:
-    """Log the engine that was built, as a model of MLflow."""
+    """Log the built engine as an MLflow model."""
     from slipstream.store.signature import signature
     from slipstream.store.tracking import StepRun, connected
 

@@ -1,4 +1,4 @@
-"""Signed records in tags of the registered model: what decides who moves traffic, and which engines are rejected."""
+"""Signed records in tags of the registered model: which move owns the traffic, and which engines are rejected."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def write(registry: Registry, tag: str, record: Record) -> None:
 
 
 def read(registry: Registry, prefix: str, kind: type[R]) -> list[R]:
-    """Records whose tags begin so, and that this platform signed; others are skipped with a warning."""
+    """Return records of tags with this prefix that this platform signed; others are skipped with a warning."""
     records = []
     for tag, text in registry.model_tags().items():
         if not tag.startswith(prefix):

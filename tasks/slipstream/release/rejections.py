@@ -1,8 +1,8 @@
-"""Rejections: engines that a test, a rollout or a person refused, by digest, until a person lifts the rejection.
+"""Rejections: engines that a test, a rollout or a person rejected, by digest, until a person lifts the rejection.
 
 A rejection outlives versions and runs: it is a tag of the registered model, one for each digest, and every version of
-these bytes shows it by a tag and in its description. Only conclusive refusals reject: a verdict `fail`, or a person's
-rollback. Other bytes are another engine, also those of the same recipe quantized again.
+these bytes shows it by a tag and in its description. Only conclusive results reject: a verdict `fail`, or a person's
+rollback. Other bytes are another engine, even from the same recipe quantized again.
 """
 
 import logging
@@ -22,7 +22,7 @@ DIGITS = 16
 MARK = "slipstream.rejected"
 """Tag of a version whose engine is rejected."""
 SHORT = 8
-"""Least digits of a digest that a person may give."""
+"""Minimum digits of a digest that a person may give."""
 REASON_CHARACTERS, EARLIER = 900, 2
 """A record must fit into the 5,000 characters that older MLflow servers allow a tag."""
 
@@ -36,11 +36,11 @@ class Lift(Document):
 
 
 class Rejection(Record):
-    """Why an engine may not be tried again. It holds until it is lifted."""
+    """Why an engine may not be retried. It is valid until it is lifted."""
 
     sha256: str
     version: str
-    """Registry version that was refused."""
+    """Registry version that was rejected."""
     stage: str
     """`trial`, `rollout` or `rollback`."""
     reason: str
@@ -50,10 +50,10 @@ class Rejection(Record):
     """ISO 8601, UTC."""
     lifted: Lift | None = None
     earlier: tuple[str, ...] = ()
-    """What was on record before, newest first, as sentences."""
+    """Earlier records, newest first, as sentences."""
 
     def sentence(self) -> str:
-        """The record as one sentence."""
+        """Return the record as one sentence."""
         text = f"version {self.version} (sha256 {self.sha256[:12]}…) was rejected in the {self.stage} by {self.by} at "
         text += f"{self.at}: {self.reason}"
         return (
@@ -64,17 +64,17 @@ class Rejection(Record):
 
 
 def all_of(registry: Registry) -> list[Rejection]:
-    """Every rejection of a model, lifted ones included, newest first."""
+    """Return every rejection of a model, including lifted ones, newest first."""
     return sorted(records.read(registry, PREFIX, Rejection), key=lambda r: r.at, reverse=True)
 
 
 def active(registry: Registry) -> dict[str, Rejection]:
-    """Digest → rejection that nobody lifted."""
+    """Return rejections that have not been lifted, by digest."""
     return {r.sha256: r for r in all_of(registry) if r.lifted is None}
 
 
 def reject(registry: Registry, version: str, stage: str, reason: str, by: str) -> None:
-    """Record that the engine of a version is refused, whatever happens next. Repeated, it changes nothing."""
+    """Record that the engine of a version is rejected, whatever happens next. A repetition changes nothing."""
     try:
         sha256 = registry.artifact(version).sha256
     except RegistryError as error:
@@ -98,7 +98,7 @@ def reject(registry: Registry, version: str, stage: str, reason: str, by: str) -
 
 
 def mark(registry: Registry, rejection: Rejection) -> None:
-    """Show a rejection, or that it was lifted, at every version of these bytes."""
+    """Show a rejection, or its lifting, at every version of these bytes."""
     line = ("Rejected: " if rejection.lifted is None else "Allowed again: ") + rejection.sentence()
     for version in registry.versions_of(rejection.sha256):
         registry.tag(version, {MARK: "no, lifted" if rejection.lifted else f"yes: {rejection.reason}"[:4900]})
@@ -107,19 +107,19 @@ def mark(registry: Registry, rejection: Rejection) -> None:
 
 
 def require_allowed(registry: Registry, version: str) -> None:
-    """Raise GateFailed when the engine of a version is rejected."""
+    """Raise GateFailed if the engine of a version is rejected."""
     if (rejection := active(registry).get(registry.artifact(version).sha256)) is not None:
         raise GateFailed(f"{registry.model} version {version} may not be released: {explain(registry, rejection)}")
 
 
 def explain(registry: Registry, rejection: Rejection) -> str:
-    """The record, and how a person lifts it."""
+    """Return the record, and how a person lifts it."""
     command = f"slipstream allow {registry.model} {rejection.version} --reason WHY"
     return f"{rejection.sentence()}; a person may lift this: `{command}`"
 
 
 def allow(registry: Registry, what: str, by: str, reason: str) -> Rejection:
-    """Lift the rejection of a version or digest (8 digits or more). Raises RegistryError when there is none."""
+    """Lift the rejection of a version or digest (8 digits or more). Raise RegistryError if there is none."""
     rejection = _find(registry, what)
     if rejection.lifted is None:
         rejection = rejection.model_copy(
@@ -132,7 +132,7 @@ def allow(registry: Registry, what: str, by: str, reason: str) -> Rejection:
 
 
 def reasons(verdicts: tuple[Verdict, ...]) -> str:
-    """What failed, for the record."""
+    """Return what failed, for the record."""
     return "; ".join(f"{v.gate}: {v.reason}" for v in verdicts if v.answer == "fail")
 
 

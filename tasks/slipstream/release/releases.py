@@ -1,4 +1,4 @@
-"""Which release serves now, and keeping servers and traffic in line with the registry."""
+"""The current release, and keeping servers and traffic in line with the registry."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -34,10 +34,10 @@ class Incumbent:
 
 @contextmanager
 def traffic_lock(home: Home, model: str, *, wait: bool = True) -> Iterator[None]:
-    """One test, rollout or rollback of a model at a time: here by a lock that ends with the process.
+    """Allow one test, rollout or rollback of a model at a time on this machine, by a lock that ends with the process.
 
-    On a cluster Airflow's pool `release` does the same. Both only avoid waste: where two run nevertheless, the token
-    (release/moves.py) keeps the older one from writing. Raises Unavailable when the lock is held and `wait` is false.
+    On a cluster Airflow's pool `release` does the same. Both only avoid wasted work: if two run anyway, the token
+    (release/moves.py) keeps the older one from writing. Raise Unavailable if the lock is held and `wait` is false.
     """
     busy = f"a test, rollout or rollback of {model} is under way"
     if not wait:
@@ -49,7 +49,7 @@ def traffic_lock(home: Home, model: str, *, wait: bool = True) -> Iterator[None]
 
 
 def selected(inputs: StepInput) -> Selection:
-    """What select decided. Raises DataError."""
+    """Return the decision of select. Raise DataError."""
     chosen = inputs.output_of(SELECT)
     if chosen is None:
         raise DataError(
@@ -59,7 +59,7 @@ def selected(inputs: StepInput) -> Selection:
 
 
 def incumbent(registry: Registry, inputs: StepInput, winner: str) -> Incumbent:
-    """The champion of the registry, or the baseline engine of the winner's target. Raises DataError, RegistryError."""
+    """Return the registry's champion, or the baseline engine of the winner's target. Raise DataError, RegistryError."""
     version = registry.champion()
     if version is not None:
         return Incumbent(version, registry.release(version), registry.artifact(version))
@@ -72,7 +72,7 @@ def incumbent(registry: Registry, inputs: StepInput, winner: str) -> Incumbent:
 
 
 def serve(controller: TrafficController, who: Incumbent) -> None:
-    """Deploy the incumbent and give it all traffic. Changes nothing when that is so already."""
+    """Deploy the incumbent and give it all traffic, unless it already has it."""
     controller.deploy(who.release, fetch(who.artifact), who.artifact.sha256)
     routes = Routes(weights={who.release.name: 100})
     if controller.routes(who.release.model) != routes:
@@ -80,7 +80,7 @@ def serve(controller: TrafficController, who: Incumbent) -> None:
 
 
 def keep_serving(registry: Registry, controller: TrafficController, who: Incumbent, by: str) -> None:
-    """Give the champion all traffic, as a move, where the best engine is the champion already."""
+    """Give the champion all traffic, as a move, if the best engine is already the champion."""
     with moves.begin(registry, controller, "serve", by, who.release.name) as move:
         registry.expect_champion(who.version)
         serve(move.controller, who)
@@ -88,7 +88,7 @@ def keep_serving(registry: Registry, controller: TrafficController, who: Incumbe
 
 
 def sweep(controller: TrafficController, registry: Registry, *also: Release) -> None:
-    """Retire releases that no alias names and nobody uses, those too that do not answer any more.
+    """Retire releases that no alias names and that are not in use, including those that no longer answer.
 
     `previous` stays, so that a rollback is instant.
     """
@@ -102,7 +102,7 @@ def sweep(controller: TrafficController, registry: Registry, *also: Release) -> 
 
 
 def drift(model: str, controller: TrafficController, client: MlflowClient | None = None) -> list[str]:
-    """Sentences that say where the champion alias and the real traffic disagree; none when they agree."""
+    """Return sentences that say where the champion alias and the real traffic disagree; empty if they agree."""
     registry = Registry(model, client or MlflowClient())
     version, routes = registry.champion(), controller.routes(model)
     releases = {n for n in routes.weights if n.startswith("v")}

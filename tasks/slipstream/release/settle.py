@@ -24,7 +24,7 @@ from slipstream.store.registry import CHALLENGER, CHAMPION, PREVIOUS, RELEASED_B
 from slipstream.store.tracking import fetch
 from slipstream.traffic.base import Routes, TrafficController
 
-if TYPE_CHECKING:  # needs numpy, which the watchdog does without
+if TYPE_CHECKING:  # needs numpy, which the watchdog does not load
     from slipstream.traffic.guarded import Stage
 
 log = logging.getLogger(__name__)
@@ -40,10 +40,10 @@ def settle(
     wait_for: tuple[str, ...] = EVERY_KIND,
     preempt: tuple[str, ...] = (),
 ) -> None:
-    """Return when no move is open: finished, or put back.
+    """Return when no move is open: it was completed, or reverted.
 
-    A move whose process is alive is waited for when its kind is in `wait_for`, superseded at once when it is in
-    `preempt`, and otherwise left alone. `connect` is called only when there is something to do. Raises Unavailable.
+    A move whose process is alive is waited for if its kind is in `wait_for`, superseded at once if it is in `preempt`,
+    and otherwise left alone. `connect` is called only if there is something to do. Raise Unavailable.
     """
     waited = False
     while (entry := moves.newest(registry)) is not None and entry.open:
@@ -62,7 +62,7 @@ def settle(
 
 
 def finish(registry: Registry, controller: TrafficController, entry: Entry) -> None:
-    """Supersede an open move, and finish it or put the traffic back."""
+    """Supersede an open move, and complete it or restore the traffic."""
     with moves.take_over(registry, controller, entry) as move:
         entry, champion = move.entry, registry.champion()
         if not entry.open:
@@ -84,13 +84,13 @@ def finish(registry: Registry, controller: TrafficController, entry: Entry) -> N
 
 
 def put_back(move: Move) -> None:
-    """End a move that changes nothing: all traffic to the champion, `previous` as it was."""
+    """End a move without changes: all traffic to the champion, `previous` as it was."""
     _as_before(move)
     move.close("put back")
 
 
 def abort(move: Move, stage: "Stage") -> None:
-    """End a move after an error: first the traffic, without asking MLflow, then all else where MLflow answers."""
+    """End a move after an error: first the traffic, without querying MLflow, then everything else if MLflow answers."""
     stage.put_back()
     try:
         put_back(move)
@@ -99,10 +99,10 @@ def abort(move: Move, stage: "Stage") -> None:
 
 
 def refuse(move: Move, verdicts: tuple[Verdict, ...], record: Callable[[], object]) -> None:
-    """End a test or rollout whose verdicts do not pass. Raises Unavailable while the traffic cannot be put back.
+    """End a test or rollout whose verdicts do not pass. Raise Unavailable while the traffic cannot be restored.
 
-    The rejection comes first, so that nothing that fails or is killed afterwards loses it. `record` keeps the
-    evidence; the refusal is final without it.
+    The rejection comes first, so that no later failure or kill loses it. `record` keeps the evidence; the rejection is
+    final without it.
     """
     entry = move.entry
     assert entry.to is not None
@@ -118,7 +118,7 @@ def refuse(move: Move, verdicts: tuple[Verdict, ...], record: Callable[[], objec
 
 
 def revert(move: Move) -> None:
-    """End a refusal: traffic and aliases as before, and the challenger's server stopped."""
+    """Complete a rejection: traffic and aliases as before, and the challenger's server stopped."""
     entry = move.entry
     assert entry.to is not None
     _as_before(move)
@@ -132,9 +132,9 @@ def revert(move: Move) -> None:
 
 
 def finish_release(move: Move) -> None:
-    """What follows the champion alias: all traffic, audit tags, aliases, servers. Raises RegistryError.
+    """Complete what follows the champion alias: all traffic, audit tags, aliases, servers. Raise RegistryError.
 
-    When somebody moved the alias meanwhile, the traffic follows it.
+    If a person moved the alias meanwhile, the traffic follows it.
     """
     registry, entry = move.registry, move.entry
     version = str(entry.to)
@@ -156,7 +156,7 @@ def finish_release(move: Move) -> None:
 
 
 def finish_rollback(move: Move) -> None:
-    """The traffic first, then the aliases. A target that does not start is given up unless traffic has moved."""
+    """Move the traffic, then the aliases. A target that does not start is given up unless traffic has moved."""
     registry, entry = move.registry, move.entry
     leave, target = str(entry.champion), str(entry.to)
     release = registry.release(target)
@@ -181,10 +181,10 @@ def finish_rollback(move: Move) -> None:
 
 
 def rollback_target(registry: Registry, leave: str, *also_refused: str) -> str | None:
-    """The last release before `leave` that is not rejected; None when there is none.
+    """Return the last release before `leave` that is not rejected, or None.
 
     The alias `previous` comes first, then what each release replaced. `also_refused` are digests. Versions that were
-    deleted, or whose engine slipstream did not sign, are no targets.
+    deleted, or whose engine slipstream did not sign, are excluded.
     """
     refused = {*rejections.active(registry), *also_refused, digest_of(registry, leave)}
     queue, visited = [registry.alias(PREVIOUS), leave], {leave}
@@ -202,7 +202,7 @@ def rollback_target(registry: Registry, leave: str, *also_refused: str) -> str |
 
 
 def digest_of(registry: Registry, version: str) -> str | None:
-    """Digest of a version's engine; None for one that cannot be deployed."""
+    """Return the digest of a version's engine; None for one that cannot be deployed."""
     try:
         return registry.artifact(version).sha256
     except RegistryError as error:
@@ -211,10 +211,10 @@ def digest_of(registry: Registry, version: str) -> str | None:
 
 
 def verify(move: Move) -> None:
-    """Compare aliases and traffic with what the move decided, after it is on record as closed.
+    """Compare aliases and traffic with what the move decided, after it is recorded as closed.
 
-    A superseded process may have written once more before it looked; that write is repaired here. Raises RegistryError
-    when a person moved the champion, after the traffic has followed.
+    A superseded process may have written once more before its check; that write is repaired here. Raise RegistryError
+    if a person moved the champion, after the traffic has followed.
     """
     champion, _ = move.entry.decided
     assert champion is not None
@@ -226,7 +226,7 @@ def verify(move: Move) -> None:
 
 
 def give_traffic(move: Move, version: str | None, back: str) -> None:
-    """All traffic to a version, or to the release `back` when there is no version; deployed where it is not."""
+    """Give all traffic to a version, or to the release `back` if there is no version; deploy it if necessary."""
     registry, controller = move.registry, move.controller
     release = registry.release(version) if version else Release(model=registry.model, name=back)
     if version and release.name not in controller.releases(registry.model):
@@ -259,7 +259,7 @@ def _require_champion(move: Move, version: str) -> None:
 
 
 def _unsplit(controller: TrafficController, source: Release, target: Release) -> None:
-    """Give `source` all traffic that is split with a third release: KServe takes no third one beside two."""
+    """Give `source` all traffic that is split with a third release: KServe supports at most two."""
     weights = controller.routes(source.model).weights
     if len(weights) > 1 and source.name in weights and target.name not in weights:
         controller.set_routes(source.model, Routes(weights={source.name: 100}))

@@ -1,8 +1,8 @@
-"""The watchdog: puts the traffic back when the process of a test, rollout or rollback has died or hangs.
+"""The watchdog restores the traffic if the process of a test, rollout or rollback has died or hangs.
 
-`look` is one look at one model. Call it every INTERVAL_S for each model that has traffic, from a process that outlives
-the steps (the trigger server does, on one machine and in the chart): the lease of a killed process runs out within
-`moves.LEASE_S`, so that its traffic is back within 15 + 5 s and the time of one change of routes.
+`look` checks one model once. Call it every INTERVAL_S for each model that has traffic, from a process that outlives the
+steps (the trigger server does, on one machine and in the chart): the lease of a killed process expires within
+`moves.LEASE_S`, so its traffic is restored within 15 + 5 s and the time of one change of routes.
 """
 
 import logging
@@ -24,11 +24,11 @@ INTERVAL_S = 5.0
 def look(
     model: str, controller: Callable[[], TrafficController], registry: Registry, now: float | None = None
 ) -> str | None:
-    """Finish or put back what a dead process left; what was done, as a sentence, or None when there was nothing.
+    """Complete or revert what a dead process left; return what was done, as a sentence, or None if nothing was.
 
-    `now` is seconds since the epoch. Any number of watchdogs may look at once, and a live owner is safe: whoever has
-    the newest token owns the traffic, and an owner whose lease ran out stops at its next write. `controller` is called
-    only when there is something to do. Raises Unavailable, and other errors of what is being finished.
+    `now` is seconds since the epoch. Any number of watchdogs may run at once, and a live owner is safe: the newest
+    token owns the traffic, and an owner whose lease expired stops at its next write. `controller` is called only if
+    there is something to do. Raise Unavailable, and other errors of the completed move.
     """
     entry = moves.newest(registry)
     if entry is None or not entry.open or entry.live(time.time() if now is None else now):
@@ -47,7 +47,7 @@ def look(
 def look_at_all(
     models: Iterable[str], controller: Callable[[], TrafficController], client: MlflowClient
 ) -> dict[str, str]:
-    """One look at each model; sentences of those where something was done. An error at one model stops no other."""
+    """Check each model once; return sentences for those where something was done. An error at one stops no other."""
     sentences = {}
     for model in models:
         try:

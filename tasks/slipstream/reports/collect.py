@@ -1,4 +1,4 @@
-"""Gathers a report from what the steps left behind. A missing part is left out or named as missing, never an error."""
+"""Gathers a report from the steps' results. A missing part is omitted or named as missing, never an error."""
 
 import datetime
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str, sample: Sample | None) -> Report:
-    """The report of the pipeline run that `inputs` belongs to."""
+    """Return the report of the pipeline run that `inputs` belongs to."""
     latest = _latest_runs(track, inputs.run_key)
     upstream = list(inputs.upstream) + _recorded_by_failed(track, latest, inputs.upstream)
     single = {o.step: o for o in upstream if o.cell is None and not Observed.of(o).skipped}
@@ -75,7 +75,7 @@ def collect(spec: Spec, inputs: StepInput, track: Tracking, pipeline_run_id: str
 
 
 def timeline(outputs: Iterable[StepOutput]) -> tuple[TimelinePoint, ...]:
-    """The windows of trial and rollout, in seconds since the first. A window that cannot be read is left out."""
+    """Return the windows of trial and rollout, in seconds since the first. An unreadable window is omitted."""
     points = []
     for output in outputs:
         for entry in Observed.of(output).timeline:
@@ -92,14 +92,14 @@ def timeline(outputs: Iterable[StepOutput]) -> tuple[TimelinePoint, ...]:
 
 
 def _seconds(at: object) -> float:
-    """`at` as steps write it: seconds since the epoch, or ISO 8601."""
+    """Return `at` as steps write it: seconds since the epoch, or ISO 8601."""
     if isinstance(at, str):
         return datetime.datetime.fromisoformat(at).timestamp()
     return float(at)  # type: ignore[arg-type]  # anything else raises TypeError, which the caller expects
 
 
 def _rows(spec: Spec, upstream: Sequence[StepOutput], chosen: Selection) -> tuple[Row, ...]:
-    """select's rows; when select said no, the same rows built from the evidence that it saw."""
+    """Return select's rows; if select failed, the same rows built from the evidence that it saw."""
     rows = list(chosen.rows)
     if not rows:
         by_cell = {_key(o): o for o in upstream if o.step == VALIDATE}
@@ -116,7 +116,7 @@ def _never_released(spec: Spec, cell: str) -> bool:
 
 
 def _latest_runs(track: Tracking, run_key: str) -> dict[tuple[str, str | None], Run]:
-    """The newest MLflow run of each step and cell of this pipeline run."""
+    """Return the newest MLflow run of each step and cell of this pipeline run."""
     latest: dict[tuple[str, str | None], Run] = {}
     for run in track.search({tracking.RUN_KEY: run_key}):
         step, cell = run.data.tags.get(tracking.STEP), run.data.tags.get(tracking.CELL)
@@ -136,7 +136,7 @@ def _failures(latest: dict[tuple[str, str | None], Run], finished: set[tuple[str
 def _recorded_by_failed(
     track: Tracking, latest: dict[tuple[str, str | None], Run], upstream: Sequence[StepOutput]
 ) -> list[StepOutput]:
-    """Outputs that a gating step recorded before it failed: the evidence for a no is evidence too."""
+    """Return outputs that a gating step recorded before it failed: a rejection needs its evidence."""
     finished = {(o.step, _key(o)) for o in upstream}
     outputs = []
     for (step, cell), run in latest.items():

@@ -1,4 +1,4 @@
-"""What a report says, as data. `report.json` is this document; the page and the terminal table only draw it."""
+"""The content of a report, as data. `report.json` is this document; the page and the terminal table only draw it."""
 
 import io
 from typing import Any, Literal
@@ -23,7 +23,7 @@ Outcome = Literal["released", "unchanged", "held", "rejected", "stopped", "rolle
 REPORT = "report/report.json"
 PAGE = "report/index.html"
 REQUEST = "report/request.json"
-"""Artefact paths in the pipeline's MLflow run."""
+"""Artifact paths in the pipeline's MLflow run."""
 
 
 class Figure(Document):
@@ -83,7 +83,7 @@ class TimelinePoint(Document):
 
 
 class LayerTable(Document):
-    """What an engine is made of."""
+    """An engine's layers."""
 
     cell: str
     columns: tuple[str, ...]
@@ -96,12 +96,12 @@ class Sample(Document):
     """The held-out sample in `report/request.json`, ready to be sent to the release."""
 
     label: str
-    """What it is, as the data set says; empty where labels are not classes of whole samples."""
+    """Its label in the data set; empty if labels are not classes of whole samples."""
     classes: tuple[str, ...]
 
 
 class Report(Document):
-    """All that the page shows."""
+    """Everything that the page shows."""
 
     spec: str
     model: str
@@ -127,13 +127,13 @@ class Report(Document):
     made: tuple[Made, ...] = ()
     timeline: tuple[TimelinePoint, ...] = ()
     layers: tuple[LayerTable, ...] = ()
-    """Of the engines that tell their layers."""
+    """Of the engines that report their layers."""
     data: dict[str, str]
-    """Split → sha256."""
+    """sha256 of each split."""
     hardware: dict[str, str]
     sample: Sample | None = None
     facts: dict[str, Any]
-    """Whatever else select and rollout said, such as the champion that was compared with."""
+    """Other results of select and rollout, such as the champion that was compared with."""
 
     def table(self) -> Any:
         """Return the engines as a pandas DataFrame: a row for each cell, with its figures and its verdicts.
@@ -172,5 +172,5 @@ class Report(Document):
 
     @property
     def sample_label(self) -> str:
-        """What the sample is; empty without one."""
+        """Label of the sample; empty without one."""
         return self.sample.label if self.sample else ""

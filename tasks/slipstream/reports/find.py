@@ -1,4 +1,4 @@
-"""Finds a run's report in MLflow: by run key, by MLflow run id, or that of a spec's latest run that has ended."""
+"""Finds a run's report in MLflow: by run key, by MLflow run id, or that of a spec's latest finished run."""
 
 import json
 import logging
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 def connect(home: Home) -> MlflowClient:
-    """A client of the server that MLFLOW_TRACKING_URI names, or else of the embedded platform's.
+    """Return a client of the server that MLFLOW_TRACKING_URI names, or else of the embedded platform's.
 
-    A person waits for the answer: MLflow's own seven retries would take minutes to say that nobody is there.
+    A person waits for the answer: MLflow's own seven retries would take minutes to report a missing server.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     addresses.reach_mlflow(home, os.environ)
@@ -34,14 +34,14 @@ def connect(home: Home) -> MlflowClient:
 
 
 def pipeline_run(client: MlflowClient, reference: str) -> Run:
-    """The parent run that `reference` names.
+    """Return the parent run that `reference` names.
 
-    Raises InputError when there is none, or more than one; Unavailable when MLflow does not answer.
+    Raise InputError if there is none, or more than one; Unavailable if MLflow does not answer.
     """
     try:
         return _pipeline_run(client, reference)
     except MlflowException as error:
-        where = urlsplit(mlflow.get_tracking_uri()).netloc.rpartition("@")[2]  # not with a password before it
+        where = urlsplit(mlflow.get_tracking_uri()).netloc.rpartition("@")[2]  # without a password before it
         raise Unavailable(
             f"MLflow does not answer as it should at {where}; `slipstream up` starts the embedded one"
         ) from error
@@ -81,7 +81,7 @@ def _by_id(client: MlflowClient, run_id: str) -> Run:
 
 
 def _search(client: MlflowClient, tag: str, value: str) -> list[Run]:
-    """Pipeline runs of all experiments with this tag, newest first."""
+    """Return pipeline runs of all experiments with this tag, newest first."""
     prefix = tracking.experiment_name("")
     experiments = [e.experiment_id for e in client.search_experiments() if e.name.startswith(prefix)]
     if not experiments:
@@ -91,7 +91,7 @@ def _search(client: MlflowClient, tag: str, value: str) -> list[Run]:
 
 
 def load(run: Run) -> Report:
-    """The report of a pipeline run. Raises Unavailable while there is none."""
+    """Return the report of a pipeline run. Raise Unavailable while there is none."""
     try:
         return Report.model_validate_json(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{REPORT}"))
     except MlflowException as error:
@@ -100,7 +100,7 @@ def load(run: Run) -> Report:
 
 
 def sample_files(home: Home, report: Report) -> tuple[Path, Path | None] | None:
-    """Files with the request body and the class names, written into the run's folder; None without a sample."""
+    """Return files with the request body and the class names, written into the run's folder; None without a sample."""
     if report.sample is None:
         return None
     folder = home.root / "runs" / report.spec / report.run_key

@@ -1,4 +1,4 @@
-"""What the engines are made of, as those that tell it wrote it down when they were built: read, and drawn."""
+"""Layers of the engines, from the tables recorded at the build: reading and drawing."""
 
 import logging
 from collections.abc import Iterable
@@ -16,11 +16,11 @@ from slipstream.reports.document import LayerTable
 log = logging.getLogger(__name__)
 
 ROWS = 200
-"""Rows of an engine's table that the report holds; all of them are in the artefact of its build."""
+"""Rows of an engine's table in the report; all of them are in the artifact of its build."""
 
 
 def collect(outputs: Iterable[StepOutput]) -> tuple[LayerTable, ...]:
-    """The tables of the built engines that have one. A table that cannot be read is left out."""
+    """Return the tables of the built engines that have one. An unreadable table is omitted."""
     tables = []
     for output in outputs:
         if output.step == BUILD and output.cell is not None and Built.of(output).layers:
@@ -35,7 +35,7 @@ def collect(outputs: Iterable[StepOutput]) -> tuple[LayerTable, ...]:
 
 
 def section(tables: Iterable[LayerTable]) -> str:
-    """A folded table for each engine; nothing without any."""
+    """Return a collapsed table for each engine; empty without any."""
     drawn = "".join(_table(table) for table in tables)
     caption = "Which parts of the model each engine fused into one kernel, and the precision that it computes in."
     return f"<h2>Layers</h2><p>{caption}</p>{drawn}" if drawn else ""

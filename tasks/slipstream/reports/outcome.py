@@ -1,4 +1,4 @@
-"""What became of a run, and the sentence that says it: pure functions of the steps' outputs."""
+"""The outcome of a run and its sentence: pure functions of the steps' outputs."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ STAGES = {TRIAL: "small-scale test", ROLLOUT: "rollout"}
 
 
 def decide(outputs: dict[str, StepOutput], failures: Sequence[Failure], rows: Sequence[Row]) -> Outcome:
-    """The outcome, read from the last stage that left a trace. `outputs` maps the cell-less steps to their outputs."""
+    """Return the outcome, read from the last stage that left a result. `outputs` maps cell-less steps to their
+    outputs."""
     failed = {f.step for f in failures}
     rollout, trial, select = (outputs.get(s) for s in (ROLLOUT, TRIAL, SELECT))
     if rollout and Rollout.of(rollout).released and all(v.passed for v in rollout.verdicts):
@@ -34,14 +35,14 @@ def decide(outputs: dict[str, StepOutput], failures: Sequence[Failure], rows: Se
 
 
 def is_ok(outcome: Outcome, skipped: Sequence[str], missing: Sequence[str]) -> bool:
-    """Whether the run counts as finished. A missing cell never ends green, nor does a stage that should have run."""
+    """Return whether the run counts as finished. It does not if a cell is missing or a required stage did not run."""
     if missing:
         return False
     return outcome in ("released", "unchanged") or (outcome == "held" and bool(skipped))
 
 
 def without_answer(*stages: StepOutput | None) -> bool:
-    """Whether a test or rollout ended without an answer, as on a machine that others keep busy."""
+    """Return whether a test or rollout ended undecided, as on a busy machine."""
     return any(stage is not None and combine(stage.verdicts) == "inconclusive" for stage in stages)
 
 
@@ -54,7 +55,7 @@ def headline(
     *,
     undecided: bool = False,
 ) -> str:
-    """One sentence: what was released, or that nothing was."""
+    """Return one sentence: what was released, or that nothing was."""
     name = f"{spec.model.name} v{version}" if version else spec.model.name
     engine = f" ({winner.cell})" if winner else ""
     judged = [r for r in rows if r.status != "reference"]
@@ -78,7 +79,7 @@ def headline(
 def explanation(
     outcome: Outcome, outputs: dict[str, StepOutput], failures: Sequence[Failure], rows: Sequence[Row]
 ) -> str:
-    """The reason behind the headline, with its numbers."""
+    """Return the reason behind the headline, with its numbers."""
     if outcome in ("stopped", "rolled_back"):
         return _stage_reason(TRIAL if outcome == "stopped" else ROLLOUT, outputs, failures)
     if outcome in ("rejected", "failed"):
@@ -100,13 +101,13 @@ def _none_passed(engines: int) -> str:
 
 
 def _gain(spec: Spec, winner: Row | None) -> str:
-    """`: 8.02× the speed of torch eager, 0.12 points below the baseline's top1`, as far as it was measured."""
+    """Return `: 8.02× the speed of torch eager, 0.12 points below the baseline's top1`, as far as it was measured."""
     evidence = winner.evidence if winner else None
     if evidence is None:
         return ""
     points, metric = evidence.drop_pp.estimate, wording.metric(spec.objective.metric)
     drop = f"{abs(points):.2f} points {'below' if points >= 0 else 'above'} the baseline's {metric}"
-    if evidence.speedup_eager is None:  # others took the cores
+    if evidence.speedup_eager is None:  # other processes took the cores
         gain = evidence.speedup_reference
         return f": {wording.ratio(gain.estimate)} the speed of its FP32 engine, {drop}" if gain else f": {drop}"
     return f": {wording.ratio(evidence.speedup_eager.estimate)} the speed of {spec.model.framework} eager, {drop}"

@@ -1,7 +1,7 @@
-"""The report as one HTML page that needs nothing from outside: styles and plots are in it.
+"""The report as one self-contained HTML page: styles and plots are in it.
 
-MLflow shows it in a sandboxed frame of about 800 px, so it scrolls its wide parts, asks for no script, and
-follows the light or dark scheme of the browser.
+MLflow shows it in a sandboxed frame of about 800 px, so its wide parts scroll, it contains no script, and it follows
+the light or dark scheme of the browser.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +43,7 @@ PLOTS = {
 
 
 def render(report: Report, plots: Mapping[str, str]) -> str:
-    """The page; `plots` maps the names in PLOTS to their SVG. A part without data is left out."""
+    """Return the page; `plots` maps the names in PLOTS to their SVG. A part without data is omitted."""
     parts = [
         _head(report),
         _alert(report),
@@ -85,7 +85,7 @@ def _alert(report: Report) -> str:
 
 
 def tiles(report: Report) -> list[Figure]:
-    """The figures at the top: those of the picked engine, or how many engines were judged and why none was picked."""
+    """Return the figures at the top: those of the picked engine, or how many were judged and why none was picked."""
     row = report.winning_row
     if row is None or row.evidence is None:
         judged = [r for r in report.rows if r.status != "reference"]
@@ -182,7 +182,7 @@ def _figures(e: EngineEvidence, allowed: float, span: tuple[float, float]) -> st
 
 
 def _drop_span(report: Report) -> tuple[float, float]:
-    """Range of the drawn drop intervals: all of them, zero and the allowed drop."""
+    """Return the range of the drawn drop intervals: all of them, zero and the allowed drop."""
     drops = [r.evidence.drop_pp for r in report.rows if r.evidence]
     low = min([0.0, *(d.low for d in drops)])
     high = max([report.objective.max_drop, *(d.high for d in drops)])
@@ -191,7 +191,7 @@ def _drop_span(report: Report) -> tuple[float, float]:
 
 
 def _interval(e: EngineEvidence, allowed: float, span: tuple[float, float]) -> str:
-    """A small drawing of the drop: its interval, the zero line and the allowed drop."""
+    """Return a small drawing of the drop: its interval, the zero line and the allowed drop."""
 
     def x(value: float) -> float:
         return round((value - span[0]) / (span[1] - span[0]) * 104, 1)

@@ -1,7 +1,7 @@
 """The plots of a report, drawn with matplotlib: quality against latency, latency distributions, the timeline.
 
-Each of the three returns a `Figure`, or None when there is nothing to draw. Text stays text in the SVG, so that it
-can be read, searched and takes the page's font.
+Each of the three returns a `Figure`, or None if there is nothing to draw. Text stays text in the SVG, so that it can be
+read and searched and uses the page's font.
 """
 
 import io
@@ -43,21 +43,21 @@ WIDTH_IN = 10.0
 
 
 def draw(report: Report) -> dict[str, Any]:
-    """Name → figure, for each of the plots for which there is something to draw."""
+    """Return a figure by name for each plot that has something to draw."""
     with matplotlib.rc_context(STYLE):
         drawn = {"pareto": pareto(report), "latency": latency(report), "timeline": timeline(report)}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def svg(figure: Any) -> str:
-    """A figure as SVG text; the same figure gives the same text."""
+    """Return a figure as SVG text; the same figure gives the same text."""
     with matplotlib.rc_context(STYLE), io.StringIO() as out:
         figure.savefig(out, format="svg", metadata={"Date": None})
         return out.getvalue()
 
 
 def png(figure: Any) -> bytes:
-    """A figure as PNG at twice the size that a page shows it in, on the light theme's paper."""
+    """Return a figure as PNG at twice its size on a page, on the light theme's background."""
     with io.BytesIO() as out:
         figure.savefig(out, format="png", dpi=200, facecolor=LIGHT["paper"])
         return out.getvalue()
@@ -73,7 +73,7 @@ TICKS = ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5
 
 
 def _plain_log_ticks(axis: Any) -> None:
-    """1, 2, 5 … 10 instead of powers of ten, or more where an axis is so short that it would show fewer than three."""
+    """Use 1, 2, 5 … 10 instead of powers of ten, or more on an axis so short that it would show fewer than three."""
     low, high = axis.get_view_interval()
     places = [LogLocator(subs=subs) for subs in TICKS]
     tick_counts = [sum(low <= tick <= high for tick in place.tick_values(low, high)) for place in places]
@@ -84,25 +84,25 @@ def _plain_log_ticks(axis: Any) -> None:
 
 
 def colours(report: Report) -> dict[str, str]:
-    """Target → colour, in the order in which the targets appear."""
+    """Return colors of targets, in the order in which the targets appear."""
     targets = list(dict.fromkeys(target_of(r.cell) for r in report.rows))
     return {t: LIGHT[SERIES[i % len(SERIES)]] for i, t in enumerate(targets)}
 
 
 def recipe_of(cell: str) -> str:
-    """`int8@server` → `int8`."""
+    """Return `int8` for `int8@server`."""
     return cell.partition("@")[0]
 
 
 def target_of(cell: str) -> str:
-    """`int8@server` → `server`."""
+    """Return `server` for `int8@server`."""
     return cell.partition("@")[2]
 
 
 def pareto(report: Report) -> Any | None:
-    """Quality against the time of a request in the run in which all engines took turns, by which the release is picked.
+    """Draw quality against the time per request in the run in which all engines took turns, which decides the release.
 
-    None where no such run was made: no engine passed. Vertical bars are the confidence bounds of the drop, horizontal
+    Return None without such a run: no engine passed. Vertical bars are the confidence bounds of the drop, horizontal
     ones those of the ratio to the fastest engine. The frontier is that of the passing engines; others are hollow.
     """
     rows = [r for r in report.rows if r.evidence and r.standing]
@@ -127,7 +127,7 @@ def pareto(report: Report) -> Any | None:
 
 
 def _place(row: Row) -> tuple[float, float]:
-    """Position of an engine on the plot: milliseconds in the run of all engines, quality in percent."""
+    """Return an engine's position on the plot: milliseconds in the run of all engines, quality in percent."""
     assert row.evidence is not None and row.standing is not None
     return row.standing.ms, row.evidence.engine_quality
 
@@ -149,7 +149,7 @@ def _limits(axes: Any, report: Report, rows: Sequence[Row]) -> None:
 
 
 def _frontier(axes: Any, passed: Sequence[Row]) -> None:
-    """Steps along the engines that no other passing engine beats on both axes."""
+    """Return steps along the engines that no other passing engine beats on both axes."""
     best: list[tuple[float, float]] = []
     for x, y in sorted((_place(r) for r in passed), key=lambda p: (p[0], -p[1])):
         if not best or y > best[-1][1]:
@@ -205,7 +205,7 @@ def _legend(axes: Any, palette: dict[str, str], rows: Sequence[Row]) -> None:
 
 
 def _labels(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
-    """Recipe names beside the points, each at the first of eight places in the plot where it covers nothing."""
+    """Put recipe names next to the points, each at the first of eight positions in the plot where it covers nothing."""
     figure.canvas.draw()
     x_min, x_max = axes.bbox.x0, axes.bbox.x1
     occupied = [_box(axes.transData.transform(_place(r)), 10, 10) for r in rows]
@@ -239,7 +239,7 @@ def _overlap(a: Box, b: Box) -> bool:
 
 
 def latency(report: Report) -> Any | None:
-    """One line for each engine: p5 to p95 thin, the middle half thick, the median as a dot, p99 as a tick."""
+    """Draw one line for each engine: p5 to p95 thin, the middle half thick, the median as a dot, p99 as a tick."""
     lines = _latency_lines(report)
     if not lines:
         return None
@@ -273,7 +273,7 @@ def latency(report: Report) -> Any | None:
 
 
 def _latency_lines(report: Report) -> list[tuple[str, Latency, str, bool]]:
-    """(label, latency, colour, whether it passed), fastest first, the framework's eager run among them."""
+    """Return (label, latency, color, whether it passed), fastest first, including the framework's eager run."""
     palette = colours(report)
     lines = [
         (f"{recipe_of(r.cell)} · {target_of(r.cell)}" + (" ◂" if r.release else ""), r.evidence.latency,
@@ -289,7 +289,7 @@ def _latency_lines(report: Report) -> list[tuple[str, Latency, str, bool]]:
 
 
 def timeline(report: Report) -> Any | None:
-    """Above, who answers the traffic; below, the latency that clients saw and the errors."""
+    """Draw above, who answers the traffic; below, the latency that clients saw and the errors."""
     points = report.timeline
     if not points:
         return None
@@ -308,7 +308,7 @@ def timeline(report: Report) -> Any | None:
 
 
 def _phases(axes: Any, points: Sequence[TimelinePoint], end: float) -> None:
-    """Names of the phases above the plot, with a line where each begins."""
+    """Draw names of the phases above the plot, with a line where each begins."""
     starts = [p for i, p in enumerate(points) if i == 0 or points[i - 1].phase != p.phase]
     finishes = [p.at_s for p in starts[1:]] + [end]
     for point, finish in zip(starts, finishes, strict=True):

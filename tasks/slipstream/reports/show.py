@@ -1,4 +1,4 @@
-"""`slipstream report`: the summary of a run, the addresses of its pages, and a line that asks the release."""
+"""`slipstream report`: the summary of a run, the addresses of its pages, and a line that queries the release."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from slipstream.serving.client import infer_path
 
 
 def show(reference: str, *, as_json: bool) -> None:
-    """Print the report of a run. Raises InputError when there is no such run, Unavailable while it has no report."""
+    """Print the report of a run. Raise InputError if there is no such run, Unavailable while it has no report."""
     home = Home.from_environment()
     report = find.load(find.pipeline_run(find.connect(home), reference))
     if as_json:
@@ -41,7 +41,7 @@ def show(reference: str, *, as_json: bool) -> None:
 
 
 def pages(home: Home, places: Addresses, report: Report, *, reveal: bool) -> dict[str, str]:
-    """Addresses of the run's pages, and the log-in; its password only when `reveal`."""
+    """Return addresses of the run's pages, and the log-in; its password only with `reveal`."""
     secrets = addresses.load_secrets(home)
     password = secrets.airflow_password if reveal else "(shown on a terminal, and by `slipstream up`)"
     experiment, run = report.experiment_id, report.pipeline_run_id
@@ -55,7 +55,7 @@ def pages(home: Home, places: Addresses, report: Report, *, reveal: bool) -> dic
 
 
 def request_line(home: Home, places: Addresses, report: Report) -> str | None:
-    """The curl line, while something serves the model: its champion does, whatever became of this run."""
+    """Return the curl line if something serves the model, whatever this run's outcome."""
     if report.outcome not in ("released", "unchanged"):
         return None
     files = find.sample_files(home, report)
@@ -67,11 +67,11 @@ def request_line(home: Home, places: Addresses, report: Report) -> str | None:
 
 
 def _expectation(report: Report) -> str:
-    """What the line ought to print."""
+    """Return what the line should print."""
     label = report.sample_label
     return f"the data set calls it {label}" if label else "the line prints the shape of its answer"
 
 
 def _short(path: Path) -> Path:
-    """Relative to the current folder where it lies below it."""
+    """Return the path relative to the current folder if it is below it."""
     return Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path

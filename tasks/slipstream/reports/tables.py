@@ -19,7 +19,7 @@ STYLES = {"passed": "green", "rejected": "red", "inconclusive": "yellow", "missi
 
 
 def engines(report: Report) -> Table:
-    """One entry of two lines for each engine: the figures, and below them their confidence bounds."""
+    """Return one entry of two lines for each engine: the figures, and below them their confidence bounds."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="dim")
     table.add_column("engine\ntarget")
     bounds = f"{report.objective.confidence * 100:g} % bounds"
@@ -38,13 +38,13 @@ def engines(report: Report) -> Table:
 
 
 def _engine(row: Row) -> Text:
-    """Glyph of the verdict and the recipe, and below them the target, the verdict and the pick."""
+    """Return glyph of the verdict and recipe, and below them target, verdict and pick."""
     recipe, _, target = row.cell.partition("@")
     style = STYLES[row.status]
     name = Text.assemble(
         (f"{wording.STATUS_GLYPH[row.status]} ", style), (recipe, "bold"), "\n  ", (f"{target} ", "dim")
     )
-    status = "open" if row.status == "inconclusive" else row.status  # what fits; the reason below says the rest
+    status = "open" if row.status == "inconclusive" else row.status  # what fits; the reason below has the rest
     return name.append("← picked", "bold green") if row.release else name.append(status, style)
 
 
@@ -70,7 +70,7 @@ def _two_lines(figure: str, below: str) -> Text:
 
 
 def reasons(report: Report) -> list[Text]:
-    """One line for each engine that did not pass, then one for each step that failed."""
+    """Return one line for each engine that did not pass, then one for each step that failed."""
     lines = [_reason(row) for row in report.rows if row.status not in ("passed", "reference")]
     return lines + [
         Text.assemble(("! ", "bold red"), (f.where, "bold"), f"  failed: {f.reason}")
@@ -85,7 +85,7 @@ def _reason(row: Row) -> Text:
 
 
 def summary(report: Report) -> RenderableType:
-    """Headline, table, reasons, noise."""
+    """Return headline, table, reasons, noise."""
     headline = Text(f"{report.headline}.", "bold green" if report.ok else "bold red")
     parts: list[RenderableType] = [headline]
     parts += [Text(report.explanation)] if report.explanation else []
@@ -101,9 +101,10 @@ def summary(report: Report) -> RenderableType:
 
 
 def curl(url: str, request: Path, classes: Path | None, *, labelled: bool = True) -> str:
-    """A shell line that sends the sample to the release and prints its label, or else the shape of the answer.
+    """Return a shell line that sends the sample to the release and prints its label, or else the shape of the answer.
 
-    Of a sample that is labelled with a class the answer holds one score for each; the label is that of the highest.
+    For a sample labeled with a class, the answer contains a score for each class; the label is the class with the
+    highest score.
     """
     label = f"json.load(open({json.dumps(str(classes))}))[y.index(max(y))]" if classes else "y.index(max(y))"
     part, expression = ("data", label) if labelled else ("shape", "y")

@@ -1,7 +1,7 @@
-"""Colours of the report. Plots are drawn in the light palette; on the page each colour becomes a CSS variable.
+"""Colors of the report. Plots are drawn in the light palette; on the page each color becomes a CSS variable.
 
-The hues are those of Okabe and Ito (2008), darkened until text in them has a contrast of 4.5 on white, so that
-people with any colour vision tell them apart; status is never told by colour alone.
+The hues are those of Okabe and Ito (2008), darkened until text in them has a contrast of 4.5 on white, so that they can
+be distinguished with any color vision; status is never shown by color alone.
 """
 
 import re
@@ -35,11 +35,12 @@ DARK = {
     "unsure": "#e0b44c",
 }
 SERIES = ("accent", "second", "third", "fourth")
-"""Colours of targets, in the order of the spec."""
+"""Colors of targets, in the order of the spec."""
 
 
 def themed(svg: str) -> str:
-    """A plot's SVG without its prologue, its palette replaced by CSS variables, so that it follows the page's theme."""
+    """Return a plot's SVG without its prologue, its palette replaced by CSS variables, so it follows the page's
+    theme."""
     body = svg[svg.index("<svg") :]
     names = {value: name for name, value in LIGHT.items()}
     return re.sub("|".join(names), lambda hit: f"var(--{names[hit.group()]})", body, flags=re.IGNORECASE)

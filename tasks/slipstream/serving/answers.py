@@ -1,8 +1,8 @@
 """The answer log of a release: one JSON line for each answered request, so that two releases can be compared.
 
-A line is {"id", "release", "at", "latency_ms", "output"}: the request's id, the release's key, unix time, time in
-the server, and the outputs (N, …): nested lists rounded to six decimals or, beyond 1,000 numbers, such as maps,
-{"shape", "float32"} with the little-endian bytes in base64, which take half the room and a tenth of the time.
+A line is {"id", "release", "at", "latency_ms", "output"}: the request's id, the release's key, unix time, time in the
+server, and the outputs (N, …): nested lists rounded to six decimals or, beyond 1,000 numbers, as for maps, {"shape",
+"float32"} with the little-endian bytes in base64, which take half the space and a tenth of the time.
 """
 
 import base64
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 LIMIT_BYTES = 64 * 2**20
 DECIMALS = 6
 MOST_LISTED = 1000
-"""Numbers of an answer that are still written as a list, for people and simple tools."""
+"""Maximum numbers of an answer that are written as a list, for readers and simple tools."""
 
 
 def _written(output: npt.NDArray[Any]) -> Any:
@@ -31,7 +31,7 @@ def _written(output: npt.NDArray[Any]) -> Any:
 
 
 def read_output(entry: Any) -> npt.NDArray[np.float32]:
-    """The outputs of a line, (N, …)."""
+    """Return the outputs of a line, (N, …)."""
     if isinstance(entry, dict):
         return np.frombuffer(base64.b64decode(entry["float32"]), "<f4").reshape(entry["shape"])
     return np.asarray(entry, np.float32)
@@ -40,7 +40,8 @@ def read_output(entry: Any) -> npt.NDArray[np.float32]:
 class AnswerLog:
     """Appends lines to a file. Past `limit_bytes` the file becomes `NAME.1`, which replaces an older one.
 
-    A line that cannot be written, as on a full disk, is lost, and said once: answers matter more than their log.
+    A line that cannot be written, as on a full disk, is lost, with a single warning: answers matter more than their
+    log.
     """
 
     def __init__(self, path: Path, release: str, limit_bytes: int = LIMIT_BYTES) -> None:

@@ -27,24 +27,24 @@ DATATYPES = {
     "float64": "FP64",
     **{f"{sign}int{bits}": f"{sign.upper()}INT{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
-"""NumPy dtype name → datatype of the protocol."""
+"""Protocol datatype by NumPy dtype name."""
 
 MOST_BYTES = 64 * 2**20
-"""Of a request's body, at most; of most engines a server takes less (serving/limits.py)."""
+"""Maximum of a request's body; for most engines a server accepts less (serving/limits.py)."""
 REFUSED = "x-slipstream-refused"
-"""Header of an answer that a limit gave instead of the engine; it says which: `overload`."""
+"""Header of an answer that a limit gave instead of the engine; its value is the limit: `overload`."""
 
 TEXT, BYTES = "text", "BYTES"
-"""Name and datatype of a tensor of texts: strings in JSON, UTF-8 with a length before each in binary."""
+"""Name and datatype of a text tensor: strings in JSON, UTF-8 with a length prefix in binary."""
 
 
 def infer_path(model: str) -> str:
-    """Path of a model's inference endpoint below its base URL."""
+    """Return the path of a model's inference endpoint below its base URL."""
     return f"/v2/models/{model}/infer"
 
 
 def body(batch: npt.NDArray[Any]) -> bytes:
-    """The JSON body that asks for one batch, (N, …) in the model's dtype. Raises DataError for another dtype."""
+    """Return the JSON body for one batch, (N, …) in the model's dtype. Raise DataError for another dtype."""
     datatype = DATATYPES.get(batch.dtype.name)
     if datatype is None:
         raise DataError(f"a batch of dtype {batch.dtype} cannot be sent; use one of {', '.join(DATATYPES)}")
@@ -53,13 +53,13 @@ def body(batch: npt.NDArray[Any]) -> bytes:
 
 
 def text_body(texts: Sequence[str]) -> bytes:
-    """The JSON body that asks for texts, of a release that has a tokenizer."""
+    """Return the JSON body for texts, for a release that has a tokenizer."""
     tensor = {"name": TEXT, "shape": [len(texts)], "datatype": BYTES, "data": list(texts)}
     return json.dumps({"inputs": [tensor]}, separators=(",", ":")).encode()
 
 
 def server_ms(response: httpx.Response) -> float | None:
-    """Time that an answer took in the server; None where the server does not say."""
+    """Return an answer's time in the server, or None if the server does not report it."""
     try:
         return float(response.headers[SERVER_MS])
     except (KeyError, ValueError):
@@ -67,7 +67,7 @@ def server_ms(response: httpx.Response) -> float | None:
 
 
 def outputs(response: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-    """The (N, …) float32 outputs in a decoded answer. Raises Unavailable when it is not an answer."""
+    """Return the (N, …) float32 outputs in a decoded answer. Raise Unavailable if it is not an answer."""
     try:
         tensor = next(t for t in response["outputs"] if t["name"] == OUTPUT)
         return np.asarray(tensor["data"], np.float32).reshape(tensor["shape"])
@@ -76,7 +76,7 @@ def outputs(response: Mapping[str, Any]) -> npt.NDArray[np.float32]:
 
 
 def infer(client: httpx.Client, model: str, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Ask for one batch; `client` has the model's base URL. Raises Unavailable, or DataError when it is refused."""
+    """Request one batch; `client` has the model's base URL. Raise Unavailable, or DataError if it is refused."""
     headers = {"content-type": "application/json"}
     try:
         response = client.post(infer_path(model), content=body(batch), headers=headers)

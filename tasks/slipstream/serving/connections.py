@@ -1,8 +1,8 @@
-"""What uvicorn lets clients do without end: send headers or a body slowly, send headers of any size, open connections.
+"""Limits that uvicorn lacks: slow headers or bodies, headers of any size, and the number of connections.
 
-`Bounded` closes a connection whose request is not there in time, and, where there are too many connections, the one
-that has gone without a whole request for longest. uvicorn's own `limit_concurrency` refuses whoever comes next instead:
-clients that only hold connections would then shut out all others, and the proxy in front among them.
+`Bounded` closes a connection whose request does not arrive in time, and, if there are too many connections, the one
+that has been without a whole request for longest. uvicorn's own `limit_concurrency` refuses new connections instead:
+clients that only hold connections would then shut out all others, including the proxy in front.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ BODY_WITHIN_S = 30.0
 MOST_HEADER_BYTES = 64 * 2**10
 MOST_CONNECTIONS = 1000
 FILES = 4096
-"""File descriptors that a server asks for: connections, and what the engine's libraries open."""
+"""File descriptors that a server requests: connections, and files of the engine's libraries."""
 
 
 class Bounded(HttpToolsProtocol):  # type: ignore[misc]  # uvicorn is not in the core's environment
-    """uvicorn's HTTP protocol with these bounds: `uvicorn.Config(http=Bounded)`."""
+    """uvicorn's HTTP protocol with these limits: `uvicorn.Config(http=Bounded)`."""
 
     idle: ClassVar[dict["Bounded", None]] = {}
     """Connections without a whole request, longest first."""
@@ -46,7 +46,7 @@ class Bounded(HttpToolsProtocol):  # type: ignore[misc]  # uvicorn is not in the
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes arrived; of headers, not without end."""
+        """Count received bytes; headers are limited."""
         if self._in_headers:
             self._header_bytes += len(data)
         super().data_received(data)
@@ -54,30 +54,30 @@ class Bounded(HttpToolsProtocol):  # type: ignore[misc]  # uvicorn is not in the
             self.transport.abort()
 
     def on_message_begin(self) -> None:
-        """A request begins, perhaps on a connection that had one before."""
+        """Start a request, possibly on a reused connection."""
         self._in_headers, self._header_bytes = True, 0
         self._expect(HEADERS_WITHIN_S)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """The headers are there."""
+        """Note that the headers are complete."""
         self._in_headers = False
         self._expect(BODY_WITHIN_S)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """The request is there."""
+        """Note that the request is complete."""
         self._complete()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The answer was sent; uvicorn closes the connection unless another request comes in time."""
+        """Note that the answer was sent; uvicorn closes the connection unless another request comes in time."""
         super().on_response_complete()
         if not self.transport.is_closing() and self._deadline is None:
             Bounded.idle[self] = None
 
     def _expect(self, within_s: float) -> None:
-        """Something must come within this time."""
+        """Set the time limit for the next event."""
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline = self.loop.call_later(within_s, self.transport.abort)
@@ -91,7 +91,7 @@ class Bounded(HttpToolsProtocol):  # type: ignore[misc]  # uvicorn is not in the
 
 
 def allow_files() -> None:
-    """Let this process open `FILES` files, where the system allows it: a login shell's 1,024 are soon used up."""
+    """Let this process open `FILES` files, if the system allows it: a login shell's 1,024 are soon used up."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < most:

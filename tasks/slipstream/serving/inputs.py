@@ -1,4 +1,4 @@
-"""What a model server takes: one tensor, of the engine's inputs or, where the release has a tokenizer, of texts."""
+"""Inputs of a model server: one tensor, of the engine's inputs or, if the release has a tokenizer, of texts."""
 
 import math
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from slipstream.serving.client import BYTES, DATATYPES, MOST_BYTES, TEXT
 from slipstream.serving.protocol import BadRequest, Tensor
 
 BATCHES = 4
-"""Greatest batches of the target that a request may have: it runs them one after the other."""
+"""Maximum number of the target's largest batches in a request: they run sequentially."""
 MOST_TEXT = 64 * 2**10
-"""Characters of one text. Every text is cut to the target's greatest length, but read to its end before."""
+"""Maximum characters of one text. Every text is cut to the target's greatest length, but read entirely before."""
 NUMBER_BYTES = 32
-"""Of a number in JSON, with what separates it from the next; the longest float32 has 24."""
+"""Maximum bytes of a number in JSON, with its separator; the longest float32 has 24."""
 ENVELOPE_BYTES = 64 * 2**10
-"""Of a request's body, beside its values."""
+"""Bytes of a request's body in addition to its values."""
 
 
 class Inputs:
@@ -37,19 +37,19 @@ class Inputs:
         self._tokenizer = Tokenizer((folder / TOKENIZER).read_text(encoding="utf-8")) if has_tokenizer else None
 
     def types(self) -> list[dict[str, Any]]:
-        """The tensors that a request may have, for the protocol's metadata; a request has one of them."""
+        """Return the tensors that a request may contain, for the protocol's metadata; a request has one of them."""
         tensors = [{"name": INPUT, "datatype": self._datatype, "shape": self._shape}]
         return tensors + ([{"name": TEXT, "datatype": BYTES, "shape": [-1]}] if self._tokenizer is not None else [])
 
     def most_bytes(self) -> int:
-        """Bytes of a body, at most: what the largest request that is taken may need. More is refused unread."""
+        """Return the maximum bytes of a body: those of the largest accepted request. Larger ones are refused unread."""
         sizes = [size if size >= 1 else self._longest for size in self._shape[1:]]
         if self._tokenizer is not None or 0 in sizes:
             return MOST_BYTES
         return min(MOST_BYTES, self.most_samples * math.prod(sizes) * NUMBER_BYTES + ENVELOPE_BYTES)
 
     def batch(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """The tensor, as (N, …) in the engine's dtype. Raises BadRequest."""
+        """Return the tensor, as (N, …) in the engine's dtype. Raise BadRequest."""
         for kind in self.types():
             same = (tensor.name, tensor.datatype) == (kind["name"], kind["datatype"])
             if same and _fits(tensor.shape, kind["shape"]):
@@ -86,7 +86,7 @@ class Inputs:
 
 
 def _fits(shape: Sequence[int], expected: list[int]) -> bool:
-    """Whether a shape is the expected one, where -1 stands for any size of at least 1."""
+    """Return whether a shape is the expected one, where -1 stands for any size of at least 1."""
     if len(shape) != len(expected):
         return False
     return all(n >= 1 if size == -1 else n == size for n, size in zip(shape, expected, strict=True))

@@ -1,4 +1,4 @@
-"""The middleware of the model server: which paths are answered, by which release, and what is counted and logged."""
+"""The middleware of the model server: the allowed paths, the answering release, counters and the log."""
 
 import re
 import time
@@ -21,7 +21,8 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 PATHS = r"/|/metrics|/v2(/health/(live|ready)|/models(/{model}(/(ready|infer))?)?)?"
 IS_READY = JSONResponse({"ready": True})
-"""Of the health check, which Envoy makes four times a second. The server listens only once its engine is loaded."""
+"""Answer to the health check, which Envoy makes four times a second. The server listens only once its engine is
+loaded."""
 NOT_FOUND = JSONResponse({"error": "not found; send inference requests to POST /v2/models/NAME/infer"}, 404)
 
 REQUESTS = Counter("slipstream_requests", "Inference requests by class of status.", ["status"])
@@ -30,14 +31,14 @@ CLASSES = ("2xx", "3xx", "4xx", "5xx")
 
 @dataclass
 class Answer:
-    """What a request was answered with, handed from the model to the middleware that logs it."""
+    """The answer to a request, passed from the model to the middleware that logs it."""
 
     request_id: str = ""
     output: npt.NDArray[Any] | None = None
 
 
 ANSWER: ContextVar[Answer] = ContextVar("answer")
-"""Of the request that is being answered."""
+"""Answer to the current request."""
 
 
 class Releases:
@@ -48,7 +49,7 @@ class Releases:
         self._paths = re.compile(PATHS.replace("{model}", re.escape(model)))
         self._header = (RELEASE.encode(), release.encode())
         self._log = log
-        for status in CLASSES:  # so that a figure that is missing is never taken for none
+        for status in CLASSES:  # so that a missing figure is never mistaken for zero
             REQUESTS.labels(status)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -1,8 +1,8 @@
 """The server's side of the Open Inference Protocol (V2): a request's bytes to one tensor, and the answer's bytes.
 
-JSON and binary tensors (KServe's and Triton's binary extension: a JSON header whose length a HTTP header tells, then
-raw little-endian values). Everything that a request says is checked here, before the engine runs: KServe's own decoder
-fails with what it stumbles over, in part after the inference, and repeats work for each requested output.
+JSON and binary tensors (KServe's and Triton's binary extension: a JSON header whose length is in an HTTP header, then
+raw little-endian values). All content of a request is checked here, before the engine runs: KServe's own decoder fails
+at the first error it happens to meet, in part after the inference, and repeats work for each requested output.
 """
 
 import struct
@@ -20,14 +20,14 @@ from slipstream.serving.client import DATATYPES
 
 HEADER_LENGTH = "inference-header-content-length"
 MOST_HEADER_BYTES = 64 * 2**10
-"""Of the JSON in front of binary tensors."""
+"""Maximum size of the JSON in front of binary tensors."""
 MOST_ID = 256
-"""Characters of a request's id, which is sent back and logged."""
+"""Maximum characters of a request's id, which is sent back and logged."""
 MOST_SHOWN = 200
-"""Characters of what a client sent that an error repeats."""
+"""Maximum characters of a client's input that an error repeats."""
 DTYPES = {datatype: np.dtype(name) for name, datatype in DATATYPES.items()}
 KINDS: dict[str, set[type]] = {"b": {bool}, "f": {int, float}}
-"""Kind of dtype → types of its values in JSON; those of integers are int."""
+"""Types of JSON values by kind of dtype; those of integers are int."""
 
 Json = dict[str, Any]
 
@@ -38,7 +38,7 @@ class BadRequest(ValueError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as it was sent; whether its data fit its shape is checked when they are read."""
+    """A tensor as received; whether its data fit its shape is checked when they are read."""
 
     name: str
     datatype: str
@@ -47,7 +47,7 @@ class Tensor:
     """Values as nested or flat lists, or raw bytes."""
 
     def values(self) -> npt.NDArray[Any]:
-        """The tensor in its datatype. Raises BadRequest."""
+        """Return the tensor in its datatype. Raise BadRequest."""
         dtype = DTYPES[self.datatype]
         if isinstance(self.data, memoryview):
             size = dtype.itemsize * _count(self.shape)
@@ -59,13 +59,13 @@ class Tensor:
         if not set(map(type, values)) <= KINDS.get(dtype.kind, {int}):  # exact types: True is an int to Python
             raise BadRequest(f"inputs[0].data: not {self._what()}")
         try:
-            with np.errstate(over="ignore"):  # beyond float32 becomes infinity, which is refused as such
+            with np.errstate(over="ignore"):  # values beyond float32 become infinity, which is rejected
                 return np.array(values, dtype).reshape(self.shape)
         except (ValueError, OverflowError) as error:
             raise BadRequest(f"inputs[0].data: not {self._what()}: {error}") from error
 
     def texts(self) -> list[str]:
-        """The texts of a BYTES tensor. Raises BadRequest."""
+        """Return the texts of a BYTES tensor. Raise BadRequest."""
         try:
             values = _split(self.data) if isinstance(self.data, memoryview) else self._flat()
         except (struct.error, UnicodeDecodeError) as error:
@@ -80,7 +80,7 @@ class Tensor:
         return f"{list(self.shape)} values of {self.datatype}"
 
     def _flat(self) -> list[Any]:
-        """The values, which may be nested as deep as the shape has axes."""
+        """Return the values, which may be nested as deep as the shape has axes."""
         values: list[Any] = list(self.data)
         for _ in self.shape[1:]:
             if not values or not all(isinstance(v, list) for v in values):
@@ -91,7 +91,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: one tensor, and how the output is to be sent."""
+    """A request: one tensor, and the form of the output."""
 
     id: str
     tensor: Tensor
@@ -100,7 +100,7 @@ class Request:
 
 
 def decode(body: bytes, headers: Mapping[str, str]) -> Request:
-    """Read a request. Raises BadRequest for what the protocol does not allow, and for more than one tensor."""
+    """Read a request. Raise BadRequest for what the protocol does not allow, and for more than one tensor."""
     length = headers.get(HEADER_LENGTH)
     document = _document(body, length)
     inputs = _list(document, "inputs")
@@ -116,7 +116,7 @@ def decode(body: bytes, headers: Mapping[str, str]) -> Request:
 
 
 def encode(model: str, request_id: str, output: npt.NDArray[np.float32], binary: bool) -> tuple[bytes, dict[str, str]]:
-    """The body of an answer, and its headers."""
+    """Return the body of an answer, and its headers."""
     tensor: Json = {"name": OUTPUT, "shape": list(output.shape), "datatype": "FP32"}
     document = {"id": request_id, "model_name": model, "model_version": None, "outputs": [tensor]}
     if not binary:
@@ -130,7 +130,7 @@ def encode(model: str, request_id: str, output: npt.NDArray[np.float32], binary:
 
 def _document(body: bytes, length: str | None) -> Json:
     if length is not None:
-        # Not int(): that takes signs, spaces and underscores.
+        # Not int(): it accepts signs, spaces and underscores.
         if not (length.isascii() and length.isdigit() and len(length) <= 9 and int(length) <= len(body)):
             raise BadRequest(f"{HEADER_LENGTH}: not a length within the body: {length[:MOST_SHOWN]}")
         if int(length) > MOST_HEADER_BYTES:
@@ -169,7 +169,7 @@ def _tensor(entry: Any, raw: memoryview | None) -> Tensor:
 
 
 def _requested(document: Json, binary: bool) -> bool:
-    """Whether the output is wanted in binary: its own parameter counts, or else that of the request."""
+    """Return whether the output is requested in binary: its own parameter takes precedence over the request's."""
     outputs = _list(document, "outputs") if document.get("outputs") is not None else []
     if not outputs:
         return binary
@@ -199,7 +199,7 @@ def _text(document: Json, key: str, where: str) -> str:
 
 
 def _parameters(document: Json, where: str) -> Json:
-    """The parameters of a request or a tensor: names and scalars. Those that mean nothing here are ignored."""
+    """Return the parameters of a request or a tensor: names and scalars. Unknown ones are ignored."""
     value = document.get("parameters")
     if value is None:
         return {}
@@ -216,7 +216,7 @@ def _flag(parameters: Json, key: str, where: str) -> bool:
 
 
 def _split(raw: memoryview) -> list[str]:
-    """Texts, each after its length in four bytes. Raises struct.error, UnicodeDecodeError."""
+    """Return texts, each of which follows its length in four bytes. Raise struct.error, UnicodeDecodeError."""
     texts, offset = [], 0
     while offset < len(raw):
         (length,) = struct.unpack_from("<I", raw, offset)
@@ -234,7 +234,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _shown(value: Any) -> str:
-    """What a client sent, as much of it as an error repeats."""
+    """Return a client's input, shortened for an error."""
     if isinstance(value, str | list | dict):
         value = str(value[:MOST_SHOWN]) if not isinstance(value, dict) else f"an object of {len(value)} keys"
     return str(value)[:MOST_SHOWN]

@@ -56,18 +56,19 @@ log = logging.getLogger(__name__)
 
 WARM_UP = 20
 WARM_UP_LENGTH = 16
-"""Tokens of the warm-up's text where the target has no lengths."""
+"""Tokens of the warm-up's text if the target has no lengths."""
 GRACE_S = 10
 MOST_WAIT_S = 8.0
-"""A request that waits longer for the engine is refused: less than Envoy's 10 s, after which nobody would read it."""
+"""A request that waits longer for the engine is refused: less than Envoy's 10 s, after which the answer is
+discarded."""
 MOST_WAITING = 256
-"""Requests that wait for the engine, at most; as many as Envoy has connections to a server."""
+"""Maximum number of requests that wait for the engine; as many as Envoy has connections to a server."""
 MOST_HELD_BYTES = 256 * 2**20
-"""Of all bodies that are read or answered at a time."""
+"""Limit for all bodies that are being read or answered."""
 BODY_IDLE_S, BODY_S = 5.0, 25.0
 """Between two parts of a body, and for all of it."""
 INLINE_MS = 5.0
-"""Inferences up to about this long run in the event loop: a hop to a thread and back costs more than they take."""
+"""Inferences up to about this long run in the event loop: switching to a thread and back takes longer."""
 DECODE_INLINE_BYTES = 256 * 2**10
 """Bodies up to this size are decoded in the event loop, for the same reason."""
 
@@ -101,15 +102,15 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
         return True
 
     def get_input_types(self) -> list[dict[str, Any]]:
-        """Input tensors for the protocol's metadata."""
+        """Return input tensors for the protocol's metadata."""
         return self._inputs.types()
 
     def get_output_types(self) -> list[dict[str, Any]]:
-        """Output tensor for the protocol's metadata."""
+        """Return the output tensor for the protocol's metadata."""
         return [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, *self._manifest.output_shape]}]
 
     async def answer(self, request: protocol.Request, batch: npt.NDArray[Any], request_id: str) -> Response:
-        """Run the engine and encode its output. Raises BadRequest, Refused."""
+        """Run the engine and encode its output. Raise BadRequest, Refused."""
         try:
             output = await self._run(batch)
         except DataError as error:  # a text of token ids that is too long for the engine
@@ -122,7 +123,7 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
         return Response(content, headers=headers)
 
     async def _run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The outputs of a batch (N, …). Others get their turn between any two of the target's greatest batches."""
+        """Return the outputs of a batch (N, …). Other requests run between any two of the target's largest batches."""
         most = self._manifest.target.batch[-1]
         if len(batch) <= most:
             return await self._one(batch)
@@ -154,7 +155,7 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
 
 
 class Refused(Exception):
-    """Answered with this status and reason."""
+    """Refused with this status and reason."""
 
     headers: dict[str, str] | None = None
 
@@ -164,7 +165,7 @@ class Refused(Exception):
 
 
 class Overload(Refused):
-    """More is asked than this server can answer in time."""
+    """The server cannot answer all requests in time."""
 
     headers = {REFUSED: "overload", "retry-after": "1"}  # noqa: RUF012 (read only)
 
@@ -173,10 +174,10 @@ class Overload(Refused):
 
 
 class Server(ModelServer):  # type: ignore[misc]  # kserve has no type information
-    """KServe's server on one address, HTTP only, one process, without a line for each request.
+    """KServe's server on one address, HTTP only, one process, without a log line for each request.
 
     Its inference endpoint is replaced: FastAPI and the SDK read and write JSON with the standard library, which takes
-    0.8 ms for 784 numbers where orjson takes 0.03 ms (measured on a busy machine), and check too late (protocol.py).
+    0.8 ms for 784 numbers where orjson takes 0.03 ms (measured on a busy machine), and validate too late (protocol.py).
     """
 
     def __init__(self, host: str, port: int, model: EngineModel, inputs: Inputs) -> None:
@@ -193,7 +194,7 @@ class Server(ModelServer):  # type: ignore[misc]  # kserve has no type informati
             logging.getLogger(chatty).propagate = False
 
     async def infer(self, request: Request) -> Response:
-        """Answer an inference request, in JSON or with binary tensors. Raises BadRequest, Refused."""
+        """Answer an inference request, in JSON or with binary tensors. Raise BadRequest, Refused."""
         request_id = request.headers.get(REQUEST_ID, "")
         if len(request_id) > MOST_ID:
             raise BadRequest(f"{REQUEST_ID}: has {len(request_id)} characters; {MOST_ID} are taken")
@@ -203,7 +204,7 @@ class Server(ModelServer):  # type: ignore[misc]  # kserve has no type informati
             decoded, batch = await self._decoded(body, request)
             return await self._model.answer(decoded, batch, request_id or decoded.id)
         except ClientDisconnect:
-            return Response(status_code=400)  # read by nobody
+            return Response(status_code=400)  # unused
         except (BadRequest, Refused):
             raise
         except Exception as error:  # one line for each request; supervisord rotates the log
@@ -220,7 +221,8 @@ class Server(ModelServer):  # type: ignore[misc]  # kserve has no type informati
         return decode() if len(body) <= DECODE_INLINE_BYTES else await asyncio.to_thread(decode)
 
     async def _body(self, request: Request, held: "_Held") -> bytes:
-        """The request's body. Raises Refused as soon as it is too large or too late, Overload, ClientDisconnect."""
+        """Return the request's body. Raise Refused as soon as it is too large or too late, Overload,
+        ClientDisconnect."""
         self._require_small(_length(request))
         parts, size = [], 0
         stream = aiter(request.stream())
@@ -257,40 +259,40 @@ class Server(ModelServer):  # type: ignore[misc]  # kserve has no type informati
 
 
 class _Held:
-    """Bytes that one request holds, counted in those of all."""
+    """Bytes that one request holds, included in the total of all."""
 
     def __init__(self, server: Server) -> None:
         self._server, self._size = server, 0
 
     def add(self, size: int) -> None:
-        """Raises Overload when all requests together hold too much."""
+        """Raise Overload if all requests together hold too much."""
         if self._server._held_bytes + size > MOST_HELD_BYTES:
             raise Overload(f"all requests together hold more than {MOST_HELD_BYTES >> 20} MiB")
         self._server._held_bytes += size
         self._size += size
 
     def release(self) -> None:
-        """The request is answered."""
+        """Release the bytes when the request is answered."""
         self._server._held_bytes -= self._size
         self._size = 0
 
 
 def _length(request: Request) -> int:
-    """What the client says that the body has; 0 where it does not say. The HTTP parser has checked the number."""
+    """Return the client's content length, or 0 if it gives none. The HTTP parser has checked the number."""
     return int(request.headers.get("content-length", 0))
 
 
 async def refused(request: Request, error: Exception) -> JSONResponse:
-    """Status 400 for a BadRequest, its own for a Refused."""
+    """Return status 400 for a BadRequest, its own for a Refused."""
     if isinstance(error, Refused):
         return JSONResponse({"error": str(error)}, error.status, error.headers)
     return JSONResponse({"error": str(error)}, 400)
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Load the engine and serve until SIGTERM. Raises EngineError when the engine may not be loaded here.
+    """Load the engine and serve until SIGTERM. Raise EngineError if the engine may not be loaded here.
 
-    Nothing of the folder is read before its digest is known to be that of the engine that was judged.
+    Nothing of the folder is read before its digest is verified to be that of the judged engine.
     """
     if arguments.sha256 is not None and (engine_sha256 := digests.folder(arguments.engine)) != arguments.sha256:
         raise EngineError(
@@ -329,7 +331,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Exit 2 when the engine is refused."""
+    """Run the server; exit with 2 if the engine is refused."""
     try:
         serve(parse(sys.argv[1:]))
     except SlipstreamError as error:

@@ -1,7 +1,7 @@
-"""The text of a spec as plain data: strict YAML of bounded size, in which every fault is a SpecError with its line.
+"""The text of a spec as plain data: strict YAML of bounded size, in which every error is a SpecError with its line.
 
-Specs are read by every process that parses DAGs, so a hostile or damaged file must cost milliseconds and raise nothing
-but SpecError. Beyond `yaml.safe_load`, duplicate keys are refused, and size, depth and aliases are bounded.
+Specs are read by every process that parses DAGs, so a hostile or damaged file must cost milliseconds and raise only
+SpecError. In addition to `yaml.safe_load`, duplicate keys are rejected, and size, depth and aliases are bounded.
 """
 
 import reprlib
@@ -19,13 +19,13 @@ MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
 """Deepest nesting; a valid spec has five levels."""
 MAX_NODES = 10_000
-"""Most values, each alias counted as the copy that it stands for: a "billion laughs" file exceeds it at once."""
+"""Maximum values, with each alias counted as a copy: a "billion laughs" file exceeds it at once."""
 MAX_MESSAGE = 400
 """Longest line of an error, in characters."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with bounds. Merge keys (`<<`) work; a key that the mapping states itself overrides a merged one."""
+    """SafeLoader with bounds. Merge keys (`<<`) work; a key in the mapping itself overrides a merged one."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -54,9 +54,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Compose a mapping. Raise ComposerError when it has a key twice.
+        """Compose a mapping. Raise ComposerError if it has a duplicate key.
 
-        Here and not in the constructor, which has then expanded merge keys into legitimate duplicates.
+        This is not done in the constructor, which by then has expanded merge keys into legitimate duplicates.
         """
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
@@ -109,7 +109,7 @@ def _refused(problem: str, mark: Any) -> ComposerError:
 
 
 def _explain(error: yaml.YAMLError) -> str:
-    """One line: where, what, and the context that PyYAML gives."""
+    """Return one line: where, what, and PyYAML's context."""
     if isinstance(error, ReaderError):
         return f"character {error.position + 1} is U+{error.character:04X}, which YAML does not allow"
     if not isinstance(error, yaml.MarkedYAMLError):
@@ -138,12 +138,12 @@ _short = _Shown()
 
 
 def shown(value: object) -> str:
-    """A value in an error: its repr, in a bounded number of characters however large or deep the value is."""
+    """Return a value for an error: its repr, in a bounded number of characters however large or deep the value is."""
     return _short.repr(value)
 
 
 def shortened(text: str, longest: int = MAX_MESSAGE) -> str:
-    """A line of an error, cut in its middle where it is too long: its beginning says where, its end what to do."""
+    """Return a line of an error, cut in its middle if too long: its beginning says where, its end what to do."""
     if len(text) <= longest:
         return text
     half = (longest - 3) // 2

@@ -1,6 +1,7 @@
-"""Validation errors in a spec's words: file, field, what is wrong there and what to do; bounded in length.
+"""Validation errors in the spec's terms: file, field, problem and solution; bounded in length.
 
-Pydantic's errors hold the refused values by reference. They are never printed whole: a value may be the file's size.
+Pydantic's errors hold the rejected values by reference. They are never printed in full: a value may be as large as the
+file.
 """
 
 import difflib
@@ -17,15 +18,15 @@ from slipstream.spec.sections import FILES, FUNCTION
 Context = Mapping[str, Any]
 
 MOST = 20
-"""Problems that are listed; the rest is counted."""
+"""Maximum number of listed problems; the rest is counted."""
 INTERNAL = (FILES, FUNCTION, NAME_ONLY, WITH_SETTINGS, "[key]")
-"""Parts of pydantic's locations that are no field of the spec."""
+"""Parts of pydantic's locations that are not fields of the spec."""
 PYDANTIC = {"Input should be": "must be", "String should": "must"}
-"""How pydantic begins, and how an error here does."""
+"""Prefix of pydantic's messages, and the corresponding prefix here."""
 
 
 def explain(error: ValidationError, source: str, model: type[BaseModel]) -> str:
-    """One line for each problem of `model`'s document; `source` names the file."""
+    """Return one line for each problem of `model`'s document; `source` names the file."""
     problems = error.errors(include_url=False)
     lines = [_line(source, problem, model) for problem in problems[:MOST]]
     if len(problems) > MOST:
@@ -99,11 +100,11 @@ MESSAGES: dict[str, Callable[[object, Context], str]] = {
     "string_pattern_mismatch": _pattern,
     "literal_error": _choice,
 }
-"""Pydantic's error type → the message, from the refused value and what pydantic says of the rule."""
+"""Message by pydantic's error type, from the rejected value and pydantic's description of the rule."""
 
 
 def _described(value: object) -> str:
-    """A value as YAML has read it; `no` is a boolean there."""
+    """Return a value as YAML has read it; `no` is a boolean there."""
     kind = "the boolean " if isinstance(value, bool) else "the number " if isinstance(value, int | float) else ""
     return f"{kind}{shown(value)}"
 
@@ -113,14 +114,14 @@ def _is_scalar(value: object) -> bool:
 
 
 def _near(value: object, expected: str) -> str:
-    """`; did you mean …?` for a misspelled choice; pydantic lists choices as 'a', 'b' or 'c'."""
+    """Return `; did you mean …?` for a misspelled choice; pydantic lists choices as 'a', 'b' or 'c'."""
     choices = expected.split("'")[1::2]
     near = difflib.get_close_matches(value[:60], choices, n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def _keys(model: type[BaseModel], loc: list[str]) -> list[str]:
-    """The keys that a mapping at `loc` may have; none where it is no section."""
+    """Return the keys that a mapping at `loc` may have; empty if it is not a section."""
     models = [model]
     for part in loc:
         annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
@@ -130,7 +131,7 @@ def _keys(model: type[BaseModel], loc: list[str]) -> list[str]:
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that an annotation is made of."""
+    """Yield the models in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):

@@ -1,6 +1,6 @@
 """Schedules: the presets and five-field cron expressions that Airflow accepts, and that come due.
 
-Airflow checks a schedule by croniter, which the core does not install. What passes here passes there
+Airflow checks a schedule with croniter, which the core does not install. Everything accepted here is accepted there
 (tests/dags/test_schedule.py compares the two); of croniter's grammar only `W`, `R` and hashed values are left out.
 """
 
@@ -16,11 +16,11 @@ FIELDS = (
     ("month", 1, 12, MONTHS),
     ("day of the week", 0, 7, WEEKDAYS),
 )
-"""Name, least and greatest value, and names of the values from the least on."""
+"""Name, smallest and largest value, and names of the values starting from the smallest."""
 DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 """Days of each month, in a leap year."""
 LAST_DAY, WEEKDAY = 2, 4
-"""Fields with forms of their own: `L`, the last day of a month; `1#2`, the second Monday, and `L1`, the last one."""
+"""Fields with special forms: `L`, the last day of a month; `1#2`, the second Monday, and `L1`, the last one."""
 
 _ITEM = re.compile(r"(?:\*|(?P<first>\w+)(?:-(?P<last>\w+))?)(?:/(?P<step>[0-9]{1,4}))?", re.ASCII)
 _NTH = re.compile(r"(?:[0-7]|sun|mon|tue|wed|thu|fri|sat)#[1-5]|L[0-7]", re.ASCII | re.IGNORECASE)
@@ -45,14 +45,14 @@ def schedule(value: str) -> str:
         last = "L" in parts[LAST_DAY].split(",")
         if not any((days | {n} if last else days) & _possible(weekdays, n) for n in lengths):
             raise ValueError(f"{value!r} never comes due: no {parts[WEEKDAY]} is a day {parts[LAST_DAY]} of that month")
-    # Where both are restricted otherwise, either day will do.
+    # If both are restricted in another way, either day suffices.
     if parts[WEEKDAY] == "*" and days and min(days) > max(DAYS[m - 1] for m in months):
         raise ValueError(f"{value!r} never comes due: no day {min(days)} in that month")
     return value
 
 
 def _values(expression: str, index: int, text: str) -> set[int]:
-    """What a field matches; nothing where the day depends on the month. Raise ValueError."""
+    """Return what a field matches; empty if the day depends on the month. Raise ValueError."""
     name, least, greatest, names = FIELDS[index]
     items = text.split(",")
     if index == LAST_DAY and "L" in items:
@@ -75,7 +75,7 @@ def _values(expression: str, index: int, text: str) -> set[int]:
 
 
 def _possible(weekdays: list[str], length: int) -> set[int]:
-    """Days of a month of this length on which an nth or last weekday (`1#2`, `L5`) can fall."""
+    """Return days of a month of this length on which an nth or last weekday (`1#2`, `L5`) can fall."""
     matched: set[int] = set()
     for item in weekdays:
         if item[0] in "Ll":
@@ -87,7 +87,7 @@ def _possible(weekdays: list[str], length: int) -> set[int]:
 
 
 def _number(text: str | None, least: int, names: tuple[str, ...]) -> int | None:
-    """The number that a value stands for; -1 for a name that there is not."""
+    """Return the number that a value stands for; -1 for an unknown name."""
     if text is None:
         return None
     if text.isdigit():
@@ -96,7 +96,7 @@ def _number(text: str | None, least: int, names: tuple[str, ...]) -> int | None:
 
 
 def _range(first: int | None, last: int | None, least: int, greatest: int, step: int | None) -> set[int]:
-    """Values from `first` to `last`; a range that wraps around may match every value in between."""
+    """Return values from `first` to `last`; a range that wraps around may match every value in between."""
     if first is None:
         return set(range(least, greatest + 1, step or 1))
     if last is None:

@@ -1,8 +1,8 @@
-"""The metric seam: what a module under metrics/ implements, and what all metrics share.
+"""The metric seam: what a module under metrics/ implements, and the common parts of all metrics.
 
-A metric turns the answers to labelled samples into records, one for each sample. From them it computes its value
-for any resample, so that two models are compared in pairs whether the metric is a mean over samples (top1) or is
-computed from all of them at once (mAP), and so that a model answers every sample only once.
+A metric turns the answers to labeled samples into records, one for each sample. From them it computes its value for any
+resample. Two models can therefore be compared in pairs whether the metric is a mean over samples (top1) or is computed
+from all of them at once (mAP), and a model answers every sample only once.
 """
 
 import importlib
@@ -25,21 +25,22 @@ BATCH = 250
 
 Array = npt.NDArray[Any]
 Records = npt.NDArray[Any]
-"""(N,) what a metric needs of each sample's answer: a number, or several in a structured dtype; never an object."""
+"""(N,) data that a metric needs of each sample's answer: a number, or several in a structured dtype; never an
+object."""
 
 
 class Metric(Protocol):
-    """How good answers are. 0 is the worst value and 1 the best."""
+    """Quality of answers, from 0, the worst value, to 1, the best."""
 
     name: str
     """Its name in MLflow and in the report."""
     mean: bool
-    """Whether the records are scores in [0, 1] whose mean is the value. Then the exact paired methods apply."""
+    """Whether the records are scores in [0, 1] whose mean is the value. If so, the exact paired methods apply."""
     distributions: tuple[str, ...]
-    """PyPI distributions whose versions belong to the identity of what is measured."""
+    """PyPI distributions whose versions are part of the identity of what is measured."""
 
     def classes(self, shape: tuple[int, ...]) -> int | None:
-        """Number of classes in outputs of this shape, batch first; None where outputs know none."""
+        """Return the number of classes in outputs of this shape, batch first; None if outputs have none."""
         ...
 
     def check_labels(self, labels: Array) -> None:
@@ -49,30 +50,32 @@ class Metric(Protocol):
     def check(self, outputs: Array, labels: Array, what: str, error: type[InputError] = EngineError) -> None:
         """Raise `error`, which names `what`, unless these can be answers to samples with these labels.
 
-        DataError for labels that no model has answers to, SpecError for outputs that the metric says nothing of.
-        outputs: (N, …), labels: (N, …). NaN and infinity are refused: such a model is broken, not inaccurate.
+        Raise DataError for labels that no model can have answers to, SpecError for outputs that the metric cannot
+        judge. outputs: (N, …), labels: (N, …). NaN and infinity are rejected: such a model is broken, not inaccurate.
         """
         ...
 
     def evaluate(self, outputs: Array, labels: Array) -> Records:
-        """(N,) records of checked answers. One that holds NaN, as traffic may bring, is wrong whatever its label."""
+        """Return (N,) records of checked answers. One with NaN, as traffic may bring, is wrong whatever its label."""
         ...
 
     def values(self, records: Records, counts: Floats) -> Floats:
-        """(R,) values of R resamples: counts (R, N) says how often each sample is in each. NaN without any class."""
+        """Return (R,) values of R resamples: counts (R, N) is how often each contains each sample. NaN without any
+        class."""
         ...
 
     def by_class(self, records: Records, labels: Array) -> dict[int, float]:
-        """Class → value for it alone; classes without a sample are left out."""
+        """Return the value for each class; classes without a sample are left out."""
         ...
 
     def differ(self, one: Array, other: Array) -> bool:
-        """Whether two answers (…) to the same sample would be acted on differently. NaN differs from everything."""
+        """Return whether two answers (…) to the same sample would lead to different actions. NaN differs from
+        everything."""
         ...
 
 
 class Mean:
-    """What metrics that are a mean of (N,) float64 scores share."""
+    """Common parts of metrics that are a mean of (N,) float64 scores."""
 
     mean = True
     distributions: tuple[str, ...] = ()
@@ -83,7 +86,7 @@ class Mean:
         return total
 
     def by_class(self, records: Records, labels: Array) -> dict[int, float]:
-        """See the protocol; nothing where a label is no class."""
+        """See the protocol; empty if a label is not a class."""
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             return {}
         return {int(c): float(records[labels == c].mean()) for c in np.unique(labels)}
@@ -93,12 +96,12 @@ class Runs(Protocol):
     """A loaded engine, or a candidate in its own framework."""
 
     def run(self, batch: Array) -> Array:
-        """(N, …) inputs to (N, …) outputs."""
+        """Return (N, …) outputs for inputs (N, …)."""
         ...
 
 
 def metric_for(name: str) -> Metric:
-    """The metric that a spec names. Raises SpecError when it is the user's and cannot be imported."""
+    """Return the metric that a spec names. Raise SpecError if it is the user's and cannot be imported."""
     if name in METRICS:
         info = METRICS[name]
         metric: Metric = getattr(importlib.import_module(info.module), info.attribute)
@@ -130,10 +133,10 @@ def record(
     progress: Callable[[], None] = lambda: None,
     error: type[InputError] = EngineError,
 ) -> Records:
-    """(N,) records of a model's answers to a split.
+    """Return (N,) records of a model's answers to a split.
 
-    `what` names the model in errors. Raises `error` when the outputs are no answers: wrong shape or NaN.
-    A quantized ONNX model can be right while the engine built from it is not (NVIDIA/Model-Optimizer#126).
+    `what` names the model in errors. Raise `error` if the outputs are not valid answers: wrong shape or NaN. A
+    quantized ONNX model can be correct while the engine built from it is not (NVIDIA/Model-Optimizer#126).
     """
     records = []
     for start in range(0, len(split), BATCH):
@@ -146,14 +149,14 @@ def record(
 
 
 def value(metric: Metric, records: Records) -> float:
-    """The metric of all samples; NaN when there are none."""
+    """Return the metric of all samples; NaN if there are none."""
     if not len(records):
         return float("nan")
     return float(metric.values(records, np.ones((1, len(records))))[0])
 
 
 def drop(metric: Metric, baseline: Records, engine: Records, confidence: float, rng: np.random.Generator) -> Bounds:
-    """Drop of the metric from baseline to engine on the same samples, as a fraction, with its bounds.
+    """Return the metric's drop from baseline to engine on the same samples, as a fraction, with its bounds.
 
     baseline, engine: (N,) records in the same order. A mean of scores: `stats.paired_drop`; anything else:
     `stats.paired_bootstrap`, in which a resample takes the same samples for both.
@@ -172,7 +175,7 @@ def drop(metric: Metric, baseline: Records, engine: Records, confidence: float, 
 def worst_class(
     metric: Metric, baseline: Records, engine: Records, labels: Array, classes: tuple[str, ...] = ()
 ) -> tuple[str, float]:
-    """Name and drop (percentage points) of the class that lost most; of all samples where there are no classes."""
+    """Return name and drop (percentage points) of the class with the largest drop; without classes, of all samples."""
     before, after = (metric.by_class(records, labels) for records in (baseline, engine))
     drops = {c: before[c] - after[c] for c in before if c in after}
     if not drops:
@@ -182,18 +185,18 @@ def worst_class(
 
 
 def counted_from_one(least: float, most: float, classes: int) -> str:
-    """A hint for labels beyond the last class that run from 1 to the number of classes; otherwise empty."""
+    """Return a hint for labels beyond the last class that run from 1 to the number of classes; otherwise empty."""
     return "; they seem to count from 1: subtract 1" if least >= 1 and most == classes else ""
 
 
 def finite(outputs: Array) -> npt.NDArray[np.bool_]:
-    """(N,) which of the answers (N, …) hold neither NaN nor infinity."""
+    """Return (N,) which of the answers (N, …) hold neither NaN nor infinity."""
     axes = tuple(range(1, outputs.ndim))
     return np.asarray(np.isfinite(outputs).all(axis=axes))
 
 
 def require_finite(outputs: Array, what: str, error: type[InputError]) -> None:
-    """Raise `error` when an answer holds NaN or infinity."""
+    """Raise `error` if an answer holds NaN or infinity."""
     bad = int((~finite(outputs)).sum())
     if bad:
         raise error(

@@ -8,15 +8,15 @@ from slipstream.measure.stats import Floats
 
 PREDICTION = np.dtype([("label", np.int32), ("answer", np.int32)])
 NO_CLASS = -1
-"""The answer of a model that answered NaN."""
+"""Answer recorded for a model that answered NaN."""
 
 
 class Classes:
-    """What metrics of class scores share."""
+    """Common parts of metrics of class scores."""
 
     name: str
     top = 1
-    """Outputs that may be the label; of no more than that every answer is right."""
+    """Outputs that may be the label; with no more classes than that, every answer is right."""
 
     def classes(self, shape: tuple[int, ...]) -> int | None:
         """One output for each class."""
@@ -52,7 +52,7 @@ class Classes:
         require_finite(outputs, what, error)
 
     def differ(self, one: Array, other: Array) -> bool:
-        """Whether the largest outputs are at different places."""
+        """Return whether the largest outputs are at different positions."""
         if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
             return True
         return int(one.argmax()) != int(other.argmax())
@@ -65,7 +65,8 @@ class TopK(Classes, Mean):
         self.name, self.top = name, top
 
     def evaluate(self, outputs: Array, labels: Array) -> Records:
-        """(N,) 1 where fewer than `top` classes rank above the label; among equal outputs the lower index ranks first.
+        """Return (N,) 1 if fewer than `top` classes rank above the label; among equal outputs the lower index ranks
+        first.
 
         With ties counted as hits, an engine that answers all zeros would score 100 %.
         """
@@ -77,9 +78,9 @@ class TopK(Classes, Mean):
 
 
 class MacroF1(Classes):
-    """Mean over classes of F1 = 2·TP / (2·TP + FP + FN): every class counts the same, however rare it is.
+    """Mean over classes of F1 = 2·TP / (2·TP + FP + FN): every class has equal weight, however rare it is.
 
-    As scikit-learn's `f1_score(average="macro")`: over the classes that are among labels or answers. It is not a mean
+    As in scikit-learn's `f1_score(average="macro")`: over the classes that occur in labels or answers. It is not a mean
     over samples, so its drop is bounded by the bootstrap.
     """
 
@@ -87,7 +88,7 @@ class MacroF1(Classes):
     distributions: tuple[str, ...] = ()
 
     def evaluate(self, outputs: Array, labels: Array) -> Records:
-        """(N,) label and answer."""
+        """Return (N,) label and answer."""
         records = np.empty(len(labels), PREDICTION)
         records["label"] = labels
         records["answer"] = np.where(finite(outputs), outputs.argmax(axis=1), NO_CLASS)
@@ -104,7 +105,7 @@ class MacroF1(Classes):
         return {c: float(score) for c, score in enumerate(scores) if not np.isnan(score)}
 
     def _scores(self, records: Records, counts: Floats) -> Floats:
-        """(R, classes) F1 of each class; NaN where it is neither label nor answer."""
+        """Return (R, classes) F1 of each class; NaN if it is neither label nor answer."""
         classes = np.arange(max(records["label"].max(), records["answer"].max()) + 1)
         label, answer = (records[field][:, None] == classes for field in ("label", "answer"))
         both, either = counts @ (label & answer), counts @ label.astype(np.float64) + counts @ answer
@@ -113,7 +114,7 @@ class MacroF1(Classes):
 
 
 def mean_over_classes(scores: Floats) -> Floats:
-    """(R, classes) to (R,): the mean of what is not NaN; NaN where nothing is."""
+    """Return (R,) means of (R, classes) without NaN; NaN if all are NaN."""
     valid = ~np.isnan(scores)
     total, n = np.where(valid, scores, 0.0).sum(axis=1), valid.sum(axis=1)
     means: Floats = np.divide(total, n, out=np.full(len(scores), np.nan), where=n > 0)

@@ -1,9 +1,9 @@
 """Object detection: COCO's mean average precision.
 
 Outputs are one tensor (N, anchors, 4 + classes) float: for each anchor the corners x1, y1, x2, y2 of its box in pixels,
-then a score in [0, 1] for each class. The network computes these itself; what it leaves to `decode` is to drop what
-scores too low and to suppress all but the best of boxes that overlap. Labels are (N, M, 5) float: class, x1, y1, x2, y2
-of each object; rows beyond a sample's objects are -1.
+then a score in [0, 1] for each class. The network computes these itself; `decode` only drops low scores and suppresses
+all but the best of overlapping boxes. Labels are (N, M, 5) float: class, x1, y1, x2, y2 of each object; rows beyond a
+sample's objects are -1.
 """
 
 import contextlib
@@ -22,24 +22,24 @@ from slipstream.measure.stats import Floats
 BOX = 4
 """Numbers of a box, before the scores of its classes."""
 LEAST_SCORE = 0.05
-"""Boxes that score less are dropped, as detectors do before COCO's evaluation (Lin et al. 2017, section 4)."""
+"""Boxes with a lower score are dropped, as detectors do before COCO's evaluation (Lin et al. 2017, section 4)."""
 CANDIDATES, DETECTIONS = 300, 100
-"""Most boxes of a sample before suppression, and after it; COCO judges at most 100."""
+"""Maximum boxes of a sample before and after suppression; COCO judges at most 100."""
 OVERLAP = 0.6
-"""IoU above which the lesser of two boxes of one class is suppressed."""
+"""IoU above which the lower-scoring of two boxes of one class is suppressed."""
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
-"""IoU from which a box counts as a hit; AP is the mean over these (cocodataset.org, detection evaluation)."""
+"""IoU thresholds above which a box is a hit; AP is the mean over these (cocodataset.org, detection evaluation)."""
 RECALLS = np.linspace(0, 1, 101)
-"""Recalls at which the precision is read, as COCOeval has them, rounding included."""
+"""Recalls at which the precision is read, as in COCOeval, including its rounding."""
 SURE, SAME_IOU = 0.5, 0.5
-"""Score from which a box is an answer to act on, and the IoU at which two boxes are the same."""
+"""Score above which a box counts as an answer, and the IoU at which two boxes are the same."""
 BLOCK = 4_000_000
-"""Most numbers of one intermediate array of the resampled AP: 32 MB."""
+"""Maximum numbers in one intermediate array of the resampled AP: 32 MB."""
 
 
 @dataclass(frozen=True)
 class Detections:
-    """Boxes of one sample, by falling score."""
+    """Boxes of one sample, by descending score."""
 
     boxes: npt.NDArray[np.float64]
     """(D, 4) corners x1, y1, x2, y2."""
@@ -51,7 +51,7 @@ class Detections:
 
 
 def decode(answer: Array, least_score: float = LEAST_SCORE) -> Detections:
-    """The detections in one answer (anchors, 4 + classes): greedy suppression within each class.
+    """Return the detections in one answer (anchors, 4 + classes): greedy suppression within each class.
 
     An answer that holds NaN has none.
     """
@@ -70,7 +70,7 @@ def decode(answer: Array, least_score: float = LEAST_SCORE) -> Detections:
 
 
 def iou(one: Floats, other: Floats) -> Floats:
-    """(A, 4) and (B, 4) boxes to (A, B) intersections over unions; a box without area overlaps nothing."""
+    """Return intersections over unions (A, B) of boxes (A, 4) and (B, 4); a box without area overlaps nothing."""
     low = np.maximum(one[:, None, :2], other[None, :, :2])
     high = np.minimum(one[:, None, 2:], other[None, :, 2:])
     shared = np.clip(high - low, 0, None).prod(axis=2)
@@ -84,8 +84,8 @@ class MeanAP:
     """COCO's AP: the mean over classes, and over IoU thresholds from 0.5 to 0.95, of the interpolated precision.
 
     Boxes are matched to objects within each sample, once, by pycocotools. Precision and recall are those of all samples
-    together, so that AP is not a mean over samples: a resample adds up the same matches with other weights, which needs
-    no second matching, and the bootstrap bounds the drop.
+    together, so AP is not a mean over samples: a resample sums the same matches with other weights, without a second
+    matching, and the bootstrap bounds the drop.
     """
 
     name, mean = "map", False
@@ -126,7 +126,7 @@ class MeanAP:
             )
 
     def evaluate(self, outputs: Array, labels: Array) -> Records:
-        """(N,) class, score and hits of each detection, and the number of objects of each class."""
+        """Return (N,) class, score and hits of each detection, and the number of objects of each class."""
         classes = outputs.shape[2] - BOX
         whole = finite(outputs)
         predictions = [decode(answer) if fine else _nothing() for answer, fine in zip(outputs, whole, strict=True)]
@@ -151,10 +151,10 @@ class MeanAP:
         return {c: float(ap) for c, ap in enumerate(precisions) if not np.isnan(ap)}
 
     def differ(self, one: Array, other: Array) -> bool:
-        """Whether a box of which either answer is sure (score 0.5) has no counterpart in the other.
+        """Return whether a confident box of either answer (score 0.5) has no counterpart in the other.
 
-        A counterpart has the same class, an IoU of at least 0.5, and at least half that score: so two answers are
-        not told apart by a score that lies a little above the limit in one and a little below it in the other.
+        A counterpart has the same class, an IoU of at least 0.5, and at least half that score. Two answers therefore do
+        not differ merely because a score is slightly above the limit in one and slightly below it in the other.
         """
         if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
             return True
@@ -180,14 +180,14 @@ def _record(classes: int) -> np.dtype[Any]:
 
 
 def _matched(predictions: list[Detections], labels: Array, classes: int) -> list[npt.NDArray[np.bool_]]:
-    """For each sample (D, thresholds): whether pycocotools matches the detection to an object."""
+    """Return for each sample (D, thresholds): whether pycocotools matches the detection to an object."""
     from pycocotools.cocoeval import COCOeval
 
     hits = [np.zeros((len(d), len(THRESHOLDS)), bool) for d in predictions]
     place = [(i, k) for i, d in enumerate(predictions) for k in range(len(d))]
     if not place:
         return hits
-    with contextlib.redirect_stdout(io.StringIO()):  # it says how long each of its parts took
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the duration of each part
         evaluation = COCOeval(_truth(labels, classes), _answers(predictions, classes), "bbox")
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.params.maxDets, evaluation.params.iouThrs = [DETECTIONS], THRESHOLDS
@@ -214,7 +214,7 @@ def _answers(predictions: list[Detections], classes: int) -> Any:
 
 
 def _annotation(sample: int, label: int, box: Array) -> dict[str, Any]:
-    """A box in COCO's form: corner, width and height."""
+    """Return a box in COCO's form: corner, width and height."""
     x1, y1, x2, y2 = (float(v) for v in box)
     width, height = max(x2 - x1, 0.0), max(y2 - y1, 0.0)
     return {
@@ -227,7 +227,7 @@ def _annotation(sample: int, label: int, box: Array) -> dict[str, Any]:
 
 
 def _coco(samples: int, classes: int, boxes: list[dict[str, Any]]) -> Any:
-    """A COCO data set. Numbers start at 1, since a match with number 0 counts as none."""
+    """Return a COCO data set. Numbers start at 1, since a match with number 0 counts as none."""
     from pycocotools.coco import COCO
 
     coco = COCO()
@@ -241,7 +241,7 @@ def _coco(samples: int, classes: int, boxes: list[dict[str, Any]]) -> Any:
 
 
 def _precisions(records: Records, counts: Floats) -> Floats:
-    """(R, classes) AP of each class; NaN where it has no object."""
+    """Return (R, classes) AP of each class; NaN if it has no object."""
     classes = records["objects"].shape[1]
     precisions = np.empty((len(counts), classes))
     for c in range(classes):
@@ -257,12 +257,12 @@ def _precisions(records: Records, counts: Floats) -> Floats:
 
 
 def _precision(weights: Floats, hits: npt.NDArray[np.bool_], objects: Floats) -> Floats:
-    """(R,) AP of one class in R resamples.
+    """Return (R,) AP of one class in R resamples.
 
-    weights: (R, D) how often each detection is there, by falling score; hits: (D, thresholds); objects: (R,).
-    The precision at a recall is the greatest at that recall or a higher one, read at 0, 0.01, … 1 (pycocotools,
-    COCOeval.accumulate). It changes only where a detection is a hit, so that only hits need be looked at; n copies of
-    one detection in a row are one step of weight n, since the precision at the end of a row of hits is its greatest.
+    weights: (R, D) how often each detection occurs, by descending score; hits: (D, thresholds); objects: (R,). The
+    precision at a recall is the greatest at that recall or a higher one, read at 0, 0.01, … 1 (pycocotools,
+    COCOeval.accumulate). It changes only at hits, so only hits are examined; n copies of one detection in a row are one
+    step of weight n, since the precision at the end of a row of hits is its greatest.
     """
     detections = np.cumsum(weights, axis=1)
     total = np.zeros(len(weights))
@@ -273,7 +273,7 @@ def _precision(weights: Floats, hits: npt.NDArray[np.bool_], objects: Floats) ->
         right = np.cumsum(weights[:, at], axis=1)
         precision = np.maximum.accumulate((right / np.maximum(detections[:, at], 1))[:, ::-1], axis=1)[:, ::-1]
         recall = right / np.maximum(objects, 1)[:, None]
-        # How many of the recalls above 0 are reached with each hit; 0 is reached at once.
+        # Number of recalls above 0 that are reached with each hit; 0 is reached at once.
         reached = np.diff(np.searchsorted(RECALLS, recall, side="right") - 1, axis=1, prepend=0)
         total += precision[:, 0] + (reached * precision).sum(axis=1)
     return np.where(objects > 0, total / (len(RECALLS) * hits.shape[1]), np.nan)

@@ -10,15 +10,15 @@ from slipstream.measure.stats import Floats
 
 IGNORED = -1
 SAME_IOU = 0.75
-"""Two answers are the same when their label maps have at least this mean IoU."""
+"""Two answers are the same if their label maps have at least this mean IoU."""
 
 
 class MeanIoU:
     """Mean over classes of the intersection over union of all pixels of the class in all samples.
 
-    The measure of PASCAL VOC (Everingham et al. 2015, section 4.3): intersections and unions are added up over the
-    whole set before they are divided, so that it is not a mean over samples; its drop is bounded by the bootstrap.
-    A class that is neither in labels nor in answers does not count.
+    The measure of PASCAL VOC (Everingham et al. 2015, section 4.3): intersections and unions are summed over the whole
+    set before they are divided, so it is not a mean over samples; its drop is bounded by the bootstrap. A class that
+    occurs in neither labels nor answers does not count.
     """
 
     name, mean = "miou", False
@@ -53,7 +53,7 @@ class MeanIoU:
         require_finite(outputs, what, error)
 
     def evaluate(self, outputs: Array, labels: Array) -> Records:
-        """(N,) pixels of each class in the intersection and in the union of label and answer."""
+        """Return (N,) pixels of each class in the intersection and in the union of label and answer."""
         classes = outputs.shape[1]
         answers = np.where(finite(outputs)[:, None, None], outputs.argmax(axis=1), classes)
         table = confusion(labels, answers, classes)
@@ -72,7 +72,7 @@ class MeanIoU:
         return {c: float(iou) for c, iou in enumerate(ious) if not np.isnan(iou)}
 
     def differ(self, one: Array, other: Array) -> bool:
-        """Whether the mean IoU of the two label maps is below 0.75."""
+        """Return whether the mean IoU of the two label maps is below 0.75."""
         if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
             return True
         records = self.evaluate(one[None], other.argmax(axis=0)[None])
@@ -80,7 +80,7 @@ class MeanIoU:
 
 
 def confusion(labels: Array, answers: Array, classes: int) -> npt.NDArray[np.int64]:
-    """(N, classes, classes + 1) pixels by label and answer; the last answer is that of a model that has none."""
+    """Return (N, classes, classes + 1) pixels by label and answer; the last answer is for a model without one."""
     judged = labels != IGNORED
     image = np.broadcast_to(np.arange(len(labels))[:, None, None], labels.shape)
     cell = (image * classes + labels) * (classes + 1) + answers
@@ -89,7 +89,7 @@ def confusion(labels: Array, answers: Array, classes: int) -> npt.NDArray[np.int
 
 
 def _ious(records: Records, counts: Floats) -> Floats:
-    """(R, classes) IoU of each class; NaN where it is neither in labels nor in answers."""
+    """Return (R, classes) IoU of each class; NaN if it occurs in neither labels nor answers."""
     intersection, union = (counts @ records[field].astype(np.float64) for field in ("intersection", "union"))
     ious: Floats = np.divide(intersection, union, out=np.full(union.shape, np.nan), where=union > 0)
     return ious

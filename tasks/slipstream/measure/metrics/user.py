@@ -1,6 +1,6 @@
 """The user's own metric: `module:function`, called as function(outputs, labels) with (N, …) arrays.
 
-It returns (N,) scores in [0, 1], one for each sample; their mean is the value. The small-scale test calls it too, in
+It returns (N,) scores in [0, 1], one for each sample; their mean is the value. The small-scale test also calls it, in
 an environment without the framework: the module must import there.
 """
 
@@ -13,22 +13,22 @@ from slipstream.plugins import short_name
 from slipstream.spec import Call
 
 SAME = 0.1
-"""Answers that are no class scores are the same when their distance is at most this share of their length."""
+"""Answers that are not class scores are the same if their distance is at most this share of their length."""
 
 
 class UserMetric(Mean):
-    """A mean of scores that the user's function gives."""
+    """A mean of scores that the user's function returns."""
 
     def __init__(self, function: str) -> None:
         self.name = short_name(function)
         self._function, self._call = function, user_function(Call(function=function))
 
     def classes(self, shape: tuple[int, ...]) -> int | None:
-        """What outputs mean is known to the user's function alone."""
+        """Return None: only the user's function knows what outputs mean."""
         return None
 
     def check_labels(self, labels: Array) -> None:
-        """What labels mean is known to the user's function alone."""
+        """Accept all labels: only the user's function knows what they mean."""
 
     def check(self, outputs: Array, labels: Array, what: str, error: type[InputError] = EngineError) -> None:
         """See the protocol."""
@@ -37,7 +37,7 @@ class UserMetric(Mean):
         require_finite(outputs, what, error)
 
     def evaluate(self, outputs: Array, labels: Array) -> Records:
-        """(N,) scores. Raises SpecError when the function fails, or returns something else."""
+        """Return (N,) scores. Raise SpecError if the function fails, or returns something else."""
         whole = finite(outputs)
         finite_outputs = outputs if whole.all() else np.where(whole.reshape(-1, *[1] * (outputs.ndim - 1)), outputs, 0)
         try:
@@ -65,8 +65,8 @@ class UserMetric(Mean):
         return scores * whole
 
     def differ(self, one: Array, other: Array) -> bool:
-        """Whether the largest of several outputs (C,) are at different places; for any other shape, whether the
-        answers are further apart than a tenth of the longer one."""
+        """Return whether the largest of several outputs (C,) are at different positions; for any other shape, whether
+        the answers are further apart than a tenth of the longer one."""
         if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
             return True
         if one.ndim == 1 and one.size > 1:

@@ -1,6 +1,6 @@
-"""Agreement across formats: after each conversion the new form must answer real samples as the old one does.
+"""Agreement across formats: after each conversion the new form must answer real samples like the old one.
 
-`bounds` says how far apart two answers may be, `reference` runs an ONNX file as it is written, and `layers` names the
-first layer that departs when a bound is exceeded. What a gate judges (accuracy, speed) is not decided here: this only
-tells a broken conversion from an imprecise one, before time is spent on it.
+`bounds` determines how far apart two answers may be, `reference` runs an ONNX file as written, and `layers` names the
+first layer that diverges when a bound is exceeded. Accuracy and speed are left to the gates: this only distinguishes a
+broken conversion from an imprecise one, before time is spent on it.
 """

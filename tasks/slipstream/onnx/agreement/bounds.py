@@ -1,8 +1,8 @@
 """How far two forms of a model may be apart on the same samples.
 
-Answers may have any shape (N, …). The measures are the largest difference, for what should be equal but for the order
-of sums, and the relative error |x - y|₂ / |x|₂ over all samples, for what is rounded. The latter is the signal to
-quantization noise ratio (SQNR) in another unit: 20 dB are 0.1.
+Answers may have any shape (N, …). The measures are the largest difference, for results that should be equal except for
+the order of sums, and the relative error |x - y|₂ / |x|₂ over all samples, for rounded results. The latter is the
+signal to quantization noise ratio (SQNR) in another unit: 20 dB are 0.1.
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ Array = npt.NDArray[np.floating]
 FLOOR = 8 * 2.0**-23
 """A difference that is rounding whatever the answers are, about 1e-6: eight units in the last place of FP32 at 1.
 
-A share of the answers is not enough where all of them are close to 0. The last layer computes a probability from terms
-near 1/2 (ONNX Runtime's sigmoid has steps of 6e-8 there), so that sound kernels give 2e-7 and 1e-7 for what is 0."""
+A share of the answers is not enough if all of them are close to 0. The last layer computes a probability from terms
+near 1/2 (ONNX Runtime's sigmoid has steps of 6e-8 there), so correct kernels give 2e-7 and 1e-7 for 0."""
 
 
 TINY = 1e-12
-"""Least norm of the answers that an error is divided by."""
+"""Smallest norm of the answers that an error is divided by."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What is allowed between two forms of a model."""
+    """Allowed difference between two forms of a model."""
 
     form: str
     """Precision, for messages."""
@@ -34,13 +34,13 @@ class Bound:
     relative: float = float("inf")
     """Relative error."""
     labels: float = 0.5
-    """Least share of samples with the same label, where answers are class scores (N, classes)."""
+    """Minimum share of samples with the same label, if answers are class scores (N, classes)."""
 
 
 EXACT = Bound("FP32", largest=1e-3)
 """Nothing is rounded: kernels only sum in another order."""
 QUANTIZED = Bound("quantized", relative=0.5)
-"""6 dB: worse is noise. How much of the rest is too much is for the accuracy gate."""
+"""6 dB: anything worse is noise. Whether a smaller error is acceptable is for the accuracy gate."""
 ROUNDED = {"f16": Bound("FP16", relative=0.05), "bf16": Bound("BF16", relative=0.2)}
 """A hundred and fifty times the rounding of one operation (2⁻¹¹ and 2⁻⁸), since errors add up along a network."""
 
@@ -58,12 +58,12 @@ in 16 bits (AVX2 instead of VNNI) moved it by 0.013, and three projections of an
 
 
 def repeated(precision: str, *, quantized: bool) -> Bound:
-    """The bound for an engine that is loaded again, under another version of its library or on another processor."""
+    """Return the bound for an engine loaded again, under another version of its library or on another processor."""
     return REPEATED_QUANTIZED if quantized else REPEATED.get(precision, REPEATED["f32"])
 
 
 def bound_for(precision: str, *, quantized: bool) -> Bound:
-    """The bound for what computes in `precision` (f32, f16, bf16), from quantized weights or not."""
+    """Return the bound for computation in `precision` (f32, f16, bf16), from quantized weights or not."""
     if quantized:
         return QUANTIZED
     return ROUNDED.get(precision, EXACT)
@@ -71,7 +71,7 @@ def bound_for(precision: str, *, quantized: bool) -> Bound:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far apart two forms of a model are."""
+    """Difference between two forms of a model."""
 
     max_abs_diff: float
     """Largest difference, in the unit of the answers."""
@@ -79,10 +79,10 @@ class Agreement:
     """Largest expected answer."""
     relative_error: float
     labels: float | None
-    """Share of samples with the same label; None where the answers are not class scores."""
+    """Share of samples with the same label; None if the answers are not class scores."""
 
     def metrics(self) -> dict[str, float]:
-        """`max_abs_diff`, `relative_error`, and `agreement` (of labels) where there are labels."""
+        """Return `max_abs_diff`, `relative_error`, and `agreement` (of labels) if there are labels."""
         figures = {"max_abs_diff": self.max_abs_diff, "relative_error": self.relative_error}
         return figures if self.labels is None else figures | {"agreement": self.labels}
 
@@ -100,7 +100,7 @@ def measure(expected: Array, got: Array) -> Agreement:
 
 
 def explain_mismatch(expected: Array, got: Array, bound: Bound) -> str | None:
-    """Why two forms of a model do not agree, in words that follow its name; None when they do."""
+    """Return why two forms of a model do not agree, as a phrase to follow its name; None if they do."""
     if got.shape != expected.shape:
         return f"answers {got.shape} instead of {expected.shape}"
     if not np.isfinite(got).all():
@@ -110,7 +110,7 @@ def explain_mismatch(expected: Array, got: Array, bound: Bound) -> str | None:
 
 
 def _beyond(agreement: Agreement, bound: Bound) -> str | None:
-    """Which measure is beyond the bound."""
+    """Return which measure is beyond the bound."""
     limit = max(bound.largest * agreement.largest, FLOOR)
     if agreement.max_abs_diff > limit:
         return f"differs by up to {agreement.max_abs_diff:.3g}, where {bound.form} explains {limit:.3g}"

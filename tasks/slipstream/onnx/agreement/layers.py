@@ -1,8 +1,9 @@
-"""Which layer departs first, when an engine does not answer as the ONNX that it was built from.
+"""Which layer diverges first, if an engine does not answer like the ONNX that it was built from.
 
-The ONNX is cut at a tensor, the same engine is built from what is left, and its answer is compared with that tensor's
-value in the reference. Cutting keeps all that the engine fuses before the cut; showing every tensor at once would
-forbid fusion, and the fault with it. A bisection needs about log₂(nodes) builds, and is done only after a failure.
+The ONNX is cut at a tensor, the same engine is built from the remaining part, and its answer is compared with that
+tensor's value in the reference. Cutting keeps everything that the engine fuses before the cut; exposing every tensor at
+once would prevent fusion, and hide the fault. A bisection needs about log₂(nodes) builds, and is done only after a
+failure.
 """
 
 import tempfile
@@ -22,14 +23,14 @@ from slipstream.onnx.agreement.reference import tensors
 from slipstream.spec import Target
 
 SAMPLES = 8
-"""Samples on which layers are compared: the values of all tensors are held at once."""
+"""Number of samples on which layers are compared: the values of all tensors are held at once."""
 
 
 def first_departure(candidate: Path, target: Target, samples: npt.NDArray[Any], bound: Bound) -> str:
-    """A sentence that names the first node whose inputs agree and whose output does not.
+    """Return a sentence that names the first node whose inputs agree and whose output does not.
 
-    `samples` are (N, …). It says so where that cannot be told: the engine is not built from ONNX, or departs on none
-    of the first samples.
+    `samples` are (N, …). The sentence says so if the node cannot be determined: the engine is not built from ONNX, or
+    diverges on none of the first samples.
     """
     try:
         return _Search.of(candidate, target, np.ascontiguousarray(samples[:SAMPLES]), bound).run()
@@ -39,7 +40,7 @@ def first_departure(candidate: Path, target: Target, samples: npt.NDArray[Any], 
 
 @dataclass
 class _Search:
-    """One search; what was compared is remembered."""
+    """One search, which remembers its comparisons."""
 
     model: Any
     candidate: Path
@@ -49,7 +50,7 @@ class _Search:
     values: Mapping[str, npt.NDArray[np.floating]]
     """The reference's tensors in topological order."""
     found: dict[str, str | None] = field(default_factory=dict)
-    """Tensor → what is wrong with it; None where it agrees."""
+    """Differences by tensor; None if it agrees."""
 
     @classmethod
     def of(cls, candidate: Path, target: Target, samples: npt.NDArray[Any], bound: Bound) -> "_Search":
@@ -58,7 +59,7 @@ class _Search:
         model = onnx.load(candidate / ONNX)
         values = tensors(candidate / ONNX, samples)
         declared = {info.name for info in (*model.graph.value_info, *model.graph.output)}
-        model.graph.value_info.extend(  # what a cut graph's output is declared as
+        model.graph.value_info.extend(  # the declared type of a cut graph's output
             onnx.helper.make_tensor_value_info(
                 name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), ["batch", *[None] * (value.ndim - 1)]
             )
@@ -84,7 +85,7 @@ class _Search:
             departing = earlier[0]
 
     def _first_of(self, before: Sequence[str], departing: str) -> str:
-        """A tensor that departs while the one before it in the order does not. By bisection."""
+        """Return a tensor that diverges while the one before it in the order does not, by bisection."""
         agreeing, bad = -1, len(before)
         while bad - agreeing > 1:
             middle = (agreeing + bad) // 2
@@ -95,7 +96,7 @@ class _Search:
         return before[bad] if bad < len(before) else departing
 
     def _before(self, tensor: str, makers: Mapping[str, Any]) -> list[str]:
-        """The tensors that this one is computed from, in topological order."""
+        """Return the tensors that this one is computed from, in topological order."""
         ancestors, todo = set(), [tensor]
         while todo:
             node = makers.get(todo.pop())
@@ -107,12 +108,12 @@ class _Search:
 
     def _mismatch(self, tensor: str) -> str | None:
         if tensor not in self.found:
-            bound = self.bound if tensor == OUTPUT else replace(self.bound, labels=0.0)  # what else has no labels
+            bound = self.bound if tensor == OUTPUT else replace(self.bound, labels=0.0)  # others have no labels
             self.found[tensor] = explain_mismatch(self.values[tensor], self._answer(tensor), bound)
         return self.found[tensor]
 
     def _answer(self, tensor: str) -> npt.NDArray[Any]:
-        """The engine's value of a tensor (N, …)."""
+        """Return the engine's value of a tensor (N, …)."""
         engine = engine_for(self.target.engine)
         with tempfile.TemporaryDirectory() as folder:
             cut, built = Path(folder) / "candidate", Path(folder) / "engine"
@@ -123,7 +124,7 @@ class _Search:
             return engine.load(built, self.target).run(self.samples)
 
     def _write_cut(self, tensor: str, folder: Path) -> None:
-        """A candidate whose ONNX ends at a tensor, as float32."""
+        """Write a candidate whose ONNX ends at a tensor, as float32."""
         import onnx
         from onnx.utils import Extractor
 

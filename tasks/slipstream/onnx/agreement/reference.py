@@ -1,4 +1,4 @@
-"""The reference: an ONNX file run as it is written, by ONNX Runtime without any optimisation of the graph."""
+"""The reference: an ONNX file run as written, by ONNX Runtime without any optimization of the graph."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from slipstream.onnx.session import Session
 
 
 def reference(path: Path, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """(N, …) outputs. Raises ModelError when it cannot be run, or answers NaN or infinity."""
+    """Return (N, …) outputs. Raise ModelError if it cannot be run, or answers NaN or infinity."""
     with _naming(path):
         answers = Session(path).run(samples)
     if not np.isfinite(answers).all():
@@ -23,9 +23,9 @@ def reference(path: Path, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def tensors(path: Path, samples: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.floating]]:
-    """Every floating-point tensor with a row for each of the samples (N, …), by name, in the graph's order.
+    """Return every floating-point tensor with a row for each of the samples (N, …), by name, in the graph's order.
 
-    The order is topological, as ONNX demands. Raises ModelError.
+    The order is topological, as ONNX demands. Raise ModelError.
     """
     import onnx
 
@@ -43,7 +43,7 @@ def tensors(path: Path, samples: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.f
 
 
 def _depending(graph: Any, source: str) -> dict[str, None]:
-    """Names of the tensors that depend on `source`, in order; constants, and what is folded from them, do not."""
+    """Return names of the tensors that depend on `source`, in order, without constants and what is folded from them."""
     dependents = {source: None}
     for node in graph.node:
         if any(name in dependents for name in node.input):
@@ -54,7 +54,7 @@ def _depending(graph: Any, source: str) -> dict[str, None]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Say which file it was that ONNX Runtime does not run."""
+    """Name the file in ONNX Runtime's errors."""
     try:
         yield
     except ModelError as error:

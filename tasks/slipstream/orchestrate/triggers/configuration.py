@@ -1,6 +1,6 @@
-"""What the receiver must know: from the environment where it is deployed by itself, else from the embedded platform.
+"""The receiver's configuration: from the environment if it is deployed separately, else from the embedded platform.
 
-Each variable stands alone and wins over the platform's files, so that one of them can be tried on one machine too.
+Each variable is independent and overrides the platform's files, so a single one can be tried on one machine too.
 """
 
 import os
@@ -15,14 +15,14 @@ from slipstream.platform import addresses
 AIRFLOW = "SLIPSTREAM_AIRFLOW_URL"
 """Airflow's API server."""
 USER, PASSWORD = "SLIPSTREAM_AIRFLOW_USER", "SLIPSTREAM_AIRFLOW_PASSWORD"
-"""The Airflow user by whom runs are started."""
+"""The Airflow user that starts runs."""
 MLFLOW = "MLFLOW_TRACKING_URI"
 SECRET = "SLIPSTREAM_WEBHOOK_SECRET"  # noqa: S105 (the name of a variable)
-"""What MLflow signs its deliveries with; the receiver tells it to MLflow when it registers the webhook."""
+"""Key with which MLflow signs its deliveries; the receiver passes it to MLflow when it registers the webhook."""
 URL = "SLIPSTREAM_WEBHOOK_URL"
 """Base URL by which MLflow reaches the receiver."""
 LISTEN = "SLIPSTREAM_WEBHOOK_LISTEN"
-"""HOST:PORT to listen at."""
+"""HOST:PORT to listen on."""
 VARIABLES = (AIRFLOW, USER, PASSWORD, MLFLOW, SECRET, URL, LISTEN)
 
 
@@ -40,17 +40,17 @@ class Configuration:
 
     @property
     def host(self) -> str:
-        """Address to listen at."""
+        """Address to listen on."""
         return urlsplit(f"//{self.listen}").hostname or "127.0.0.1"
 
     @property
     def port(self) -> int:
-        """Port to listen at."""
+        """Port to listen on."""
         return urlsplit(f"//{self.listen}").port or 80
 
 
 def load(home: Home, environment: Mapping[str, str] = os.environ) -> Configuration:
-    """Raises InputError, naming what is missing, when neither says it or when LISTEN is no address."""
+    """Read the configuration. Raise InputError, naming the missing part, or for a LISTEN that is not an address."""
     values = _of_platform(home) | {name: environment[name] for name in VARIABLES if environment.get(name)}
     missing = [name for name in VARIABLES if name not in values]
     if missing:
@@ -66,7 +66,7 @@ def load(home: Home, environment: Mapping[str, str] = os.environ) -> Configurati
 
 
 def _of_platform(home: Home) -> dict[str, str]:
-    """What `slipstream up` wrote; nothing when it never ran here."""
+    """Return what `slipstream up` wrote; empty if it never ran here."""
     if not home.addresses_file().exists():
         return {}
     places, secrets = addresses.load(home), addresses.load_secrets(home)

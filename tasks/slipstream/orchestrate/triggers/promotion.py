@@ -1,6 +1,6 @@
-"""The third way in: a promotion in the model registry starts a run, once for each model version.
+"""The third way to start a run: a promotion in the model registry, once for each model version.
 
-The run's id is made from the alias and the version, so Airflow itself refuses a second one, whoever asks: the
+The run's id consists of the alias and the version, so Airflow itself refuses a second run, whether it comes from the
 webhook, the reconciler, both at once, or either after a restart.
 """
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Runs(Protocol):
-    """What a promotion needs of Airflow."""
+    """The part of Airflow's API that a promotion needs."""
 
     def dag(self, dag_id: str) -> dict[str, Any] | None: ...
     def run(self, dag_id: str, run_id: str) -> dict[str, Any] | None: ...
@@ -27,14 +27,15 @@ class Runs(Protocol):
 
 
 def run_id(alias: str, version: str) -> str:
-    """Id of the run for a promoted version."""
+    """Return the id of the run for a promoted version."""
     return f"{alias}-v{version}"
 
 
 def promoted_version(client: MlflowClient, model: str, alias: str) -> str | None:
-    """The version that somebody pointed the alias at; None without one, or when slipstream made that version itself.
+    """Return the version that a person pointed the alias at; None without one, or if slipstream made that version
+    itself.
 
-    Raises Unavailable when the registry does not answer.
+    Raise Unavailable if the registry does not answer.
     """
     try:
         version = client.get_model_version_by_alias(model, alias)
@@ -46,7 +47,7 @@ def promoted_version(client: MlflowClient, model: str, alias: str) -> str | None
 
 
 def start(airflow: Runs, spec: Spec, version: str) -> bool:
-    """Start the spec's run for a version; False when it was started before. Raises Unavailable."""
+    """Start the spec's run for a version; return False if it was started before. Raise Unavailable."""
     dag, name = catalog.dag_id(spec.name), run_id(spec.model.alias, version)
     if airflow.run(dag, name) is not None:
         return False

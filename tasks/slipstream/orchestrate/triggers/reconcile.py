@@ -1,4 +1,4 @@
-"""Finds what a lost webhook missed, and reports where a champion and its traffic disagree."""
+"""Finds promotions missed by a lost webhook, and reports where a champion and its traffic disagree."""
 
 import logging
 import threading
@@ -20,7 +20,8 @@ INTERVAL_S = 30
 
 
 def reconcile(home: Home, client: MlflowClient, airflow: promotion.Runs) -> list[str]:
-    """Start every missing run; returns the names of the specs that got one. One spec's trouble stops no other."""
+    """Start every missing run; return the names of the specs that got one. An error at one spec does not stop the
+    others."""
     started = []
     for name, spec in catalog.published(home):
         if not isinstance(spec, Spec):
@@ -37,14 +38,14 @@ def reconcile(home: Home, client: MlflowClient, airflow: promotion.Runs) -> list
 
 
 def models(home: Home) -> list[str]:
-    """Registered models that published specs are about."""
+    """Return the registered models of published specs."""
     return sorted({spec.model.name for _, spec in catalog.published(home) if isinstance(spec, Spec)})
 
 
 def report_drift(home: Home, client: MlflowClient, traffic: TrafficController) -> list[str]:
-    """Log where alias and real traffic of a published model disagree, as they do while a rollout is under way.
+    """Log where alias and real traffic of a published model disagree, as they do during a rollout.
 
-    Only reported: what was begun and not finished, the watchdog finishes or puts back (release/watchdog.py).
+    This is only reported: unfinished moves are completed or reverted by the watchdog (release/watchdog.py).
     """
     sentences = []
     for model in models(home):
@@ -58,12 +59,12 @@ def report_drift(home: Home, client: MlflowClient, traffic: TrafficController) -
 
 
 def keep_reconciling(once: Callable[[], object], stop: threading.Event, interval_s: float = INTERVAL_S) -> None:
-    """Call `once` now and every `interval_s` until `stop` is set; nothing that it raises ends the loop."""
+    """Call `once` now and every `interval_s` until `stop` is set; no exception ends the loop."""
     while True:
         try:
             once()
         except Exception:
-            # The loop is the safety net: whatever went wrong, the next round must come.
+            # The loop is the safety net: the next round must run after any error.
             log.exception("reconciling failed, next try in %.0f s", interval_s)
         if stop.wait(interval_s):
             return

@@ -1,7 +1,7 @@
 """Receives MLflow's registry webhooks: `python -m slipstream.orchestrate.triggers.server`.
 
-A delivery that cannot be served now is answered with 503, so that MLflow sends it again; what it gives up on is
-found by the reconciler, which runs beside.
+A delivery that cannot be handled now is answered with 503, so that MLflow sends it again; deliveries that MLflow gives
+up on are found by the reconciler, which runs in the same process.
 """
 
 import asyncio
@@ -37,9 +37,9 @@ PATH = "/webhooks/mlflow"
 NAME = "slipstream"
 EVENT = "model_version_alias.created"
 MOST_BYTES = 2**20
-"""Of a delivery; MLflow's have some hundred bytes."""
+"""Maximum size of a delivery; MLflow's have some hundred bytes."""
 BODY_S = 10.0
-"""For the whole body."""
+"""Time limit for the whole body."""
 
 
 class Alias(BaseModel):
@@ -59,9 +59,9 @@ class Delivery(BaseModel):
 
 
 def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, url: str, secret: str) -> FastAPI:
-    """The receiver and its reconciler. The reconciler also registers the webhook, until MLflow takes it.
+    """Return the receiver with its reconciler, which also registers the webhook, until MLflow accepts it.
 
-    `url` is the base URL by which MLflow reaches the receiver, `secret` what MLflow signs with.
+    `url` is the base URL by which MLflow reaches the receiver, `secret` the key that MLflow signs with.
     """
 
     registered = threading.Event()
@@ -69,7 +69,7 @@ def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, url: s
     def once() -> None:
         try:
             register()
-        finally:  # what no webhook tells, the reconciler finds
+        finally:  # the reconciler finds what no webhook reports
             look()
 
     def register() -> None:
@@ -112,7 +112,8 @@ def create_app(home: Home, client: MlflowClient, airflow: promotion.Runs, url: s
 
 
 async def _genuine(request: Request, secret: str) -> bytes:
-    """The body of a signed delivery. What is not signed is refused by its headers, where they show it, unread."""
+    """Return the body of a signed delivery. An unsigned one is refused, by its headers if possible, without reading
+    it."""
     headers = request.headers
     try:
         signed = signature.read_headers(
@@ -132,7 +133,7 @@ async def _genuine(request: Request, secret: str) -> bytes:
 
 
 async def _body(request: Request) -> bytes:
-    """The body of a request. Raises HTTPException as soon as it is too large, or too late; ClientDisconnect."""
+    """Return the body of a request. Raise HTTPException as soon as it is too large or too late; ClientDisconnect."""
     _require_small(int(request.headers.get("content-length", 0)))
     parts, size = [], 0
     try:
@@ -152,10 +153,10 @@ def _require_small(size: int) -> None:
 
 
 def deliver(home: Home, client: MlflowClient, airflow: promotion.Runs, body: bytes) -> list[str]:
-    """Act on a genuine delivery: names of the specs whose run was started.
+    """Act on a genuine delivery; return the names of the specs whose run was started.
 
-    The delivery says only where to look. What counts is where the alias points now: deliveries may come late, twice
-    or in the wrong order. Raises Unavailable, and ValidationError for an unknown document.
+    The delivery only says where to look. What counts is where the alias points now: deliveries may arrive late, twice
+    or in the wrong order. Raise Unavailable, and ValidationError for an unknown document.
     """
     delivery = Delivery.model_validate_json(body)
     if f"{delivery.entity}.{delivery.action}" != EVENT:
@@ -169,12 +170,12 @@ def deliver(home: Home, client: MlflowClient, airflow: promotion.Runs, body: byt
 
 
 def knows_traffic(home: Home) -> bool:
-    """Whether there is traffic to compare with the registry: none is told where neither Envoy nor KServe is used."""
+    """Return whether there is traffic to compare with the registry, which needs Envoy or KServe."""
     return "SLIPSTREAM_TRAFFIC" in os.environ or home.addresses_file().exists()
 
 
 def ensure_webhook(client: MlflowClient, url: str, secret: str) -> None:
-    """Register the webhook, or point the registered one here. MLflow does not tell secrets, so it is always set."""
+    """Register the webhook, or update the registered one. MLflow does not reveal secrets, so it is always set."""
     webhooks = [w for w in client.list_webhooks(max_results=100) if w.name == NAME]
     if webhooks:
         client.update_webhook(webhooks[0].webhook_id, url=url, events=[EVENT], secret=secret, status="ACTIVE")
@@ -184,7 +185,7 @@ def ensure_webhook(client: MlflowClient, url: str, secret: str) -> None:
 
 
 Loops = Mapping[str, tuple[Callable[[], None], float]]
-"""Name → what is called again and again beside the receiver, and the seconds in between."""
+"""Recurring calls of the receiver's process, and their intervals in seconds, by name."""
 
 
 def _beside(loops: Loops) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:

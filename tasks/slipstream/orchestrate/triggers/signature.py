@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 MAX_AGE_S = 300
-"""Older deliveries are refused, so that a recorded one cannot be played again later."""
+"""Older deliveries are refused, so that a recorded one cannot be replayed later."""
 
 
 TIMESTAMP = re.compile("[0-9]{1,12}")
@@ -23,13 +23,13 @@ class SignatureError(ValueError):
 
 
 def sign(secret: str, delivery_id: str, timestamp: str, body: bytes) -> bytes:
-    """HMAC-SHA256 of a delivery."""
+    """Return the HMAC-SHA256 of a delivery."""
     return hmac.digest(secret.encode(), f"{delivery_id}.{timestamp}.".encode() + body, hashlib.sha256)
 
 
 @dataclass(frozen=True)
 class Headers:
-    """What a delivery says of itself, before its body is read."""
+    """A delivery's headers, which are checked before its body is read."""
 
     delivery_id: str
     timestamp: str
@@ -43,7 +43,7 @@ def read_headers(delivery_id: str, timestamp: str, signature: str, now_s: float)
         raise SignatureError("the signature is missing or not of version v1")
     try:
         digest = base64.b64decode(encoded, validate=True)
-    except ValueError as error:  # of which binascii.Error is one; non-ASCII characters are another
+    except ValueError as error:  # binascii.Error is one; non-ASCII characters are another
         raise SignatureError("the signature cannot be read") from error
     if not TIMESTAMP.fullmatch(timestamp):
         raise SignatureError("the timestamp cannot be read")
@@ -53,6 +53,6 @@ def read_headers(delivery_id: str, timestamp: str, signature: str, now_s: float)
 
 
 def verify(secret: str, headers: Headers, body: bytes) -> None:
-    """Raise SignatureError unless whoever knows the secret signed the body under these headers."""
+    """Raise SignatureError unless a holder of the secret signed the body under these headers."""
     if not hmac.compare_digest(headers.digest, sign(secret, headers.delivery_id, headers.timestamp, body)):
         raise SignatureError("the signature does not match")

@@ -1,4 +1,4 @@
-"""What cannot wait for the reconciler: a killed supervisord, and logs that grow.
+"""Upkeep that cannot wait for the reconciler: a killed supervisord, and growing logs.
 
 supervisord keeps this process alive, and this process keeps supervisord alive.
 """
@@ -14,7 +14,7 @@ INTERVAL_S = 5
 
 
 def keep_up(home: Home) -> None:
-    """Look once after the embedded platform; nothing where `up` never ran. Raises Unavailable."""
+    """Check the embedded platform once; nothing to do if `up` never ran. Raise Unavailable."""
     if not home.addresses_file().exists():
         return
     if lifecycle.revive(home):

@@ -1,4 +1,4 @@
-"""What a finished step achieved, in a few words from its metrics in MLflow."""
+"""Results of a finished step, in a few words from its metrics in MLflow."""
 
 from collections.abc import Mapping
 
@@ -6,11 +6,11 @@ from slipstream.plugins import BUILD, VALIDATE
 from slipstream.reports import wording
 
 TRAINED = "test_"
-"""Prefix of the spec's metric on the test split, as steps that make a candidate log it."""
+"""Prefix of the spec's metric on the test split, as logged by steps that make a candidate."""
 
 
 def achieved(step: str, metrics: Mapping[str, float]) -> tuple[str, ...]:
-    """Such as (`top1 91.9 %`, `−0.2 points`), or (`46 kB`); empty where the step measures nothing."""
+    """Return results such as (`top1 91.9 %`, `−0.2 points`), or (`46 kB`); empty if the step measures nothing."""
     if step == VALIDATE:
         return tuple(_validated(metrics))
     if step == BUILD:
@@ -30,7 +30,7 @@ def _candidate(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _validated(metrics: Mapping[str, float]) -> list[str]:
-    """Of an engine: drop, latency and gains; what was not measured is left out."""
+    """Return drop, latency and gains of an engine; unmeasured ones are left out."""
     parts = []
     if "drop_pp" in metrics:
         parts.append(f"drop {wording.points(metrics['drop_pp'])} (at most {wording.points(metrics['drop_pp_high'])})")

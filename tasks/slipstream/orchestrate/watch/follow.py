@@ -31,15 +31,16 @@ from slipstream.reports.find import connect
 
 POLL_S = 1.0
 MEASURING_POLL_S = 10.0
-"""While a step measures time: what the display asks of Airflow and MLflow takes processor time from it."""
+"""Poll interval while a step measures time: the display's requests to Airflow and MLflow take processor time from
+it."""
 PATIENCE_S = 300
-"""How long a silent Airflow is waited for; a restart takes about a minute."""
+"""How long to wait for a silent Airflow; a restart takes about a minute."""
 
 
 def follow(home: Home, run: Started, console: Console) -> int:
-    """Show the run until it ends; returns the exit code. Ctrl-C leaves the run going and says so.
+    """Show the run until it ends; return the exit code. Ctrl-C leaves the run going and says so.
 
-    Raises Unavailable when Airflow is silent for PATIENCE_S, InputError when there is no such run.
+    Raise Unavailable if Airflow is silent for PATIENCE_S, InputError if there is no such run.
     """
     be_patient_elsewhere()
     notes = Notes(connect(home), run.spec.model.name, run.spec.name, run.run_id)
@@ -71,7 +72,7 @@ def follow(home: Home, run: Started, console: Console) -> int:
 
 
 def _end(code: int, headline: str, run: Started, seconds: float | None) -> str:
-    """What became of the run, as its report says it, and how long it took."""
+    """Return the run's outcome, as stated in its report, and its duration."""
     mark = "[green]✓[/]" if code == 0 else "[bold red]✗[/]"
     text = escape(headline) or ("Finished" if code == 0 else "Failed")
     return f"\n{mark} [bold]{text}[/]\n  [dim]{run.spec.name} {run.run_id} took {duration(seconds)}[/]"
@@ -82,7 +83,7 @@ def _next(code: int) -> str:
 
 
 class _Watch:
-    """The newest look at a run."""
+    """The latest view of a run."""
 
     def __init__(self, airflow: AirflowApi, source: Notes, run: Started) -> None:
         self._airflow, self._source, self._run = airflow, source, run
@@ -99,11 +100,11 @@ class _Watch:
 
     @property
     def seconds(self) -> float | None:
-        """How long the run took, or has taken so far; None while it is queued."""
+        """Duration of the run so far; None while it is queued."""
         return seconds_between(self._began, self._ended)
 
     def due(self, now_s: float) -> bool:
-        """Whether to look again: seldom while a step measures. `now_s` is of the monotonic clock."""
+        """Return whether to poll again: rarely while a step measures. `now_s` is of the monotonic clock."""
         measuring = any(t.state == "running" and t.step in STEPS and STEPS[t.step].measures for t in self.tasks)
         interval_s = MEASURING_POLL_S if measuring else POLL_S
         if self._looked is not None and now_s - self._looked < interval_s:
@@ -112,7 +113,8 @@ class _Watch:
         return True
 
     def look(self) -> bool:
-        """Ask Airflow, then MLflow; whether the run is over. The last look at the tasks comes after the run's end."""
+        """Query Airflow, then MLflow; return whether the run is over. The last query of the tasks follows the run's
+        end."""
         try:
             dag_run = self._airflow.run(self._run.dag_id, self._run.run_id)
             if dag_run is None:
@@ -137,14 +139,14 @@ class _Watch:
         return self._journal.lines(self.tasks, self.notes, self.reasons)
 
     def _ask_for_reasons(self) -> None:
-        """Read a failed task's log once: a step that never reached MLflow says only there why it failed."""
+        """Read a failed task's log once: if a step never reached MLflow, only the log says why it failed."""
         for task in self.tasks:
             key = (task.id, task.tries)
             if task.state in ("failed", "up_for_retry") and task.step != "outcome" and key not in self.reasons:
                 self.reasons[key] = self._airflow.error(self._run.dag_id, self._run.run_id, task)
 
     def footer(self) -> str:
-        """One quiet line: how far, how long, and what is silent."""
+        """Return one quiet line: progress, duration, and silent services."""
         over = sum(t.state in OVER for t in self.tasks)
         facts = [self._run.run_id, f"{over} of {len(self.tasks)} tasks", duration(self.seconds), self._silent]
         return "  ".join(part for part in (self.state if self.state == "queued" else "", *facts) if part)

@@ -1,4 +1,4 @@
-"""Turns what Airflow and MLflow say, again and again, into lines that are each said once. Knows no screen."""
+"""Converts the repeated answers of Airflow and MLflow into lines that each appear once. Independent of any screen."""
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,23 +21,23 @@ VERDICTS: dict[Answer, Kind] = {"pass": "pass", "fail": "fail", "inconclusive": 
 
 
 Try = tuple[str, int]
-"""Task id, number of the try."""
+"""Task id and number of the try."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """Something that happened."""
+    """An event."""
 
     kind: Kind
     text: str
     """Without mark or color."""
     right: str = ""
-    """What stands at the end of the line: how long it took."""
+    """Text at the end of the line: its duration."""
 
 
 @dataclass(frozen=True)
 class UnderWay:
-    """A task that runs now, with what its step says of itself."""
+    """A running task, with its step's own progress."""
 
     task: str
     name: str
@@ -47,14 +47,15 @@ class UnderWay:
 
 
 class Journal:
-    """Remembers what has been said of one run."""
+    """Remembers which lines of one run have been shown."""
 
     def __init__(self) -> None:
         self._said: set[tuple[str, int, str]] = set()
         self._stage = ""
 
     def lines(self, tasks: Sequence[TaskInstance], notes: Mapping[Key, Note], reasons: Mapping[Try, str]) -> list[Line]:
-        """What happened since the last call, in the order of the flow. `reasons` are the errors in Airflow's logs."""
+        """Return what happened since the last call, in the order of the flow. `reasons` are the errors in Airflow's
+        logs."""
         new: list[Line] = []
         for task in sorted(tasks, key=_place):
             state = "retry" if task.state == "up_for_retry" else task.state or ""
@@ -73,7 +74,7 @@ class Journal:
 
 
 def under_way(tasks: Sequence[TaskInstance], notes: Mapping[Key, Note]) -> list[UnderWay]:
-    """The tasks that run or wait for a person now, in the order of the flow."""
+    """Return the tasks that are running or waiting for a person, in the order of the flow."""
     return [
         UnderWay(
             task.step,
@@ -88,13 +89,13 @@ def under_way(tasks: Sequence[TaskInstance], notes: Mapping[Key, Note]) -> list[
 
 
 def not_reached(tasks: Sequence[TaskInstance]) -> list[Line]:
-    """One line that names the tasks that a failure kept from running; it comes last, when that is certain."""
+    """Return one line that names the tasks that a failure prevented; it comes last, when that is certain."""
     steps = dict.fromkeys(task.step for task in sorted(tasks, key=_place) if task.state == "upstream_failed")
     return [Line("skipped", f"not reached: {', '.join(steps)}")] if steps else []
 
 
 def exit_code(state: str, notes: Mapping[Key, Note]) -> int:
-    """0 for a green run; else 3 when a gate failed, 2 when the input is wrong, 1 for all else."""
+    """Return 0 for a successful run; else 3 if a gate failed, 2 if the input is wrong, 1 for other errors."""
     if state == "success":
         return 0
     codes = {n.exit_code for n in notes.values() if n.status == "FAILED"}
@@ -102,7 +103,7 @@ def exit_code(state: str, notes: Mapping[Key, Note]) -> int:
 
 
 def duration(seconds: float | None) -> str:
-    """`0.4 s`, `12 s`, `3:05` or `1:02:11`."""
+    """Return `0.4 s`, `12 s`, `3:05` or `1:02:11`."""
     if seconds is None:
         return ""
     if seconds < 60:
@@ -113,7 +114,7 @@ def duration(seconds: float | None) -> str:
 
 
 def seconds_between(began: str | None, ended: str | None = None) -> float | None:
-    """Seconds from one ISO 8601 time to another, or to now; None without a beginning."""
+    """Return seconds from one ISO 8601 time to another, or to now; None without a beginning."""
     if began is None:
         return None
     end = datetime.datetime.fromisoformat(ended) if ended else datetime.datetime.now(datetime.UTC)
@@ -125,7 +126,7 @@ def _place(task: TaskInstance) -> tuple[tuple[int, int], str]:
 
 
 def _told(task: TaskInstance, note: Note | None, state: str, reason: str) -> Iterable[Line]:
-    """A task's line and the lines below it."""
+    """Return a task's line and the lines below it."""
     text, took = f"{task.step:<9} {task.cell}".rstrip(), duration(task.seconds)
     if state == "skipped":
         if not task.cell:  # a recipe that was not chosen is no news
@@ -140,14 +141,14 @@ def _told(task: TaskInstance, note: Note | None, state: str, reason: str) -> Ite
             parts = (text, *reused, *achieved(task.step, note.metrics if note else {}))
             yield Line(_outcome(note), "  ".join(parts), took)
             yield from _verdicts(note, with_passed=not task.cell)
-    elif state == "failed" and task.step != "outcome":  # whose message repeats what was told
+    elif state == "failed" and task.step != "outcome":  # its message repeats what was shown
         yield Line("failed", text, took)
         yield from _verdicts(note, with_passed=True)
         yield from _error(note, reason)
 
 
 def _outcome(note: Note | None) -> Kind:
-    """`done` is for what passed, or has no gate."""
+    """Return a task's outcome; `done` is for passed tasks and those without a gate."""
     answers = {answer for _, answer, _ in note.verdicts} if note else set()
     return "rejected" if "fail" in answers else "undecided" if "inconclusive" in answers else "done"
 
@@ -159,7 +160,7 @@ def _verdicts(note: Note | None, *, with_passed: bool) -> Iterable[Line]:
 
 
 def _error(note: Note | None, reason: str) -> Iterable[Line]:
-    """The first lines of a step's error, as MLflow has it or else Airflow, unless its verdicts said it."""
+    """Return the first lines of a step's error, from MLflow or else Airflow, unless its verdicts contained it."""
     if note and any(answer != "pass" for _, answer, _ in note.verdicts):
         return
     message = note.error if note and note.status == "FAILED" else ""

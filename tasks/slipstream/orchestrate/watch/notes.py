@@ -1,4 +1,4 @@
-"""What MLflow knows of a run's steps while they run: progress, figures, verdicts, errors."""
+"""MLflow's data on the steps of a run in progress: progress, figures, verdicts, errors."""
 
 import json
 import os
@@ -14,18 +14,18 @@ from slipstream.store import tracking
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a step is, as it said last."""
+    """Latest reported progress of a step."""
 
     done: int
     total: int
     unit: str = ""
-    """What is counted, such as `batches`."""
+    """Unit of the count, such as `batches`."""
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Such as the loss."""
+    """Figures such as the loss."""
 
     @property
     def share(self) -> float:
-        """From 0 to 1."""
+        """Share done, from 0 to 1."""
         return self.done / max(self.total, 1)
 
 
@@ -34,18 +34,18 @@ class Note:
     """The newest MLflow run of a step and cell."""
 
     status: str
-    """MLflow's: RUNNING, FINISHED, FAILED."""
+    """MLflow's status: RUNNING, FINISHED, FAILED."""
     run_id: str = ""
     progress: Progress | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Latest values."""
     verdicts: tuple[tuple[str, Answer, str], ...] = ()
-    """Gate, answer, reason."""
+    """Gate, answer and reason of each verdict."""
     error: str = ""
     exit_code: int | None = None
     reused: bool = False
     headline: str = ""
-    """What the report says became of the run: of the pipeline's own MLflow run, once there is a report."""
+    """The report's headline, from the pipeline's own MLflow run, once there is a report."""
 
 
 Key = tuple[str, str]
@@ -54,17 +54,17 @@ PIPELINE: Key = ("pipeline", "")
 
 
 class Notes:
-    """Reads the notes of one pipeline run. Errors are MlflowException."""
+    """Reads the notes of one pipeline run. Raises MlflowException."""
 
     def __init__(self, client: MlflowClient, model: str, spec: str, run_key: str) -> None:
         self._client = client
         self._experiment = tracking.experiment_name(model)
         self._tags = {tracking.SPEC: spec, tracking.RUN_KEY: run_key}
         self.experiment_id: str | None = None
-        """The experiment of the model; None until its first step has made it."""
+        """The experiment of the model; None until its first step has created it."""
 
     def read(self) -> dict[Key, Note]:
-        """Step and cell → note. Empty before the first step has started: the experiment is the step's to make."""
+        """Return notes by step and cell. Empty before the first step has started, which creates the experiment."""
         experiment = self._client.get_experiment_by_name(self._experiment)
         if experiment is None:
             return {}
@@ -97,5 +97,5 @@ def _verdict(gate: str, text: str) -> tuple[str, Answer, str]:
 
 
 def be_patient_elsewhere() -> None:
-    """Let MLflow's client give up quickly: the display asks again, and must not stand still for minutes."""
+    """Let MLflow's client give up quickly: the display polls again, and must not hang for minutes."""
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}

@@ -19,7 +19,7 @@ CHOICES = ("max_drop", "recipes", "stop_after", "source_version")
 
 @dataclass(frozen=True)
 class Started:
-    """A run that Airflow has taken."""
+    """A run that Airflow has accepted."""
 
     spec: Spec
     dag_id: str
@@ -27,7 +27,8 @@ class Started:
 
 
 def choices(parameters: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` pairs as the trigger form's fields; a list is `a,b` or JSON (`["a","b"]`). Raises InputError."""
+    """Return `KEY=VALUE` pairs as the trigger form's fields; a list is `a,b` or JSON (`["a","b"]`). Raise
+    InputError."""
     chosen: dict[str, Any] = {}
     for pair in parameters:
         key, equals, text = pair.partition("=")
@@ -41,7 +42,7 @@ def choices(parameters: Sequence[str]) -> dict[str, Any]:
 
 
 def _names(pair: str, text: str) -> list[str]:
-    """Names in `a,b`, `[a, b]` or JSON: none holds a comma or a quote. Raises InputError when there are none."""
+    """Return names in `a,b`, `[a, b]` or JSON: none contains a comma or a quote. Raise InputError if there are none."""
     inner = text.strip().removeprefix("[").removesuffix("]")
     names = [stripped for name in inner.split(",") if (stripped := name.strip(" \"'"))]
     if not names:
@@ -57,14 +58,14 @@ def _number(pair: str, text: str) -> float:
 
 
 def check_choices(wanted: Spec, chosen: Mapping[str, Any]) -> None:
-    """Refuse here what Airflow would refuse later. Raises InputError."""
+    """Reject here what Airflow would reject later. Raise InputError."""
     flow.with_choices(wanted, max_drop=chosen.get("max_drop"), recipes=chosen.get("recipes"))
     if chosen.get("stop_after", "none") not in flow.STOP_AFTER:
         raise InputError(f"--param stop_after={chosen['stop_after']}: must be one of {', '.join(flow.STOP_AFTER)}")
 
 
 def start(home: Home, path: Path, chosen: Mapping[str, Any]) -> Started:
-    """Publish the spec and start a run of it. Raises SpecError, InputError, Unavailable."""
+    """Publish the spec and start a run of it. Raise SpecError, InputError, Unavailable."""
     spec = specs.load(path)
     check_choices(spec, chosen)
     airflow = AirflowApi.of(home)
@@ -76,7 +77,7 @@ def start(home: Home, path: Path, chosen: Mapping[str, Any]) -> Started:
     airflow.unpause(dag_id)
     if promoted:
         run_id, conf = promoted
-        airflow.trigger(dag_id, run_id, conf)  # when the reconciler was faster, its run is the one to follow
+        airflow.trigger(dag_id, run_id, conf)  # if the reconciler was faster, its run is the one to follow
         return Started(spec, dag_id, run_id)
     run_id = f"run-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
     if not airflow.trigger(dag_id, run_id, chosen):
@@ -85,9 +86,9 @@ def start(home: Home, path: Path, chosen: Mapping[str, Any]) -> Started:
 
 
 def require_same_graph(home: Home, wanted: Spec, airflow: AirflowApi) -> None:
-    """Raise Unavailable where publishing the spec now would change the graph of a run under way.
+    """Raise Unavailable if publishing the spec now would change the graph of a run in progress.
 
-    A run keeps its own copy of the spec, but Airflow takes the tasks of every run from the DAG as it is now.
+    A run keeps its own copy of the spec, but Airflow takes the tasks of every run from the current DAG.
     """
     try:
         published = catalog.read(home, wanted.name)
@@ -108,10 +109,10 @@ def _graph(spec: Spec) -> set[flow.Task]:
 
 
 def _promotion(home: Home, spec: Spec, airflow: AirflowApi) -> tuple[str, dict[str, Any]] | None:
-    """Run id and conf of the run that the alias asks for, if it is still to come.
+    """Return run id and conf of the run that the alias requests, if it has not started yet.
 
-    Publishing a spec whose alias points at a version makes the reconciler start that version's run; taking its id
-    here means one run instead of two. A spec that trains is asked to train.
+    Publishing a spec whose alias points at a version makes the reconciler start that version's run; using its id here
+    gives one run instead of two. A spec that trains is trained.
     """
     if spec.model.train is not None:
         return None

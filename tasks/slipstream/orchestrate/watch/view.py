@@ -1,4 +1,5 @@
-"""Shows a run: what has happened stays above as lines, what runs now moves below them. Plain lines off a terminal."""
+"""Shows a run: past events stay above as lines, running tasks are updated below them. Plain lines without a
+terminal."""
 
 import time
 from collections.abc import Sequence
@@ -31,28 +32,28 @@ MARKS: dict[Kind, tuple[str, str, int]] = {
 """Mark, its style, and the indent."""
 
 PROGRESS_EVERY_S = 15
-"""Between two progress lines of the same task in a log."""
+"""Interval between two progress lines of the same task in a log."""
 
 
 class View(Protocol):
-    """Where a watched run is shown."""
+    """Output of a watched run."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
     def show(self, lines: Sequence[Line], now: Sequence[UnderWay], footer: str) -> None:
-        """Add lines, and replace what is said of the present."""
+        """Add lines, and replace the current state."""
         ...
 
 
 def view(console: Console) -> View:
-    """The view that fits the console."""
+    """Return the view that fits the console."""
     return LiveView(console) if console.is_terminal else PlainView(console)
 
 
 class LiveView:
-    """For a terminal."""
+    """A view for a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -91,7 +92,7 @@ class LiveView:
 
 
 class PlainView:
-    """For a log file or a pipe: a line for each change, progress now and then."""
+    """A view for a log file or a pipe: a line for each change, progress from time to time."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -124,7 +125,7 @@ class PlainView:
 
 
 def rendered(line: Line, width: int) -> RenderableType:
-    """A line for the terminal: mark, text that wraps below itself, and the time at the right."""
+    """Return a line for the terminal: mark, wrapped text, and the time at the right."""
     mark, style, indent = MARKS[line.kind]
     if line.kind == "stage":
         return Padding(Text(line.text, style=style), (1, 0, 0, 0))
