@@ -85,7 +85,7 @@ def place(spec: Spec, steps: Sequence[str], placed: dict[flow.Task, StepOperator
 
 
 def share_of(step: str) -> dict[str, Any]:
-    """Return the pool slots of a step: the whole machine if it trains or measures, half of it otherwise."""
+    """Return the pool slots of a step: all if it trains or measures, half for other steps of a recipe or cell."""
     info = STEPS[step]
     if info.moves_traffic:
         return ONE_RELEASE

@@ -79,7 +79,7 @@ def account(job: Job) -> str:
 
 
 def environment(job: Job) -> dict[str, str]:
-    """Return the variables that are not secret and differ between steps."""
+    """Return the variables that come from neither Secrets nor ConfigMaps."""
     return {
         "SLIPSTREAM_HOME": HOME,
         "SLIPSTREAM_CODE": CODE,

@@ -167,7 +167,7 @@ class TrainJob:
 
 
 def _reasons(pod: Any) -> Iterator[str]:
-    """Return why a pod waits, as reported by the scheduler and the node."""
+    """Yield why a pod waits, as reported by the scheduler and the node."""
     if pod is None:
         yield "no pod was made for it; is Kubeflow Trainer running?"
         return

@@ -165,7 +165,7 @@ def _imports(name: str, path: Path) -> set[str]:
 
 
 def _imported(node: ast.AST, package: str) -> Iterator[str]:
-    """Return names in an import statement that may be modules: for `from a import b`, both a and a.b."""
+    """Yield names in an import statement that may be modules: for `from a import b`, both a and a.b."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):

@@ -44,7 +44,7 @@ def convert(candidate: Path, quantization: Quantize | None, target: Target) -> b
 
 
 def _samples(path: Path) -> Iterator[list[npt.NDArray[Any]]]:
-    """Return the representative data set: one sample with its batch dimension at a time."""
+    """Yield the representative data set: one sample with its batch dimension at a time."""
     with np.load(path, allow_pickle=False) as arrays:
         yield from ([sample[None]] for sample in arrays["inputs"])
 
@@ -102,7 +102,7 @@ def arena_bytes(model: bytes, length: int | None = None) -> int | None:
 
 
 def _spans(interpreter: Any) -> Iterator[tuple[int, int]]:
-    """Return the first address, and the one after the last, of each tensor with memory; scalars do not report
+    """Yield the first address, and the one after the last, of each tensor with memory; scalars do not report
     theirs."""
     for tensor in interpreter.get_tensor_details():
         with contextlib.suppress(ValueError):  # it has none: it was fused away

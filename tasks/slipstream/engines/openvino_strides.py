@@ -43,7 +43,7 @@ def mend(model: ov.Model) -> int:
 
 
 def _affected(model: ov.Model) -> Iterator[ov.Node]:
-    """Return convolutions of quantized values with a 1×1 kernel, a stride, no padding, and channels not a multiple of
+    """Yield convolutions of quantized values with a 1×1 kernel, a stride, no padding, and channels not a multiple of
     16."""
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Convolution":

@@ -274,7 +274,7 @@ def sparse_layers(model: onnx.ModelProto) -> tuple[int, int]:
 
 
 def _weights(model: onnx.ModelProto) -> Iterator[npt.NDArray[Any]]:
-    """Return the constant weights of the layers in SPARSE, input channels last."""
+    """Yield the constant weights of the layers in SPARSE, input channels last."""
     constants = onnx_graph.constants(model.graph)
     makers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:

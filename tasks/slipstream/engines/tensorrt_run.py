@@ -34,7 +34,7 @@ Shape = tuple[int, ...]
 
 
 def chunks(n: int, least: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """Return how an engine that takes batches of `least` to `most` runs n samples: (start, samples, batch size).
+    """Yield how an engine that takes batches of `least` to `most` runs n samples: (start, samples, batch size).
 
     The batch size exceeds the number of samples if the rest of a batch is too small for the engine.
     """

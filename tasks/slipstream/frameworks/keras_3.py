@@ -101,7 +101,7 @@ def _config(path: Path) -> Any:
 
 
 def _strangers(config: Any) -> Iterator[str]:
-    """Return third-party classes in a description."""
+    """Yield third-party classes in a description."""
     if isinstance(config, Mapping):
         name, module = config.get("class_name"), config.get("module") or "keras"
         if name is not None and (

@@ -95,7 +95,7 @@ def constrain(network: Any, source: CandidateManifest, section: Any, job: Job, s
 
 
 def sparse(network: Any, source: CandidateManifest, prune: Prune, steps: int) -> Constrained:
-    """Set weights of smallest magnitude to zero: gradually (`magnitude`), or two of each four at once (`2:4`).
+    """Constrain weights of smallest magnitude to zero: gradually (`magnitude`), or two of each four at once (`2:4`).
 
     `steps` are those of an epoch.
     """
@@ -135,7 +135,7 @@ def sparse(network: Any, source: CandidateManifest, prune: Prune, steps: int) ->
 
 
 def clustered(network: Any, source: CandidateManifest, cluster: Cluster) -> Constrained:
-    """Restrict each layer's weights to few distinct values, which are trained (Han et al. 2016).
+    """Constrain each layer's weights to few distinct values, which are trained (Han et al. 2016).
 
     In a sparse network one of them is zero, and zeros stay where they are.
     """
@@ -284,7 +284,7 @@ def measure(network: Any, parameters: int) -> dict[str, float]:
 
 
 def zeros(network: Any) -> dict[str, int]:
-    """Return masks of zero weights by layer."""
+    """Return the number of zero weights by layer."""
     return {name: int((kernel == 0).sum()) for name, kernel in kernels(network)}
 
 

@@ -224,7 +224,7 @@ def require_finite(network: Any) -> None:
 
 
 def kernels(network: Any) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Return layer name and weight of each convolution and dense layer, which are pruned and clustered.
+    """Yield layer name and weight of each convolution and dense layer, which are pruned and clustered.
 
     Depthwise convolutions have few weights and are unchanged, as in tensorflow-model-optimization.
     """

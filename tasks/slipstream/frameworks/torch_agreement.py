@@ -93,7 +93,7 @@ def last_tensors(path: Path) -> dict[str, str]:
 
 
 def _scopes(network: Any, name: str = "", scope: str = "", label: str = "") -> Iterator[tuple[str, str]]:
-    """Return the exporter's scope in the ONNX by PyTorch's module name.
+    """Yield the exporter's scope in the ONNX by PyTorch's module name.
 
     A child of a sequence or a list is called after both (`layer1.0`); a list is not a scope.
     """

@@ -259,7 +259,7 @@ def _lost_contact(error: Exception) -> bool:
 
 @contextmanager
 def _variables(workers: int) -> Iterator[None]:
-    """Return the processes' environment: they share the processors, instead of each taking all of them."""
+    """Set the processes' environment: they share the processors, instead of each taking all of them."""
     threads = str(max(len(os.sched_getaffinity(0)) // workers, 1))
     settings = {name: os.environ.get(name, value) for name, value in {**LOCAL, "OMP_NUM_THREADS": threads}.items()}
     before = {name: os.environ.get(name) for name in settings}

@@ -179,7 +179,7 @@ def compare(
 
 
 def _rotated(names: tuple[str, ...], turn: int) -> tuple[str, ...]:
-    """Return orders in which each subject goes first equally often, each followed by its reverse.
+    """Return the order of a turn: each subject goes first equally often, and each order is followed by its reverse.
 
     With the reverse, no subject always runs after the same predecessor, whose threads may still spin and whose data
     fill the caches (carry-over; E. J. Williams, Australian Journal of Chemistry 2:149–168, 1949).

@@ -27,7 +27,7 @@ def peak_added(work: Callable[[], object], proc: Path = _PROC) -> float | None:
 
 
 def _give_back() -> None:
-    """Return memory that this process freed to the kernel: otherwise `work` would reuse it without being counted."""
+    """Give freed memory of this process back to the kernel: otherwise `work` would reuse it uncounted."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU C library's
     if trim is not None:

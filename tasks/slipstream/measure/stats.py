@@ -157,7 +157,7 @@ def _resample_counts(resamples: int, n: int, rng: np.random.Generator) -> Floats
 
 
 def _jackknife_counts(n: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """Return counts, in chunks, of the resamples that leave out one group of samples each; at most JACKKNIFE groups."""
+    """Yield counts, in chunks, of the resamples that leave out one group of samples each; at most JACKKNIFE groups."""
     group = rng.permutation(n) % min(n, JACKKNIFE)
     first = 0
     for size in _chunks(n, min(n, JACKKNIFE)):

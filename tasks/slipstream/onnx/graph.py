@@ -120,7 +120,7 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """Return a graph and the graphs in it: branches and loop bodies."""
+    """Yield a graph and the graphs in it: branches and loop bodies."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -130,13 +130,13 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Return all nodes, including those of branches and loop bodies."""
+    """Yield all nodes, including those of branches and loop bodies."""
     for graph in graphs(model.graph):
         yield from graph.node
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Return all tensors whose values the file holds: initializers and constants."""
+    """Yield all tensors whose values the file holds: initializers and constants."""
     for graph in graphs(model.graph):
         yield from graph.initializer
         for node in graph.node:

@@ -64,7 +64,7 @@ def read(home: Home, name: str) -> Spec:
 
 
 def published(home: Home) -> Iterator[tuple[str, Spec | SpecError]]:
-    """Return the names of all published specs, in order, each with the spec or its error."""
+    """Yield the names of all published specs, in order, each with the spec or its error."""
     for name, entry in _listed(home).items():
         try:
             yield name, _read(entry)

@@ -54,7 +54,7 @@ def task_of(task_id: str) -> Task:
 
 
 def tasks(spec: Spec, stage: str) -> Iterator[Task]:
-    """Return all steps of a stage, each after those that it depends on."""
+    """Yield all steps of a stage, each after those that it depends on."""
     for step in STAGES[stage]:
         match STEPS[step].per:
             case "recipe":

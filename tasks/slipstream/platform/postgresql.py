@@ -162,7 +162,7 @@ def _client(home: Home, url: str, name: str, *arguments: str) -> str:
 
 
 def _installed() -> Iterator[tuple[int, Path]]:
-    """Return major versions and their programs' folders."""
+    """Yield major versions and their programs' folders."""
     folders = {*Path("/usr/lib/postgresql").glob("*/bin")}
     folders |= {Path(path).resolve().parent for name in ("postgres", "initdb") if (path := shutil.which(name))}
     for folder in folders:

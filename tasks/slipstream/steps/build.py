@@ -1,9 +1,9 @@
 """build: a recipe's candidate becomes the engine of a target, and is checked against ONNX Runtime on real samples.
 
 Metrics: `size_bytes`, `size_gzip_bytes` (compressed), `build_s`, `max_abs_diff`, `relative_error`, and `agreement`
-(share of samples with the same label) where answers are class scores; and what the engine measured when it was built.
-Details: `fingerprint`; `not_loadable`, the reason, when the engine was built for hardware that is not here, so that it
-could not be compared; `layers`, how many rows the engine's table of layers has (artefact `layers.json`), if it has one.
+(share of samples with the same label) if answers are class scores; and the engine's own measurements during the build.
+Details: `fingerprint`; `not_loadable`, the reason, if the engine was built for hardware in other machines and could not
+be compared; `layers`, how many rows the engine's table of layers has (artifact `layers.json`), if it has one.
 """
 
 import json
@@ -46,14 +46,14 @@ from slipstream.store.signature import signature
 log = logging.getLogger(__name__)
 
 SAMPLES = 64
-"""Samples of the training split on which the engine is compared; the test split is for the gates alone."""
+"""Samples of the training split on which the engine is compared; the test split is reserved for the gates."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """The target, and what its engine's bytes depend on: versions and hardware. Raises EngineError."""
+    """Return the target, and what its engine's bytes depend on: versions and hardware. Raise EngineError."""
     target = _target(spec, inputs)
     engine = engine_for(target.engine)
-    engine.check(target)  # a device that is not here has no fingerprint
+    engine.check(target)  # a missing device has no fingerprint
     return {
         "target": target.model_dump(mode="json"),
         "versions": digests.versions(*engine.distributions),
@@ -74,7 +74,7 @@ def run(context: Context) -> StepOutput:
         started = time.monotonic()
         manifest = build_engine(candidate, target, folder, _tokenizer(context.data, target))
         build_s = time.monotonic() - started
-        gzip_bytes = digests.folder_gzip_size(folder)  # before answers are recorded, which are no part of the engine
+        gzip_bytes = digests.folder_gzip_size(folder)  # before answers are recorded, which are not part of the engine
         metrics = check(candidate, folder, context.data.train.inputs[:SAMPLES]) if reason is None else {}
     metrics |= {"size_bytes": float(size_bytes(folder)), "size_gzip_bytes": float(gzip_bytes), "build_s": build_s}
     metrics |= manifest.figures
@@ -110,8 +110,8 @@ def _log_layers(context: Context, folder: Path) -> int:
 def check(candidate: Path, folder: Path, samples: npt.NDArray[Any]) -> dict[str, float]:
     """Load the engine as the server will, and compare its answers to samples (N, …) with ONNX Runtime's.
 
-    Its answers to some of them are recorded in its folder. Raises EngineError, naming the first layer that departs,
-    when they are further apart than the engine's precision explains (a quantized ONNX can be fine and the engine built
+    Its answers to some of them are recorded in its folder. Raise EngineError, naming the first layer that diverges, if
+    they are further apart than the engine's precision explains (a quantized ONNX can be correct and the engine built
     from it broken: NVIDIA/Model-Optimizer#126).
     """
     expected = reference(candidate / ONNX, samples)
@@ -130,7 +130,7 @@ def check(candidate: Path, folder: Path, samples: npt.NDArray[Any]) -> dict[str,
 
 
 def _tokenizer(data: Data, target: Target) -> str | None:
-    """The data's tokenizer, if it has one, made to cut texts at what the engine takes."""
+    """Return the data's tokenizer, if any, set to cut texts at the engine's maximum length."""
     if data.tokenizer is None:
         return None
     return Tokenizer(data.tokenizer).limited(max(target.lengths, default=data.train.inputs.shape[1]))

@@ -1,7 +1,8 @@
-"""Stage 1 against what serves now: a retrained baseline may itself be worse, and its engines then pass against it.
+"""Stage 1 against the champion: a retrained baseline may itself be worse, and its engines then pass against it.
 
-The champion's scores are those of its own validation where the test samples are still the same; else its engine is run
-here, once. One that cannot be loaded here any more is judged by scores recorded elsewhere, or the verdict stays open.
+The champion's scores come from its own validation if the test samples are unchanged; otherwise its engine is run here,
+once. A champion that can no longer be loaded here is judged by scores recorded elsewhere, or the verdict is
+inconclusive.
 """
 
 import logging
@@ -30,7 +31,7 @@ Load = Callable[[Path], Runs]
 
 
 def compare(context: Context, registry: Registry, version: str, rows: list[Row], load: Load = load_engine) -> list[Row]:
-    """The rows; those that passed so far and may be released have a verdict more."""
+    """Return the rows; those that passed so far and may be released have an additional verdict."""
     passed = [r for r in rows if r.status == "passed" and not r.comparison]
     serving: Scores | None = None
     why, contenders = "", passed

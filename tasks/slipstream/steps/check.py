@@ -1,4 +1,4 @@
-"""check: can this run end well? Asked before anything is trained, and answered with all problems at once."""
+"""check: can this run succeed? Asked before anything is trained, and answered with all problems at once."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """What decides the result: everything that a spec says. It is never taken from an earlier run."""
+    """Return what determines the result: the whole spec. The result is never reused."""
     return {"spec": spec.model_dump(mode="json"), "run": inputs.run_key}
 
 
 def run(context: Context) -> StepOutput:
-    """Check functions, targets, registry, data, networks and builds. Raises one error with a line for each problem."""
+    """Check functions, targets, registry, data, networks and builds. Raise one error with a line for each problem."""
     spec = context.spec
     findings = {name: inquire(context.home, target) for name, target in spec.targets.items()}
     problems = [
@@ -81,7 +81,7 @@ def run(context: Context) -> StepOutput:
 
 
 def _functions(spec: Spec) -> Iterator[SlipstreamError]:
-    """Functions that cannot be imported."""
+    """Yield an error for each function that cannot be imported."""
     metric = spec.objective.metric
     calls = spec.functions | ({} if metric in METRICS else {"objective.metric": Call(function=metric)})
     for field, call in calls.items():
@@ -94,7 +94,7 @@ def _functions(spec: Spec) -> Iterator[SlipstreamError]:
 
 
 def _targets(spec: Spec, findings: Mapping[str, Finding]) -> Iterator[SlipstreamError]:
-    """Targets whose engines cannot be built on this machine."""
+    """Yield an error for each target whose engines cannot be built on this machine."""
     for name, finding in findings.items():
         if finding.problem is not None:
             yield EngineError(f"targets.{name}: {finding.problem}")
@@ -103,7 +103,7 @@ def _targets(spec: Spec, findings: Mapping[str, Finding]) -> Iterator[Slipstream
 
 
 def _registry(spec: Spec, inputs: StepInput, client: MlflowClient) -> Iterator[SlipstreamError]:
-    """A version to start from that is not there."""
+    """Yield an error if the version to start from is missing."""
     try:
         version = version_to_load(spec, inputs, client)
         if version is not None:
@@ -113,11 +113,11 @@ def _registry(spec: Spec, inputs: StepInput, client: MlflowClient) -> Iterator[S
 
 
 def _networks_and_data(spec: Spec, context: Context, buildable: Mapping[str, Target]) -> Iterator[SlipstreamError]:
-    """Data that cannot be loaded, networks that do not take it, and engines that do not take the networks."""
+    """Yield errors of loading the data, of networks that do not accept it, and of engines that reject the networks."""
     try:
         loaded = context.data
         framework = framework_for(spec.model.framework)
-    except Unavailable:  # nothing is wrong with the data: the step is tried again
+    except Unavailable:  # nothing is wrong with the data: the step is retried
         raise
     except SlipstreamError as error:
         yield error
@@ -128,14 +128,14 @@ def _networks_and_data(spec: Spec, context: Context, buildable: Mapping[str, Tar
     data_problems = [*split_checks.problems(spec, loaded), *text_checks.data(spec, loaded), *_labels(spec, loaded)]
     yield from data_problems
     answers: list[npt.NDArray[Any]] = []
-    if any(isinstance(p, DataError) for p in data_problems):  # then the networks' answers say nothing
+    if any(isinstance(p, DataError) for p in data_problems):  # the networks' answers are meaningless then
         return
     yield from _networks(spec, context, framework, buildable, answers)
     yield from second_load.problems(context.home, spec, loaded, answers[0] if answers else None, context.workdir)
 
 
 def _labels(spec: Spec, loaded: Data) -> Iterator[DataError]:
-    """Labels that the metric does not judge by."""
+    """Yield an error for labels that the metric does not judge."""
     metric = metric_for(spec.objective.metric)
     for name, split in (("train", loaded.train), ("test", loaded.test)):
         try:
@@ -151,7 +151,7 @@ def _networks(
     buildable: Mapping[str, Target],
     answers: list[npt.NDArray[Any]],
 ) -> Iterator[SlipstreamError]:
-    """Networks that do not take the data, and engines that do not take the networks.
+    """Yield errors of networks that do not accept the data, and of engines that do not support the networks.
 
     The answers of networks without a problem are added to `answers`.
     """
@@ -179,7 +179,7 @@ def _networks(
 def _pruning(
     spec: Spec, field: str, architecture: Call | None, network: Any, loaded: Data
 ) -> Iterator[SlipstreamError]:
-    """Why channels cannot be removed from a network that some recipe prunes; asked before it is trained."""
+    """Yield why channels cannot be removed from a network that some recipe prunes, before it is trained."""
     for recipe in spec.recipes:
         prune, distill = spec.section("prune", recipe), spec.section("distill", recipe)
         begins_with = distill.student if distill else spec.model.architecture
@@ -195,7 +195,7 @@ def _pruning(
 def _network(
     spec: Spec, framework: Framework, where: tuple[str, str], make: Callable[[], Any], loaded: Data
 ) -> tuple[Any, list[SlipstreamError]]:
-    """A network, and what is wrong with it: it cannot be made, does not take the data, or answers something else.
+    """Return a network, and its problem: it cannot be built, does not accept the data, or its output is invalid.
 
     `where` is the field that names it, and its name there.
     """
@@ -223,12 +223,12 @@ def _network(
 
 
 def _answers(spec: Spec, what: str, outputs: npt.NDArray[Any], loaded: Data) -> Iterator[SlipstreamError]:
-    """What is wrong with a network's answers (2, …): they are none to the data's labels, as the metric sees them, or
-    there is no loss that takes both."""
+    """Yield what is wrong with a network's answers (2, …): they do not fit the data's labels, as the metric sees them,
+    or no loss accepts both."""
     metric = metric_for(spec.objective.metric)
     try:
         for labels in (loaded.train.labels, loaded.test.labels):
-            for start in range(0, len(labels), BATCH):  # the same answer beside each label
+            for start in range(0, len(labels), BATCH):  # the same answer for each label
                 beside = labels[start : start + BATCH]
                 repeated = np.broadcast_to(outputs[:1], (len(beside), *outputs.shape[1:]))
                 metric.check(repeated, beside, what, ModelError)
@@ -250,13 +250,13 @@ def _answers(spec: Spec, what: str, outputs: npt.NDArray[Any], loaded: Data) -> 
 
 
 def _are_classes(outputs: npt.NDArray[Any], labels: npt.NDArray[Any]) -> bool:
-    """Whether labels are classes of outputs (N, classes), or maps of them for outputs (N, classes, …)."""
+    """Return whether labels are classes of outputs (N, classes), or maps of them for outputs (N, classes, …)."""
     fits = outputs.ndim >= 2 and labels.shape == (len(outputs), *outputs.shape[2:])
     return fits and bool(np.issubdtype(labels.dtype, np.integer))
 
 
 def _joined(problems: list[SlipstreamError]) -> SlipstreamError:
-    """One error for all: of the problems' own class when they share one, else an InputError."""
+    """Return one error for all: of the problems' own class if they share one, else an InputError."""
     classes = {type(p) for p in problems}
     kind = classes.pop() if len(classes) == 1 else InputError
     return kind("\n".join(dict.fromkeys(str(p) for p in problems)))

@@ -1,4 +1,4 @@
-"""Which of the engines that passed becomes the release: a stated rule, that ends on a noisy machine too."""
+"""Which of the passing engines becomes the release: a fixed rule, which also gives an answer on a noisy machine."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from slipstream.plan import flow
 
 @dataclass(frozen=True)
 class Choice:
-    """Which engine is best: by the race where the objective prefers speed, and by the race where others are equal."""
+    """Choice of the best engine: by the race if the objective prefers speed, otherwise with the race to break ties."""
 
     prefer: str
     confidence: float
     rows: Mapping[str, Row]
     race: Race | None
     absent: Mapping[str, str] = field(default_factory=dict)
-    """Cells that took no part in the race → why."""
+    """Reasons, by cell, for those that took no part in the race."""
 
     @property
     def entrants(self) -> list[str]:
@@ -26,13 +26,13 @@ class Choice:
         return [cell for cell, row in self.rows.items() if row.status == "passed" and not row.comparison]
 
     def entrants_of(self, target: str) -> list[str]:
-        """Cells of a target that passed, also where its engines are for comparison only."""
+        """Return a target's cells that passed, even if its engines are for comparison only."""
         passed = [c for c, r in self.rows.items() if r.status == "passed"]
         return [c for c in passed if flow.cell_of(c).target == target]
 
     def best(self, cells: Sequence[str]) -> str | None:
-        """The cell that the objective prefers; None of none. Of those that may be as fast as the fastest, the smallest,
-        then the first by name: so a pick ends also where noise leaves all of them tied."""
+        """Return the cell that the objective prefers; None of none. Of those that may be as fast as the fastest, take
+        the smallest, then the first by name; so there is a pick even if noise leaves all of them tied."""
         raced = [c for c in cells if self.race is not None and c in self.race.rounds_ms]
         return min(raced or cells, key=self._rank(raced), default=None)
 
@@ -42,7 +42,7 @@ class Choice:
         def speed(cell: str) -> tuple[float, ...]:
             if cell in places:
                 return (places[cell].ms,)
-            evidence = self.rows[cell].evidence  # without a race: faster than FP32 on the same target, each by itself
+            evidence = self.rows[cell].evidence  # without a race: faster than FP32 on the same target, each separately
             ratio = evidence.speedup_reference if evidence else None
             return (0.0 if ratio is None else -ratio.estimate,)
 
@@ -61,7 +61,7 @@ class Choice:
         return rank
 
     def placed(self, row: Row) -> Row:
-        """The row with its place in the race."""
+        """Return the row with its rank in the race."""
         entrants = [c for c in self.entrants if self.race is not None and c in self.race.rounds_ms]
         if self.race is None or not entrants:
             return row
@@ -69,7 +69,7 @@ class Choice:
         return row.model_copy(update={"standing": standings.get(row.cell)})
 
     def reason(self, winner: str) -> str:
-        """Why this engine, in a sentence."""
+        """Return why this engine was picked, in a sentence."""
         sentence = f"{winner} is the best of {len(self.entrants)} passing engines by {self.prefer}"
         if self.race is None or winner not in self.race.rounds_ms:
             return sentence

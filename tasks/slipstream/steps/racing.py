@@ -26,9 +26,10 @@ RACE = "race"
 
 
 def race(context: Context, built: Mapping[str, Artifact]) -> tuple[Race | None, dict[str, str]]:
-    """All engines (cell → its artifact) and the eager baseline in one run, and the cells that took no part, with why.
+    """Time all engines (cell → its artifact) and the eager baseline in one run; also return the absent cells with
+    reasons.
 
-    The race of an earlier run of the same engines, where it was quiet: the pick then is the same.
+    A quiet race of an earlier run of the same engines is reused: the pick then is the same.
     """
     plan = PLAN.at(context.spec.objective.confidence)
     key = _identity(context, built, plan)
@@ -70,7 +71,7 @@ def _timed(context: Context, built: Mapping[str, Artifact], plan: Plan) -> tuple
 
 
 def _identity(context: Context, built: Mapping[str, Artifact], plan: Plan) -> str:
-    """Digest of all that decides a race, but for the noise."""
+    """Return the digest of everything that determines a race, except for the noise."""
     spec, baseline = context.spec, context.inputs.output_of(RETRAIN)
     distributions = {d for t in spec.targets.values() for d in _distributions(t.engine)}
     return digest(

@@ -1,7 +1,7 @@
-"""The builds, rehearsed with a network as it is before training: what an engine does not take is found in seconds.
+"""Rehearses the builds with an untrained network, so that an unsupported operator is found in seconds.
 
-Otherwise an operator that an engine lacks would be found after training, pruning and distilling. Quantized forms are
-not rehearsed. An engine with an environment of its own builds there.
+Otherwise it would be found only after training, pruning and distilling. Quantized forms are not rehearsed. An engine
+with its own environment builds there.
 """
 
 import logging
@@ -43,9 +43,9 @@ class Result(Document):
 def rehearse(
     home: Home, what: str, save: Callable[[Path], object], targets: Mapping[str, Target], workdir: Path
 ) -> list[SlipstreamError]:
-    """What keeps a network from being exported, or built for the targets. Nothing of it stays in `workdir`.
+    """Return what prevents a network from being exported, or built for the targets. `workdir` is left clean.
 
-    `save` writes it as a candidate into a folder; `what` is how the problems call it.
+    `save` writes it as a candidate into a folder; `what` is its name in the problems.
     """
     with tempfile.TemporaryDirectory(dir=workdir) as aside:
         candidate = Path(aside) / "candidate"
@@ -53,7 +53,7 @@ def rehearse(
             save(candidate)
         except ModelError as error:
             return [ModelError(f"{what}: {error}")]
-        except Exception as error:  # an exporter's own, of many kinds
+        except Exception as error:  # an exporter's own errors, of many kinds
             return [ModelError(f"{what} cannot be exported to ONNX: {type(error).__name__}: {error}")]
         problems: list[SlipstreamError] = []
         for name, target in targets.items():

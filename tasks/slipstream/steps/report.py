@@ -1,7 +1,7 @@
-"""The last step: what became of the run, as a page, plots, JSON, metrics and a status of the pipeline's MLflow run.
+"""The last step: the outcome of the run, as a page, plots, JSON, metrics and a status of the pipeline's MLflow run.
 
-It runs whatever happened before and works with what there is: a missing part is named in the report. Only when
-MLflow itself does not answer does it fail, and is tried again.
+It runs whatever happened before and works with what exists: a missing part is named in the report. It fails, and is
+retried, only if MLflow itself does not answer.
 
 Output: `metrics` as logged on the pipeline's run; `details`: {"outcome", "headline", "ok"}.
 """
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """Nothing but the run itself decides what a report says."""
+    """Return no settings: a report depends only on the run itself."""
     return {"run_key": inputs.run_key}
 
 
@@ -53,14 +53,14 @@ def run(context: Context) -> StepOutput:
 
 
 def request_body(data: Data) -> bytes:
-    """The body that asks for the first held-out sample: as a text where the release takes texts."""
+    """Return the request body for the first held-out sample: as text if the release takes texts."""
     if data.tokenizer is None:
         return client.body(data.test.inputs[:1])
     return client.text_body([Tokenizer(data.tokenizer).decode(data.test.inputs[0])])
 
 
 def held_out_sample(context: Context) -> tuple[Sample | None, bytes | None]:
-    """The first held-out sample and the body that asks for it; nothing when the data cannot be loaded here."""
+    """Return the first held-out sample and its request body; nothing if the data cannot be loaded here."""
     try:
         data = context.data
         label = data.test.labels[0]
@@ -75,7 +75,7 @@ def held_out_sample(context: Context) -> tuple[Sample | None, bytes | None]:
 
 
 def write(report: Report, folder: Path, body: bytes | None) -> None:
-    """Write page, plots, JSON and the example request below `folder`, under their artefact paths."""
+    """Write page, plots, JSON and the example request below `folder`, under their artifact paths."""
     (folder / PAGE).parent.mkdir(parents=True, exist_ok=True)
     drawn = plots.draw(report)
     for name, figure in drawn.items():
@@ -90,7 +90,7 @@ def write(report: Report, folder: Path, body: bytes | None) -> None:
 
 
 def figures(report: Report) -> dict[str, float]:
-    """Metrics of the pipeline's run: how many engines passed, and what the picked one achieved."""
+    """Return metrics of the pipeline's run: how many engines passed, and what the picked one achieved."""
     judged = [r for r in report.rows if r.status != "reference"]
     metrics: dict[str, float] = {"engines.judged": len(judged)}
     metrics |= {f"engines.{s}": sum(r.status == s for r in judged) for s in ("passed", "rejected", "missing")}
@@ -112,7 +112,7 @@ def figures(report: Report) -> dict[str, float]:
 
 
 def _summarize(context: Context, parent: str, report: Report, metrics: dict[str, float]) -> None:
-    """Put the result where MLflow's list of runs shows it. The status is written last: then the report is there."""
+    """Show the result in MLflow's list of runs. The status is written last, when the report is complete."""
     mlflow = context.tracking.client
     tags = {
         "slipstream.outcome": report.outcome,
@@ -137,7 +137,8 @@ def _summarize(context: Context, parent: str, report: Report, metrics: dict[str,
 
 
 def run_name(report: Report) -> str:
-    """The pipeline run's name in MLflow's list: outcome, pick and gain, which no other column shows unasked."""
+    """Return the pipeline run's name in MLflow's list: outcome, pick and gain, which no other column shows by
+    default."""
     outcome = report.outcome.replace("_", " ")
     row = report.winning_row
     if row is None or row.evidence is None:

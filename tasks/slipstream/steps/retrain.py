@@ -1,7 +1,7 @@
-"""retrain: the baseline: trained anew and registered, a file that is registered, or a version of the registry.
+"""retrain: provides the baseline: trains and registers it, registers a file, or takes a version of the registry.
 
-A file is registered once: from then on its version in the registry is what a run starts from.
-Details: `version` (of the registered model), `origin` (`trained`, `file` or `registry`).
+A file is registered once: from then on a run starts from its version in the registry. Details: `version` (of the
+registered model), `origin` (`trained`, `file` or `registry`).
 """
 
 import logging
@@ -37,7 +37,7 @@ FILE_SHA256 = "slipstream.file_sha256"
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """What decides the result: the user's code and the seed, or the version to start from."""
+    """Return what determines the result: the user's code and the seed, or the version to start from."""
     version = version_to_load(spec, inputs, connected())
     return {
         "architecture": user_code_digest(spec.model.architecture),
@@ -49,15 +49,15 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 
 def _anew(spec: Spec) -> dict[str, Any]:
-    """For the settings of a run that makes a version: the file's content, or how it is trained."""
+    """Return the settings of a run that makes a version: the file's content, or the training."""
     if spec.model.file is not None:
         return {"file": _digest(given_file(spec.model))}
-    # The loss of a train function that gives `fit` none of its own.
+    # The loss of a train function that gives `fit` none.
     return {"train": user_code_digest(spec.model.train), "loss": user_code_digest(spec.model.loss)} | workers(spec)
 
 
 def run(context: Context) -> StepOutput:
-    """Train or load, log the candidate, and say which version of the registered model it is."""
+    """Train or load, log the candidate, and return its version of the registered model."""
     spec = context.spec
     framework = framework_for(spec.model.framework)
     client, run_key = context.tracking.client, context.inputs.run_key
@@ -85,9 +85,10 @@ def run(context: Context) -> StepOutput:
 
 
 def version_to_load(spec: Spec, inputs: StepInput, client: MlflowClient) -> str | None:
-    """The registered version to start from: the one that the run was started for, else the one behind the alias.
+    """Return the registered version to start from: the run's, else the one behind the alias.
 
-    None when the model is to be trained, or to be taken from a file. Raises ModelError when there is no such version.
+    Return None if the model is to be trained, or to be taken from a file. Raise ModelError if the version does not
+    exist.
     """
     if requested := inputs.params.get("source_version"):
         return str(requested)
@@ -103,9 +104,9 @@ def version_to_load(spec: Spec, inputs: StepInput, client: MlflowClient) -> str 
 
 
 def given_file(model: Model) -> Path:
-    """The file or folder that `model.file` names, on this machine; a relative path begins at the user's code.
+    """Return the file or folder that `model.file` names, on this machine; a relative path starts at the user's code.
 
-    Raises ModelError when there is none.
+    Raise ModelError if there is none.
     """
     assert model.file is not None
     uri = model.file if storage.is_remote(model.file) else str(Home.from_environment().code / model.file)
@@ -119,7 +120,7 @@ def given_file(model: Model) -> Path:
 
 
 def from_file(spec: Spec, framework: Framework) -> Any:
-    """The network in the file or folder that `model.file` names. Raises ModelError."""
+    """Return the network in the file or folder that `model.file` names. Raise ModelError."""
     path = given_file(spec.model)
     try:
         model_path = framework.find_model(path)
@@ -133,7 +134,7 @@ def _digest(path: Path) -> str:
 
 
 def require_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
-    """A version of a registered model. Raises ModelError when there is none."""
+    """Return a version of a registered model. Raise ModelError if there is none."""
     with translated(f"reading {name} version {version}"):
         try:
             return client.get_model_version(name, version)
@@ -146,7 +147,7 @@ def require_version(client: MlflowClient, name: str, version: str) -> ModelVersi
 
 
 def train(context: Context) -> Any:
-    """The network that the user's train function makes; every process of the group calls it."""
+    """Return the network that the user's train function trains; every process of the group calls it."""
     function = context.spec.model.train
     assert function is not None
     return trainer_for(context.spec.model.framework).train(function, context.job)
@@ -161,7 +162,7 @@ def _train(context: Context) -> Any:
 
 
 def _load(context: Context, framework: Framework, version: str) -> Any:
-    """The network of a registered version. Raises ModelError unless it was logged as weights."""
+    """Return the network of a registered version. Raise ModelError unless it was logged as weights."""
     name = context.spec.model.name
     model_version = require_version(context.tracking.client, name, version)
     log.info("starting from %s version %s", name, version)
@@ -174,7 +175,7 @@ def _load(context: Context, framework: Framework, version: str) -> Any:
 
 
 def _weights(framework: Framework, folder: Path, model_version: ModelVersion) -> Path:
-    """The trained model of a downloaded version. Raises ModelError when there is none, or not the registered one."""
+    """Return a downloaded version's trained model. Raise ModelError if there is none, or not the registered one."""
     where = f"{model_version.name} version {model_version.version}"
     candidate, expected = folder / "data" / "candidate", model_version.tags.get(SHA256)
     if (candidate / MANIFEST).is_file():
@@ -194,11 +195,11 @@ def _weights(framework: Framework, folder: Path, model_version: ModelVersion) ->
 def register_checkpoint(
     client: MlflowClient, model: Model, artifact: Artifact, run_key: str, file_sha256: str | None = None
 ) -> str:
-    """The version for these weights, made when there is none, and the spec's alias moved to it.
+    """Return the version for these weights, created if there is none, and move the spec's alias to it.
 
     `file_sha256` is the digest of the file that they came from.
 
-    Tags are given at creation: a webhook that saw a version without `slipstream.pipeline_run` would take it for a
+    Tags are set at creation: a webhook that saw a version without `slipstream.pipeline_run` would take it for a
     person's and start another run. Each write may be repeated after a crash.
     """
     registry = Registry(model.name, client)
@@ -216,6 +217,6 @@ def register_checkpoint(
 
 
 def _registered(client: MlflowClient, name: str, tag: str, sha256: str) -> str | None:
-    """The checkpoint with this digest under `tag`."""
+    """Return the checkpoint with this digest under `tag`."""
     versions = client.search_model_versions(f"name = '{name}' and tags.`{tag}` = '{sha256}'")
     return next((str(v.version) for v in versions if v.tags.get(KIND) == CHECKPOINT), None)

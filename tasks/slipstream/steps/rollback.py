@@ -1,8 +1,8 @@
 """rollback: the last good release serves again. The traffic moves first, the aliases after.
 
-What is left is rejected by its digest (release/rejections.py): no later run releases it, no later rollback goes back to
-it. Asked twice, by whoever, the second one changes nothing and says so; to leave the release that serves since the
-rollback as well, name it (`--from VERSION`, or the form's field).
+The replaced release is rejected by its digest (release/rejections.py): no later run releases it, no later rollback
+returns to it. A repeated request, by any user, changes nothing and says so; to replace the release that the rollback
+restored as well, name it (`--from VERSION`, or the form's field).
 """
 
 import getpass
@@ -32,12 +32,12 @@ ATTEMPTS = 5
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """What decides the result."""
+    """Return what determines the result."""
     return {"model": spec.model.name, "run": inputs.run_key}
 
 
 def run(context: Context) -> StepOutput:
-    """Put the last good release back. Raises RegistryError when there is none."""
+    """Restore the last good release. Raise RegistryError if there is none."""
     model, inputs = context.spec.model.name, context.inputs
     with traffic_lock(context.home, model):
         controller = traffic.controller(context.home)
@@ -46,9 +46,9 @@ def run(context: Context) -> StepOutput:
 
 
 def by_hand(model: str, home: Home, *, leave: str | None = None, reason: str = "") -> RolledBack:
-    """What `slipstream rollback MODEL` does, with MLflow and Envoy of the platform in `home`.
+    """Run `slipstream rollback MODEL`, with MLflow and Envoy of the platform in `home`.
 
-    It waits for another rollback, but not for a test or rollout, whose end may change what there is to go back from:
+    It waits for another rollback, but not for a test or rollout, whose end may change the release to replace:
     Unavailable.
     """
     client = connect(home)
@@ -67,11 +67,10 @@ def rollback(
     leave: str | None = None,
     reason: str = "",
 ) -> RolledBack:
-    """Put the last good release back, and return what the aliases name now (see the module's details).
+    """Restore the last good release, and return what the aliases name now (see the module's details).
 
-    `by` says who asked: a pipeline run's key, or a person. `leave` is the version to leave; without one it is the
-    champion, unless the last rollback put that one there. Raises RegistryError when there is nothing to go back to,
-    Unavailable.
+    `by` names the requester: a pipeline run's key, or a person. `leave` is the version to replace; by default it is the
+    champion, unless the last rollback restored it. Raise RegistryError if there is nothing to return to, Unavailable.
     """
     registry = Registry(model, client)
     with sigterm_as_exit():
@@ -106,7 +105,7 @@ def _begun(registry: Registry, controller: TrafficController, by: str, reason: s
 
 
 def _done_before(registry: Registry, leave: str | None) -> RolledBack | None:
-    """What there is to say when nothing is left to do."""
+    """Return the details for a request with nothing to do."""
     champion, last = registry.champion(), moves.last_change(registry)
     if champion is None or leave == champion:
         return None

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """What decides the result."""
+    """Return what determines the result."""
     return {
         "rollout": spec.rollout.model_dump(mode="json"),
         "guardrails": spec.guardrails.model_dump(mode="json"),
@@ -55,13 +55,13 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 
 def run(context: Context) -> StepOutput:
-    """Roll the challenger out. Raises GateFailed after everything was put back, RegistryError on stale evidence."""
+    """Roll the challenger out. Raise GateFailed after everything was restored, RegistryError on stale evidence."""
     with traffic_lock(context.home, context.spec.model.name):
         return full_rollout(context, traffic.controller(context.home))
 
 
 def full_rollout(context: Context, controller: TrafficController) -> StepOutput:
-    """The same, with the controller given."""
+    """Do the same with the given controller."""
     chosen, inputs = selected(context.inputs), context.inputs
     version, registry = str(chosen.version), Registry(context.spec.model.name, context.tracking.client)
     settle.settle(registry, lambda: controller)
@@ -86,7 +86,7 @@ def full_rollout(context: Context, controller: TrafficController) -> StepOutput:
 
 
 def _released(context: Context, registry: Registry, version: str) -> StepOutput:
-    """The output, from the evidence that was recorded before the release."""
+    """Return the output, from the evidence that was recorded before the release."""
     tags = registry.tags(version)
     recorded = context.tracking.output(tags[ROLLOUT_RUN])
     details = Rollout.of(recorded).model_copy(update={"released": version, "previous": tags.get(REPLACED) or None})
@@ -94,7 +94,7 @@ def _released(context: Context, registry: Registry, version: str) -> StepOutput:
 
 
 def _require_not_refused(registry: Registry, version: str, run_id: str) -> None:
-    """A second attempt must not try what the first one refused, by a verdict or for want of evidence."""
+    """Raise if an earlier attempt refused the challenger, by a verdict or for lack of evidence."""
     for move in moves.entries(registry):
         if move.run_id == run_id and move.to == version and move.state == "reverted":
             require_pass("rollout", move.verdicts)
@@ -108,7 +108,7 @@ class _Rollout:
     old: Incumbent
     trial: tuple[Verdict, ...]
     promoting: bool = False
-    """Whether the champion alias may have moved: until then the registry need not be asked on the way back."""
+    """Whether the champion alias may have moved: until then the registry need not be queried when reverting."""
 
     @property
     def registry(self) -> Registry:
@@ -125,7 +125,7 @@ class _Rollout:
         return self.registry.release(self.version)
 
     def run(self) -> None:
-        """Everything between the first and the last write. Raises GateFailed, RegistryError, Superseded."""
+        """Run everything between the first and the last write. Raise GateFailed, RegistryError, Superseded."""
         stage = self._stage()
         try:
             self._still_champion()
@@ -136,7 +136,7 @@ class _Rollout:
             if passed := combine(verdicts) == "pass":
                 self._promote(stage, verdicts)
         except Superseded:
-            raise  # the traffic is another move's now
+            raise  # the traffic belongs to another move now
         except BaseException:
             self._go_back(stage)
             raise
@@ -158,7 +158,7 @@ class _Rollout:
         )
 
     def _promote(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> None:
-        """Writes 3 to 5. The evidence comes first: whoever finishes the release needs nothing of this process."""
+        """Do writes 3 to 5. The evidence comes first: completing the release needs nothing of this process."""
         self._record(stage, verdicts)
         tags = {**verdict_tags("trial", self.trial), **verdict_tags("rollout", verdicts)}
         self.move.tag(self.version, {**tags, ROLLOUT_RUN: self.context.run.run_id})
@@ -171,17 +171,17 @@ class _Rollout:
         self.move.set_alias(CHAMPION, self.version)
 
     def _still_champion(self) -> None:
-        """MLflow has no compare-and-swap: the last read is right before the write."""
+        """Check the champion right before the write, since MLflow has no compare-and-swap."""
         self.registry.expect_champion(self.old.version)
 
     def _go_back(self, stage: Stage) -> None:
-        """After an error: the traffic goes where the champion alias points, and the move ends."""
+        """After an error, send the traffic where the champion alias points, and end the move."""
         if self.promoting and self._is_out():
-            return  # the next attempt, or the watchdog, finishes the release
+            return  # the next attempt, or the watchdog, completes the release
         settle.abort(self.move, stage)
 
     def _is_out(self) -> bool:
-        """After an error around write 5: whether it got through."""
+        """Return whether write 5 succeeded, after an error around it."""
         try:
             return self.registry.champion() == self.version
         except SlipstreamError as error:
@@ -189,7 +189,8 @@ class _Rollout:
             return False
 
     def _leave_open(self, stage: Stage, verdicts: tuple[Verdict, ...], reason: str) -> NoReturn:
-        """An outage or an overloaded machine: traffic back, nothing refused, the next attempt begins again."""
+        """On an outage or an overloaded machine, restore the traffic and reject nothing; the next attempt starts
+        over."""
         put_back_if_possible(stage)
         self._record(stage, verdicts)
         settle.put_back(self.move)
@@ -197,7 +198,7 @@ class _Rollout:
         raise AssertionError("unreachable: what passes is not left open")
 
     def _refuse(self, stage: Stage, verdicts: tuple[Verdict, ...]) -> NoReturn:
-        """A breach: traffic first, then the rejection, then all else. Raises GateFailed."""
+        """On a breach, restore the traffic first, then reject, then do everything else. Raise GateFailed."""
         put_back_if_possible(stage)
         settle.refuse(self.move, verdicts, lambda: self._record(stage, verdicts))
         require_pass("rollout", verdicts)
@@ -211,7 +212,7 @@ class _Rollout:
 
 
 def _passed_trial(inputs: StepInput) -> StepOutput:
-    """The small-scale test's output. Raises GateFailed when there is none, or it did not pass."""
+    """Return the small-scale test's output. Raise GateFailed if there is none, or it did not pass."""
     trial = inputs.output_of(TRIAL)
     if trial is None:
         raise GateFailed("rollout: there is no evidence of the small-scale test; run it first")

@@ -1,4 +1,4 @@
-"""How many test samples the objective needs: said before anything is trained."""
+"""How many test samples the objective needs, reported before anything is trained."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ DISCORDANCE = "discordance_percent"
 
 
 def sentence(spec: Spec, samples: int, observed_percent: float | None) -> tuple[str, bool]:
-    """How many test samples the objective needs, and whether there are enough for the discordance of an earlier run."""
+    """Return how many test samples the objective needs, and whether there are enough by an earlier run's discordance."""
     margin, graded = spec.objective.max_drop / 100, ":" in spec.objective.metric
     confidence = gates.per_engine(spec.objective.confidence, spec.competing)
     shares = sizes.EXAMPLES if observed_percent is None else (observed_percent / 100,)
@@ -32,7 +32,7 @@ def sentence(spec: Spec, samples: int, observed_percent: float | None) -> tuple[
 
 
 def observed_percent(tracking: Tracking) -> float | None:
-    """The greatest discordance among the engines of this spec's last run; None without one."""
+    """Return the greatest discordance among the engines of this spec's last run, or None without one."""
     runs = tracking.search({STEP: VALIDATE})
     newest = _parent(runs[0]) if runs else None
     values = [r.data.metrics[DISCORDANCE] for r in _of(runs, newest) if DISCORDANCE in r.data.metrics]

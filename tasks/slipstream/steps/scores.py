@@ -1,8 +1,8 @@
-"""What a model scored on the test samples: measured once, kept in MLflow, and found again by every later run.
+"""A model's scores on the test samples: measured once, kept in MLflow, and found again by every later run.
 
-Measuring the same bytes on the same samples again is no new evidence: an engine that may answer a little differently
-at each load would be tried until it passes. So the first records count, whatever becomes of the run that made them:
-they are finished and signed before anything else is measured. Only time is measured anew.
+Measuring the same bytes on the same samples again is no new evidence: an engine whose answers differ slightly at each
+load would be retried until it passes. So the first records count, whatever the outcome of the run that made them: they
+are finished and signed before anything else is measured. Only time is measured again.
 """
 
 import logging
@@ -32,7 +32,7 @@ STEP = "scores"
 """Name of the MLflow runs that hold them; not a step of the flow."""
 FILE = "records.npy"
 SCORED = "slipstream.scored"
-"""Tag by which a model's scores are found whatever they were measured with: digest of model, samples and metric."""
+"""Tag for finding a model's scores, independent of versions and hardware: digest of model, samples and metric."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Scores:
     records: Records
     run_id: str
     competing: int
-    """Engines that competed when they were measured. Who looked at all of them and then names one is held to that."""
+    """Number of engines that competed when they were measured, which also applies to a later run with fewer engines."""
     measured: bool
-    """Whether that was now, and not in an earlier run."""
+    """Whether they were measured now, and not in an earlier run."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model whose answers are scored, and what may change them, beside the samples and the metric."""
+    """A model whose answers are scored, and what may change them, in addition to the samples and the metric."""
 
     artifact: Artifact
     what: str
@@ -60,7 +60,7 @@ class Subject:
 
 
 def engine(context: Context, artifact: Artifact, what: str, load: Callable[[Path], Runs] = load_engine) -> Subject:
-    """A built engine, on this machine. The processor counts, since it decides the kernels."""
+    """Return a built engine, on this machine. The processor counts, since it determines the kernels."""
     folder = fetch(artifact)
     manifest = read_manifest(folder)
     here = hardware.describe()
@@ -74,7 +74,7 @@ def engine(context: Context, artifact: Artifact, what: str, load: Callable[[Path
 
 
 def baseline(context: Context, artifact: Artifact, threads: int) -> Subject:
-    """The baseline, by its own framework in FP32. `threads` are those of the timing: TensorFlow cannot change them."""
+    """Return the baseline, by its own framework in FP32. `threads` are the timing's: TensorFlow cannot change them."""
     facts = {"framework": toolchain(context.spec.model.framework)}
     return Subject(
         artifact, "the baseline", facts, lambda: load_eager(fetch(artifact), threads=threads), error=ModelError
@@ -82,7 +82,7 @@ def baseline(context: Context, artifact: Artifact, threads: int) -> Subject:
 
 
 def scores(context: Context, subject: Subject, metric: Metric, progress: Callable[[], None] = lambda: None) -> Scores:
-    """A subject's scores: those of the first time, or measured and recorded now."""
+    """Return a subject's scores: those of the first measurement, or measured and recorded now."""
     test, tracking = context.data.test, context.tracking
     key = identity(subject, test, context.spec.objective.metric, metric)
     with file_lock(context.home.root / "scores.lock", "another step scores a model"):
@@ -96,7 +96,7 @@ def scores(context: Context, subject: Subject, metric: Metric, progress: Callabl
 
 
 def identity(subject: Subject, test: Split, name: str, metric: Metric) -> str:
-    """Digest of all that decides the records."""
+    """Return the digest of everything that determines the records."""
     return digest(
         {
             "step": STEP,
@@ -110,7 +110,7 @@ def identity(subject: Subject, test: Split, name: str, metric: Metric) -> str:
 
 
 def _record(context: Context, key: str, subject: Subject, records: Records) -> StepOutput:
-    """Log the records; the identity comes last, so that a step killed on the way leaves nothing that is believed."""
+    """Log the records; the identity comes last, so that a step killed before leaves nothing that is trusted."""
     cell: Cell | None = context.inputs.cell
     run = context.tracking.start(context.inputs.run_key, STEP, cell, key)
     folder = context.workdir / f"{STEP}-{key[:16]}" / STEP
@@ -142,7 +142,7 @@ def _record(context: Context, key: str, subject: Subject, records: Records) -> S
 
 
 def recorded(context: Context, artifact: Artifact) -> Scores | None:
-    """The first scores of an engine on these samples, wherever they were measured; None without any."""
+    """Return the first scores of an engine on these samples, wherever they were measured; None without any."""
     for run in reversed(context.tracking.search_all({SCORED: _scored(context, artifact)})):
         if run.info.status == "FINISHED" and (earlier := _believed(context, run.info.run_id, artifact)):
             return earlier
@@ -150,7 +150,7 @@ def recorded(context: Context, artifact: Artifact) -> Scores | None:
 
 
 def of_run(context: Context, run_id: str) -> Scores:
-    """The scores that an MLflow run of this module holds. Raises DataError when the platform did not sign them."""
+    """Return the scores of an MLflow run of this module. Raise DataError if the platform did not sign them."""
     return _read(context.tracking.output(run_id), context.data.test, measured=False)
 
 
@@ -161,7 +161,7 @@ def _scored(context: Context, artifact: Artifact) -> str:
 
 
 def _believed(context: Context, run_id: str, artifact: Artifact) -> Scores | None:
-    """The scores in a run that says that they are these; a tag proves nothing, the signed output does."""
+    """Return a run's scores if its signed output confirms them; a tag proves nothing."""
     try:
         output = context.tracking.output(run_id)
         scored = Scored.of(output)

@@ -1,4 +1,4 @@
-"""Whether later steps can load the same data set: each does so in another process, some without the framework."""
+"""Whether later steps can load the same data set: each loads it in another process, some without a framework."""
 
 import logging
 import subprocess
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 SERVING = "serve"
 """The environment of stages 2 and 3, which load the data set and the metric and have no framework."""
 WITHIN_S = 3600
-"""A second load that takes longer is given up with a warning."""
+"""A second load that takes longer is abandoned with a warning."""
 ANSWERS = "answers.npz"
 
 
 class Load(Document):
-    """What the other process does."""
+    """Input of the other process."""
 
     spec: str
     """JSON of the spec whose data set it loads."""
@@ -40,25 +40,25 @@ class Load(Document):
 
 
 class Reply(Document):
-    """What a second load found."""
+    """Result of a second load."""
 
     digests: dict[str, str] = Field(default={})
     kind: str = ""
-    """Class of the error that it ended with; empty without one."""
+    """Class of the error that ended it; empty without one."""
     said: str = ""
 
 
 def problems(
     home: Home, spec: Spec, loaded: Data, answers: npt.NDArray[Any] | None, workdir: Path
 ) -> Iterator[SlipstreamError]:
-    """What goes wrong when a later step loads the data set and the metric: in another process, and without framework.
+    """Yield problems of a later step's load of data set and metric: in another process, and without a framework.
 
     `answers` are a network's (N, …) to the first N training samples, for a metric of the user's. Raise Unavailable.
     """
     if not isinstance(spec.data, Call) and ":" not in spec.objective.metric:
         return  # files, and a metric of slipstream's
     python = home.python(SERVING)
-    elsewhere = home.envs.is_dir() and python.exists()  # an image has no environments beside it
+    elsewhere = home.envs.is_dir() and python.exists()  # an image contains only one environment
     with tempfile.TemporaryDirectory(dir=workdir) as folder:
         if answers is not None:
             np.savez(Path(folder) / ANSWERS, answers)

@@ -1,8 +1,8 @@
 """select: the verdict of stage 1. Every expected cell is a row; the best passing engine becomes the challenger.
 
-What passed against the baseline is compared with the champion (champion.py); then all engines are timed in one run in
-which they take turns (measure/race.py), and the objective's `prefer` picks among those that passed.
-Details: `handover.Selection`.
+Engines that passed against the baseline are compared with the champion (champion.py); then all engines are timed in one
+run in which they take turns (measure/race.py), and the objective's `prefer` picks among those that passed. Details:
+`handover.Selection`.
 """
 
 import datetime
@@ -31,12 +31,12 @@ from slipstream.store.registry import CHALLENGER, SHA256, Registry
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """What decides the result."""
+    """Return what determines the result."""
     return {"prefer": spec.objective.prefer, "cells": expected_cells(spec, inputs), "run": inputs.run_key}
 
 
 def run(context: Context) -> StepOutput:
-    """Judge the table, register the winner. Raises GateFailed when no engine passed."""
+    """Judge the table, register the winner. Raise GateFailed if no engine passed."""
     spec, inputs = context.spec, context.inputs
     registry = Registry(spec.model.name, context.tracking.client)
     settle.settle(registry, lambda: traffic.controller(context.home), wait_for=("rollback",))
@@ -71,19 +71,20 @@ def run(context: Context) -> StepOutput:
 
 
 def _waived(spec: Spec, rows: Sequence[Row]) -> list[Row]:
-    """The rows, where open verdicts that a person waived pass. Not in `validate`, which is reused: a waiver ends."""
+    """Return the rows with waived undecided verdicts as passes. Not in `validate`, which is reused: a waiver
+    expires."""
     today = datetime.datetime.now(datetime.UTC).date()
     return [settled(r, waive(r.verdicts, spec.guardrails.waivers, today)) for r in rows]
 
 
 def expected_cells(spec: Spec, inputs: StepInput) -> list[str]:
-    """Keys of the cells that must be there, whether or not their steps left anything."""
+    """Return keys of the expected cells, whether or not their steps left a result."""
     chosen = inputs.params.get("recipes") or None
     return flow.cells(flow.with_choices(spec, recipes=chosen) if chosen else spec)
 
 
 def table(spec: Spec, inputs: StepInput) -> list[Row]:
-    """A row for each expected cell, in the spec's order."""
+    """Return a row for each expected cell, in the spec's order."""
     by_cell = {o.cell.key: o for o in inputs.upstream if o.step == VALIDATE and o.cell is not None}
     rows = [row_of(cell, by_cell.get(cell)) for cell in expected_cells(spec, inputs)]
     unreleased = comparison_only(spec, rows)
@@ -91,7 +92,7 @@ def table(spec: Spec, inputs: StepInput) -> list[Row]:
 
 
 def comparison_only(spec: Spec, rows: Sequence[Row]) -> dict[str, str]:
-    """Cells whose engine is measured and never released, with the reason."""
+    """Return cells whose engine is measured and never released, with the reason."""
     targets = {r.cell: str(flow.cell_of(r.cell).target) for r in rows}
     return {
         cell: f"engine {spec.targets[target].engine} is measured for comparison; no model server runs it"
@@ -101,7 +102,7 @@ def comparison_only(spec: Spec, rows: Sequence[Row]) -> dict[str, str]:
 
 
 def rejected_before(registry: Registry, inputs: StepInput, rows: Sequence[Row]) -> list[Row]:
-    """The rows; an engine that was rejected by its digest in an earlier test, rollout or rollback fails here too."""
+    """Return the rows; an engine rejected by its digest in an earlier test, rollout or rollback also fails here."""
     active = rejections.active(registry)
 
     def judge(row: Row) -> Row:
@@ -114,7 +115,7 @@ def rejected_before(registry: Registry, inputs: StepInput, rows: Sequence[Row]) 
 
 
 def _choice(context: Context, rows: Sequence[Row]) -> Choice:
-    """All that is needed to pick; races the engines where any passed."""
+    """Return everything needed to pick; race the engines if any passed."""
     objective = context.spec.objective
     choice = Choice(objective.prefer, objective.confidence, {r.cell: r for r in rows}, None)
     if not choice.entrants:
@@ -134,19 +135,19 @@ def _built(inputs: StepInput, cell: str) -> Artifact:
 
 
 def _register(registry: Registry, inputs: StepInput, winner: Row, champion: str | None) -> tuple[str, bool]:
-    """The winner's version, and whether that very engine serves already; then nothing is written."""
+    """Return the winner's version, and whether that engine already serves; then nothing is written."""
     built = _built(inputs, winner.cell)
     if champion is not None and registry.tags(champion).get(SHA256) == built.sha256:
         return champion, True
     version = registry.register(built, winner.cell, inputs.pipeline_run_id, winner.verdicts)
-    if not registry.description(version):  # of a step that is tried again it may say more by now
+    if not registry.description(version):  # a retried step may have more to say by now
         registry.describe(version, description(winner, inputs.run_key))
     registry.set_alias(CHALLENGER, version)
     return version, False
 
 
 def description(row: Row, run_key: str) -> str:
-    """What a registered version is, as MLflow's page of the model shows it: one sentence and where it comes from."""
+    """Return a registered version's description on MLflow's page of the model: one sentence and its origin."""
     e = row.evidence
     if e is None:
         return f"**{row.cell}**, from pipeline run `{run_key}`."
@@ -174,6 +175,6 @@ def _refusal(rows: Sequence[Row], unreleased: Mapping[str, str]) -> str:
 
 
 def _why(row: Row, unreleased: Mapping[str, str]) -> str:
-    """Why an engine is not released."""
+    """Return why an engine is not released."""
     failed = [f"{v.gate}: {v.reason}" for v in row.verdicts if not v.passed]
     return "; ".join([*failed, *([unreleased[row.cell]] if row.cell in unreleased else [])])

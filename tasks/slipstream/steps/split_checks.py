@@ -1,4 +1,4 @@
-"""What the step `check` asks of the splits: are samples distinct, held out, and enough for what the spec wants?"""
+"""Checks of the splits in the step `check`: are samples distinct, held out, and enough for the spec?"""
 
 import logging
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ duplicates. An overlap hides at most that share of the drop, and repeats narrow 
 
 
 def problems(spec: Spec, loaded: Data) -> Iterator[SlipstreamError]:
-    """What is wrong with the samples of the splits."""
+    """Yield what is wrong with the samples of the splits."""
     train, test = (set(split.sample_digests()) for split in (loaded.train, loaded.test))
     yield from _repeated(len(loaded.test), len(test))
     yield from _shared(loaded, train, len(test))
@@ -47,7 +47,7 @@ def _shared(loaded: Data, train: set[bytes], distinct: int) -> Iterator[Slipstre
 
 
 def _enough(spec: Spec, loaded: Data, distinct: int) -> Iterator[SlipstreamError]:
-    """Too few samples to calibrate with, or for the margin ever to be proven."""
+    """Yield an error if the samples are too few for calibration, or ever to prove the margin."""
     sections = [spec.section("quantize", recipe) for recipe in spec.recipes]
     calibrated = [s.samples for s in sections if s is not None and SCHEMES[s.scheme].calibrated]
     if calibrated:

@@ -1,4 +1,4 @@
-"""What the step `check` asks of a spec whose data is text: do ids, tokenizer, lengths, recipes and networks fit?"""
+"""Checks of text data in the step `check`: do ids, tokenizer, lengths, recipes and networks fit together?"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +14,11 @@ from slipstream.frameworks.base import Framework
 from slipstream.spec import Spec
 
 TOLERANCE = 1e-3
-"""Largest difference that padding may make, as a share of the largest output."""
+"""Largest difference that padding may cause, as a share of the largest output."""
 
 
 def data(spec: Spec, loaded: Data) -> Iterator[SlipstreamError]:
-    """What is wrong with token ids, the tokenizer, and what the spec wants of them."""
+    """Yield what is wrong with token ids, the tokenizer, and the spec's use of them."""
     inputs = (loaded.train.inputs, loaded.test.inputs)
     try:
         tokens.require_consistent(loaded.tokenizer, *inputs)
@@ -45,7 +45,7 @@ def data(spec: Spec, loaded: Data) -> Iterator[SlipstreamError]:
 
 
 def network(framework: Framework, what: str, made: Any, loaded: Data) -> Iterator[ModelError]:
-    """What a network that takes the data makes of the highest token id, and of padding."""
+    """Yield problems of a network with the highest token id, and with padding."""
     if not tokens.is_token_ids(loaded.train.inputs):
         return
     problems = list(token_ids(framework, what, made, loaded))
@@ -61,7 +61,7 @@ def network(framework: Framework, what: str, made: Any, loaded: Data) -> Iterato
 
 
 def token_ids(framework: Framework, what: str, made: Any, loaded: Data) -> Iterator[ModelError]:
-    """A token id of the data or of the tokenizer that the network has no embedding for."""
+    """Yield a token id of the data or of the tokenizer for which the network has no embedding."""
     if not tokens.is_token_ids(loaded.train.inputs):
         return
     highest = {"the data": int(max(loaded.train.inputs.max(), loaded.test.inputs.max()))}
@@ -70,7 +70,7 @@ def token_ids(framework: Framework, what: str, made: Any, loaded: Data) -> Itera
     for whose, number in highest.items():
         try:
             framework.logits(made, np.array([[number, number]], np.int64))
-        except Exception as error:  # each framework raises its own for a row that an embedding does not have
+        except Exception as error:  # each framework raises its own error for a missing row of an embedding
             yield ModelError(
                 f"{what} does not take token id {number}, the highest of {whose} ({type(error).__name__}: {error}); "
                 "give its embedding a row for each id"
@@ -79,7 +79,7 @@ def token_ids(framework: Framework, what: str, made: Any, loaded: Data) -> Itera
 
 
 def padding_matters(framework: Framework, made: Any, inputs: npt.NDArray[Any]) -> float:
-    """Largest difference between a short text's answers alone and beside a long one, as a share of the largest."""
+    """Return the largest change of a short text's answers when batched with a long one, as a share of the largest."""
     by_length = np.argsort(tokens.lengths(inputs[:1000]), kind="stable")
     short, beside = inputs[by_length[:1]], inputs[by_length[[0, -1]]]
     alone, padded = framework.logits(made, tokens.trim(short)), framework.logits(made, beside)[:1]

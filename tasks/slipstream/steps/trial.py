@@ -1,8 +1,8 @@
-"""trial (stage 2): champion and challenger side by side, first in shadow, then with a small share of the traffic.
+"""trial (stage 2): champion and challenger in parallel, first in shadow, then with a small share of the traffic.
 
-Whatever happens, the traffic ends where it was: all of it on the champion, no mirror. Also after a SIGTERM; and
-after a SIGKILL by the watchdog (release/watchdog.py), or by the next step that comes. What an earlier step left
-unfinished is settled first; an engine that was rejected is not tested again.
+Whatever happens, the traffic ends where it was: all of it on the champion, no mirror. This also holds after a SIGTERM;
+after a SIGKILL, the watchdog (release/watchdog.py) or the next step ensures it. Unfinished work of an earlier step is
+settled first; a rejected engine is not tested again.
 
 Details: `handover.Trial`.
 """
@@ -27,7 +27,7 @@ from slipstream.traffic.termination import sigterm_as_exit
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """What decides the result."""
+    """Return what determines the result."""
     return {
         "small_scale_test": spec.small_scale_test.model_dump(mode="json"),
         "guardrails": spec.guardrails.model_dump(mode="json"),
@@ -38,13 +38,13 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 
 def run(context: Context) -> StepOutput:
-    """Run the small-scale test. Raises GateFailed when it fails or stays inconclusive, Undecided under overload."""
+    """Run the small-scale test. Raise GateFailed if it fails or stays inconclusive, Undecided under overload."""
     with traffic_lock(context.home, context.spec.model.name):
         return small_scale_test(context, traffic.controller(context.home))
 
 
 def small_scale_test(context: Context, controller: TrafficController) -> StepOutput:
-    """The same, with the controller given."""
+    """Do the same with the given controller."""
     chosen, inputs = selected(context.inputs), context.inputs
     version, registry = str(chosen.version), Registry(context.spec.model.name, context.tracking.client)
     settle.settle(registry, lambda: controller)
@@ -63,7 +63,7 @@ def small_scale_test(context: Context, controller: TrafficController) -> StepOut
 
 
 def _guarded_test(context: Context, move: Move, champion: Incumbent) -> StepOutput:
-    """Deploy, test and put the traffic back, as the owner of the traffic."""
+    """Deploy, test and restore the traffic, as the owner of the traffic."""
     registry, challenger = move.registry, move.registry.release(str(move.entry.to))
     stage = Stage(
         spec=context.spec,
@@ -82,7 +82,7 @@ def _guarded_test(context: Context, move: Move, champion: Incumbent) -> StepOutp
         sweep(move.controller, registry, champion.release, challenger)
         verdicts, figures = small_scale.measure(stage)
     except Superseded:
-        raise  # the traffic is another move's now
+        raise  # the traffic belongs to another move now
     except BaseException:
         settle.abort(move, stage)
         raise
@@ -98,7 +98,7 @@ def _guarded_test(context: Context, move: Move, champion: Incumbent) -> StepOutp
     put_back_if_possible(stage)
     if combine(verdicts) == "inconclusive" and (transient := stage.transient()) is not None:
         context.tracking.record(context.run, output)
-        settle.put_back(move)  # nothing is refused: the step is tried again, with the same challenger
+        settle.put_back(move)  # nothing is rejected: the step is retried, with the same challenger
         require_pass("small-scale test", verdicts, transient)
     if combine(verdicts) != "pass":
         settle.refuse(move, verdicts, lambda: context.tracking.record(context.run, output))

@@ -1,9 +1,9 @@
-"""Stage 1: one built engine against the baseline, on the held-out samples and side by side in time.
+"""Stage 1: one built engine against the baseline, on the held-out samples and in interleaved timing.
 
-Cell: recipe@target. Upstream: `check`, `retrain` (the baseline), `build` of this cell and `build` of the
-baseline's FP32 engine on the same target. Details: `evidence` (an `EngineEvidence`). It records verdicts and never
-raises for them: a rejected engine is a normal result, and `select` decides. What the engine answers is measured once
-(scores.py); a run that finds its latency undecided measures the latency anew, and nothing else.
+Cell: recipe@target. Upstream: `check`, `retrain` (the baseline), `build` of this cell and `build` of the baseline's
+FP32 engine on the same target. Details: `evidence` (an `EngineEvidence`). It records verdicts and never raises for
+them: a rejected engine is a normal result, and `select` decides. The engine's answers are measured once (scores.py); a
+run with an undecided latency measures only the latency again.
 """
 
 import logging
@@ -39,11 +39,12 @@ log = logging.getLogger(__name__)
 PLAN = Plan()
 UNIT = "batches and rounds"
 ENGINE, REFERENCE, EAGER = "engine", "reference", "eager"
-"""Subjects of the interleaved run; the baseline's own cell has no reference beside itself."""
+"""Subjects of the interleaved run; the baseline's own cell has no reference."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """Objective, target, seed, machine and versions; what is preferred among passing engines does not matter here."""
+    """Return objective, target, seed, machine and versions; the preference among passing engines does not matter
+    here."""
     assert inputs.cell is not None and inputs.cell.target is not None
     target = spec.targets[inputs.cell.target]
     distributions = {*FRAMEWORKS[spec.model.framework].distributions, *engine_for(target.engine).distributions}
@@ -60,7 +61,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 
 def run(context: Context) -> StepOutput:
-    """Score the engine and the baseline, time them side by side, and judge."""
+    """Score the engine and the baseline, time them in the same rounds, and judge."""
     data, target = context.data, _target(context)
     if (reason := why_not_loadable(target)) is not None:
         return _unmeasured(context, reason)
@@ -86,14 +87,14 @@ def run(context: Context) -> StepOutput:
 
 
 def _unmeasured(context: Context, reason: str) -> StepOutput:
-    """The output for an engine that was built for hardware that is not here: no evidence, and so never a pass."""
+    """Return the output for an engine that was built for hardware in other machines: no evidence, so never a pass."""
     log.warning("%s: not measured: %s", context.cell.key, reason)
     verdict = Verdict(gate="present", answer="inconclusive", reason=f"not measured: {reason}")
     return context.output(verdicts=(verdict,), details=Validated(not_loadable=reason))
 
 
 def _profile(context: Context, test: Split) -> None:
-    """Record a profile, where the target asks for one: before anything is measured, since it may not work out."""
+    """Record a profile, if the target requests one, before anything is measured, since it may fail."""
     tool = profiles.wanted(_target(context))
     if tool is not None:
         engine = context.fetch(_built(context, context.cell))
@@ -107,7 +108,7 @@ def _target(context: Context) -> Target:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Records of the baseline's and the engine's answers to the same samples, and how surely they are compared."""
+    """Records of the baseline's and the engine's answers to the same samples, and the confidence of the comparison."""
 
     metric: Metric
     baseline: Records
@@ -116,16 +117,17 @@ class _Scores:
     """MLflow run that holds the engine's."""
     competing: int
     confidence: float
-    """Of each bound: what the objective asks for, corrected for the engines that compete."""
+    """Confidence of each bound: the objective's, corrected for the competing engines."""
 
     @cached_property
     def drop(self) -> Bounds:
-        """Drop of the metric, as a fraction. A bootstrap is seeded alike for all, so that no seed can be tried."""
+        """Return the drop of the metric, as a fraction. A bootstrap uses the same seed for all, so no seed can be
+        tried."""
         return metrics.drop(self.metric, self.baseline, self.engine, self.confidence, np.random.default_rng(0))
 
     @property
     def discordance(self) -> float:
-        """Share of samples whose records differ."""
+        """Return the share of samples whose records differ."""
         return float(np.mean(self.baseline != self.engine))
 
 
@@ -153,7 +155,8 @@ class _Progress:
 
 
 def _scores(context: Context, engine: Runner, progress: _Progress) -> _Scores:
-    """Scores of the baseline, by its own framework in FP32, and of the engine; an earlier run's where it has any."""
+    """Return scores of the baseline, by its own framework in FP32, and of the engine; an earlier run's if it has
+    any."""
     metric, batches = metric_for(context.spec.objective.metric), metrics.batches(len(context.data.test))
     assert context.cell.target is not None
     subjects = (
@@ -172,7 +175,7 @@ def _scores(context: Context, engine: Runner, progress: _Progress) -> _Scores:
 
 
 def _timing(context: Context, engine: Runner, progress: _Progress) -> tuple[Comparison, Latency]:
-    """Engine, reference engine and eager baseline in one interleaved run; then the engine under a Poisson load."""
+    """Time engine, reference engine and eager baseline in one interleaved run; then the engine under a Poisson load."""
     assert context.cell.target is not None
     test, plan, seed = context.data.test, _plan(context), context.spec.seed
     models: dict[str, Runs] = {ENGINE: engine}
@@ -192,13 +195,13 @@ def _plan(context: Context) -> Plan:
 
 
 def single(model: Runs, split: Split) -> Issue:
-    """Answers a request on one sample of the split, at batch 1."""
+    """Return a function that answers a request for one sample of the split, at batch 1."""
     return lambda index: model.run(split.inputs[index : index + 1])
 
 
 @dataclass(frozen=True)
 class _Judgement:
-    """What the measurements say of the engine."""
+    """Conclusions from the measurements of the engine."""
 
     spec: Spec
     cell: Cell
@@ -211,12 +214,13 @@ class _Judgement:
 
     @property
     def crowded(self) -> bool:
-        """Whether others took the cores that the target needs: no ratio to the eager baseline then, others in doubt."""
+        """Whether other processes took the cores that the target needs: then no ratio to the eager baseline, others in
+        doubt."""
         assert self.cell.target is not None
         return self.timing.crowded(self.spec.targets[self.cell.target].threads)
 
     def verdicts(self) -> tuple[Verdict, ...]:
-        """accuracy; latency where the objective has a limit; speedup unless this is the baseline itself."""
+        """Return accuracy; latency if the objective has a limit; speedup unless this is the baseline itself."""
         objective, noise = self.objective, self.timing.noise
         scores = self.scores
         verdicts = [gates.accuracy_of(scores.drop, objective.max_drop, scores.confidence, scores.competing)]
@@ -278,7 +282,7 @@ class _Judgement:
 
 
 def interval(bounds: Bounds) -> Interval | None:
-    """As evidence keeps it; None where nothing is known."""
+    """Return bounds in the form of evidence; None if nothing is known."""
     return Interval(estimate=bounds.estimate, low=bounds.low, high=bounds.high) if bounds.known else None
 
 
@@ -290,7 +294,7 @@ def _required(bounds: Bounds) -> Interval:
 
 
 def _metrics(evidence: EngineEvidence) -> dict[str, float]:
-    """Flat figures for MLflow's charts; what was not measured is left out."""
+    """Return flat figures for MLflow's charts; unmeasured ones are omitted."""
     figures: dict[str, float | None] = {
         evidence.metric: evidence.engine_quality,
         "drop_pp": evidence.drop_pp.estimate,
@@ -313,7 +317,7 @@ def _metrics(evidence: EngineEvidence) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of the engine's files, plain and compressed, and of LiteRT's arena; most memory held, in MiB."""
+    """Bytes of the engine's files, plain and compressed, and of LiteRT's arena; peak memory, in MiB."""
 
     engine: int
     gzipped: int | None

@@ -1,8 +1,8 @@
-"""Files and folders by URI, local paths and s3:// alike. The only place that knows S3.
+"""Files and folders by URI, local paths and s3:// alike. The only place that accesses S3.
 
-Every error names the URI: DataError where a retry does not help (credentials, no such bucket, damaged bytes),
-Unavailable where it may; before that an operation is retried for about a minute (retries.py). What is written appears
-whole or not at all. A relative path is relative to the current folder.
+Every error names the URI: DataError if a retry does not help (credentials, no such bucket, damaged bytes), Unavailable
+if it may; before that an operation is retried for about a minute (retries.py). Writes are atomic. A relative path is
+relative to the current folder.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def is_remote(uri: str) -> bool:
-    """Whether `uri` names something in S3 rather than a path. Raises DataError for another scheme."""
+    """Return whether `uri` is in S3 rather than a path. Raise DataError for another scheme."""
     scheme, separator, _ = uri.partition("://")
     if separator and scheme != "s3":
         raise DataError(f"{uri}: {scheme}:// is not supported; give a local path or an s3:// URI")
@@ -37,12 +37,12 @@ def is_remote(uri: str) -> bool:
 
 
 def join(base: str, *names: str) -> str:
-    """The URI of something below `base`."""
+    """Return the URI of something below `base`."""
     return "/".join([base.rstrip("/"), *names]) if is_remote(base) else str(Path(base, *names))
 
 
 def fetch(uri: str) -> Path:
-    """A file on this machine with the content of `uri`, verified.
+    """Return a file on this machine with the content of `uri`, verified.
 
     From S3 it is a copy in the cache, which stays for as long as this process lives. Do not change it.
     """
@@ -50,49 +50,49 @@ def fetch(uri: str) -> Path:
 
 
 def fetch_folder(uri: str) -> Path:
-    """A folder on this machine with the content of `uri`, which `upload` stored; otherwise as `fetch`."""
+    """Return a folder on this machine with the content of `uri`, which `upload` stored; otherwise as `fetch`."""
     return _store(uri).fetch_folder(uri)
 
 
 def read_text(uri: str) -> str:
-    """The text of a small file."""
+    """Return the text of a small file."""
     return _text(uri, _store(uri).read(uri))
 
 
 def read_entry(entry: Entry) -> str:
-    """The text of a small file that `entries` found: without a request when this version was read here before."""
+    """Return the text of a small file that `entries` found, without a request if this version was read here before."""
     return _text(entry.uri, _store(entry.uri).read_entry(entry))
 
 
 def write_text(uri: str, text: str) -> None:
-    """Write a small file; folders are made where they are missing."""
+    """Write a small file; missing folders are created."""
     _store(uri).write(uri, text.encode())
 
 
 def exists(uri: str) -> bool:
-    """Whether a file, or a folder that was stored completely, is there."""
+    """Return whether a file, or a folder that was stored completely, exists."""
     return _store(uri).exists(uri)
 
 
 def delete(uri: str) -> None:
-    """Remove a file; fine when there is none."""
+    """Remove a file, if it exists."""
     _store(uri).delete(uri)
 
 
 def entries(prefix: str) -> list[Entry]:
-    """Files below the folder `prefix`, at any depth and in order; hidden ones (`.x`) are left out."""
+    """Return files below the folder `prefix`, at any depth and in order; hidden ones (`.x`) are left out."""
     return [entry for entry in _store(prefix).entries(prefix) if not entry.uri.rpartition("/")[2].startswith(".")]
 
 
 def list_uris(prefix: str) -> list[str]:
-    """URIs of the files that `entries` finds."""
+    """Return URIs of the files that `entries` finds."""
     return [entry.uri for entry in entries(prefix)]
 
 
 def upload(path: Path, uri: str) -> str:
-    """Store a file or a folder at `uri`, in place of what was there; returns its sha256 (digests.py).
+    """Store a file or a folder at `uri`, replacing existing content; return its sha256 (digests.py).
 
-    A folder that is being replaced is not there for readers in between.
+    A folder that is being replaced is missing for readers in between.
     """
     if not path.exists():
         raise DataError(f"{path}: there is no such file or folder to upload")

@@ -1,4 +1,4 @@
-"""What a kind of storage does. Local folders (local.py) and S3 (remote.py) are two modules with these functions."""
+"""Functions of a kind of storage. Local folders (local.py) and S3 (remote.py) are two modules with these functions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Entry:
-    """A file, as a listing shows it."""
+    """A file in a listing."""
 
     uri: str
     version: str
     """Changes when the content does."""
     modified: float
-    """When it was written, in seconds since the epoch."""
+    """Time of the last write, in seconds since the epoch."""
     size_bytes: int
 
 

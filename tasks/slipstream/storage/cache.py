@@ -37,15 +37,15 @@ _verified: set[Path] = set()
 _held: dict[Path, int] = {}
 """Descriptors of the `.use` locks that this process holds."""
 _guard = threading.Lock()
-"""Over `_held`: a descriptor that two threads close may by then be another file's."""
+"""Lock for `_held`: if two threads close one descriptor, the second may close another file's."""
 
 
 def obtain(key: str, name: str, make: Callable[[Path], None], is_intact: Callable[[Path], bool] | None = None) -> Path:
-    """The entry `key` (64 hex digits) under `name`; when it is not there, `make` writes it to the path it is given.
+    """Return the entry `key` (64 hex digits) under `name`; if it is missing, `make` writes it to the given path.
 
-    `make` verifies what it wrote and raises when it is not right; then nothing is kept. An entry that was there already
-    is verified by `is_intact` when this process first asks for it; a damaged one is dropped and made again. The entry
-    stays for as long as this process lives. Raises what `make` raises.
+    `make` verifies what it wrote and raises if it is not right; then nothing is kept. An existing entry is verified by
+    `is_intact` when this process first asks for it; a damaged one is dropped and made again. The entry stays for as
+    long as this process lives. Raise what `make` raises.
     """
     assert _KEY.fullmatch(key), key
     root = Home.from_environment().cache
@@ -57,13 +57,13 @@ def obtain(key: str, name: str, make: Callable[[Path], None], is_intact: Callabl
         _discard(path, is_intact)
         _ensure(path, make)
     _verified.add(path)
-    os.utime(root / key)  # when it was last used
+    os.utime(root / key)  # last use
     return path
 
 
 @contextmanager
 def borrowed(key: str, name: str, make: Callable[[Path], None]) -> Iterator[Path]:
-    """As `obtain`, for small entries that are read at once: they may go again right after."""
+    """Like `obtain`, for small entries that are read at once: they may be evicted right after."""
     path = obtain(key, name, make)
     try:
         yield path
@@ -73,7 +73,7 @@ def borrowed(key: str, name: str, make: Callable[[Path], None]) -> Iterator[Path
 
 
 def limit_bytes() -> float:
-    """The size limit, SLIPSTREAM_CACHE_GB × 10⁹ bytes. Raises InputError."""
+    """Return the size limit, SLIPSTREAM_CACHE_GB × 10⁹ bytes. Raise InputError."""
     text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT_GB))
     try:
         limit = float(text)
@@ -85,7 +85,7 @@ def limit_bytes() -> float:
 
 
 def evict(root: Path, limit: float) -> None:
-    """Remove the least recently used entries that nobody uses until the rest is within `limit` bytes."""
+    """Remove the least recently used entries that are not in use until the rest is within `limit` bytes."""
     with _locked(root / _LOCKS / "evict"):
         _clear_incoming(root)
         entries = sorted(_entries(root), key=lambda entry: entry.last_used)
@@ -115,7 +115,7 @@ def _entries(root: Path) -> Iterator[_Entry]:
 
 
 def _ensure(path: Path, make: Callable[[Path], None]) -> None:
-    """Make an entry that is not there, in one process at a time, and room for it."""
+    """Make a missing entry, in one process at a time, and room for it."""
     root, key = path.parent.parent, path.parent.name
     if not path.exists():
         with _locked(_lock(root, key, "fill")):
@@ -160,7 +160,7 @@ def _move_away(root: Path, key: str) -> None:
 
 
 def _remove(root: Path, key: str) -> bool:
-    """Remove an entry unless somebody uses or fetches it; whether it is gone."""
+    """Remove an entry unless it is being used or fetched; return whether it is gone."""
     use, fill = _lock(root, key, "use"), _lock(root, key, "fill")
     with _locked(use, wait=False) as unused, _locked(fill, wait=False) as idle:
         if not (unused and idle):
@@ -204,7 +204,7 @@ def _hold(root: Path, key: str) -> None:
 
 @contextmanager
 def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold an exclusive lock; without `wait`, yields False where somebody else holds it."""
+    """Hold an exclusive lock; without `wait`, yield False if it is held elsewhere."""
     while True:
         descriptor = _open(path)
         try:
@@ -227,7 +227,7 @@ def _open(path: Path) -> int:
 
 
 def _is(descriptor: int, path: Path) -> bool:
-    """Whether an open lock file is still the one at `path`; a lock on a removed file protects nothing."""
+    """Return whether an open lock file is still the one at `path`; a lock on a removed file protects nothing."""
     with suppress(FileNotFoundError):
         return os.fstat(descriptor).st_ino == path.stat().st_ino
     return False

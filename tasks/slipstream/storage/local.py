@@ -13,21 +13,21 @@ from slipstream.storage.base import Entry
 
 
 def fetch(uri: str) -> Path:
-    """The file itself."""
+    """Return the file itself."""
     if not Path(uri).is_file():
         raise DataError(f"{uri}: no such file")
     return Path(uri)
 
 
 def fetch_folder(uri: str) -> Path:
-    """The folder itself."""
+    """Return the folder itself."""
     if not Path(uri).is_dir():
         raise DataError(f"{uri}: no such folder")
     return Path(uri)
 
 
 def read(uri: str) -> bytes:
-    """A file's bytes."""
+    """Return a file's bytes."""
     try:
         return Path(uri).read_bytes()
     except OSError as error:
@@ -35,30 +35,30 @@ def read(uri: str) -> bytes:
 
 
 def read_entry(entry: Entry) -> bytes:
-    """A listed file's bytes."""
+    """Return a listed file's bytes."""
     return read(entry.uri)
 
 
 def write(uri: str, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     write_atomically(Path(uri), content)
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or a folder."""
+    """Return whether there is a file or a folder."""
     return Path(uri).exists()
 
 
 def delete(uri: str) -> None:
-    """Remove a file; fine when there is none."""
+    """Remove a file, if it exists."""
     Path(uri).unlink(missing_ok=True)
 
 
 def entries(prefix: str) -> list[Entry]:
-    """Files below a folder, at any depth."""
+    """Return files below a folder, at any depth."""
     files = []
     for path in sorted(Path(prefix).rglob("*")):
-        with suppress(OSError):  # removed while we look, or a link that leads nowhere or in a circle
+        with suppress(OSError):  # removed meanwhile, or a broken or circular link
             stat = path.stat()
             if S_ISREG(stat.st_mode):
                 version = f"{stat.st_mtime_ns}-{stat.st_size}-{stat.st_ino}"
@@ -67,7 +67,7 @@ def entries(prefix: str) -> list[Entry]:
 
 
 def upload(path: Path, uri: str) -> str:
-    """Copy a file or a folder aside, then move it into place; returns its digest."""
+    """Copy a file or a folder aside, then move it into place; return its digest."""
     to = Path(uri)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=to.parent) as name:

@@ -1,7 +1,7 @@
 """Files and folders in S3, with the local cache in front.
 
-A folder is its files and, written last, a manifest with their digests: a folder without one is not there (yet). The
-files keep their names, so that other tools, KServe's storage initializer among them, read such a folder too.
+A folder consists of its files and, written last, a manifest with their digests: a folder without one counts as missing.
+The files keep their names, so that other tools, including KServe's storage initializer, can also read such a folder.
 """
 
 from pathlib import Path, PurePosixPath
@@ -31,7 +31,7 @@ class File(Document):
 
 
 class Manifest(Document):
-    """What a folder consists of."""
+    """Contents of a folder."""
 
     sha256: str
     """Digest of the folder, as `digests.folder` computes it."""
@@ -40,16 +40,16 @@ class Manifest(Document):
 
 
 def fetch(uri: str) -> Path:
-    """A copy of an object."""
+    """Return a copy of an object."""
     stored = s3.require(uri)
-    # Without a digest of ours, the store's own version of this very object tells it from all others.
+    # Without a digest of ours, the store's own version of this object distinguishes it from all others.
     key = stored.sha256 or digest([s3.endpoint(), uri, stored.etag, stored.size_bytes])
     is_intact = (lambda path: digests.file(path) == key) if stored.sha256 else None
     return cache.obtain(key, _name(uri), lambda path: s3.download(uri, path, stored), is_intact)
 
 
 def fetch_folder(uri: str) -> Path:
-    """A copy of a folder."""
+    """Return a copy of a folder."""
     manifest = _manifest(uri)
     if manifest is None:
         raise DataError(f"{uri}: there is no such folder, or its upload was not finished (it has no {MANIFEST})")
@@ -67,12 +67,12 @@ def fetch_folder(uri: str) -> Path:
 
 
 def read(uri: str) -> bytes:
-    """An object's bytes; they are not cached."""
+    """Return an object's bytes; they are not cached."""
     return s3.read(uri)[0]
 
 
 def read_entry(entry: Entry) -> bytes:
-    """A listed object's bytes, from the cache where this version was read before."""
+    """Return a listed object's bytes, from the cache if this version was read before."""
 
     def download(path: Path) -> None:
         content, stored = s3.read(entry.uri)
@@ -94,24 +94,24 @@ def write(uri: str, content: bytes) -> None:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is an object or a complete folder."""
+    """Return whether there is an object or a complete folder."""
     return s3.stat(uri) is not None or s3.stat(_below(uri, MANIFEST)) is not None
 
 
 def delete(uri: str) -> None:
-    """Remove an object; fine when there is none."""
+    """Remove an object, if it exists."""
     s3.delete(uri)
 
 
 def entries(prefix: str) -> list[Entry]:
-    """Objects below a folder, at any depth."""
+    """Return objects below a folder, at any depth."""
     return s3.listing(_below(prefix, ""))
 
 
 def upload(path: Path, uri: str) -> str:
-    """Store a file or a folder; returns its digest.
+    """Store a file or a folder; return its digest.
 
-    A folder that is there already is left as it is; one that is replaced is not there until the new one is complete.
+    An identical folder is left unchanged; one that is replaced is missing until the new one is complete.
     """
     return _upload_folder(path, uri) if path.is_dir() else s3.upload(path, uri)
 
@@ -153,5 +153,5 @@ def _below(uri: str, name: str) -> str:
 
 
 def _name(uri: str) -> str:
-    """What a copy is called on this machine."""
+    """Return the name of a copy on this machine."""
     return PurePosixPath(urlparse(uri).path).name or "object"

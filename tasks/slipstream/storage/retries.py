@@ -1,4 +1,4 @@
-"""Which of the store's errors pass, how long to wait for that, and what to tell a person about the others."""
+"""Which of the store's errors are temporary, how long to wait for them, and messages for the others."""
 
 import logging
 import random
@@ -24,14 +24,14 @@ from slipstream.errors import DataError, SlipstreamError, Unavailable
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
-"""How long an operation is tried again in all. A gateway's restart takes seconds; what is away for longer is left to
-the step's own retry."""
+"""Total time for retries of an operation. A gateway's restart takes seconds; a longer outage is left to the step's own
+retry."""
 
 T = TypeVar("T")
 
 
 class Damaged(Exception):
-    """What arrived is not what was stored. Tried once more, since it may have happened on the way."""
+    """What arrived is not what was stored. Retried once, since it may have happened in transit."""
 
 
 PASSING = (
@@ -53,14 +53,14 @@ CODES = {
     "ExpiredToken": "the credentials have expired",
     "InvalidBucketName": "this is not a name that a bucket can have",
 }
-"""What the S3 API's error codes mean for the person who reads them. A HEAD has no body, only the HTTP status."""
+"""Messages for the S3 API's error codes. A HEAD has no body, only the HTTP status."""
 BUSY = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable"}
 
 
 def persistently(uri: str, operation: Callable[[], T]) -> T:
-    """Run `operation` until it succeeds, its error is one that stays, or PATIENCE_S are over.
+    """Run `operation` until it succeeds, its error is permanent, or PATIENCE_S have passed.
 
-    Raises DataError for what a retry does not mend, Unavailable otherwise; both name `uri`.
+    Raise DataError for what a retry does not fix, Unavailable otherwise; both name `uri`.
     """
     deadline = time.monotonic() + PATIENCE_S
     delay, damaged = 0.25, 0
@@ -84,7 +84,7 @@ def persistently(uri: str, operation: Callable[[], T]) -> T:
 
 
 def passes(error: Exception) -> bool:
-    """Whether an error may be gone at the next try."""
+    """Return whether an error may be gone at the next try."""
     if isinstance(error, ClientError):
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return status >= 500 or status == 429 or code_of(error) in BUSY
@@ -92,7 +92,7 @@ def passes(error: Exception) -> bool:
 
 
 def lasting(uri: str, error: Exception) -> SlipstreamError:
-    """The error for a person."""
+    """Return the error with a readable message."""
     if isinstance(error, CREDENTIALS):
         return DataError(f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile")
     if isinstance(error, ClientError):
@@ -102,5 +102,5 @@ def lasting(uri: str, error: Exception) -> SlipstreamError:
 
 
 def code_of(error: ClientError) -> str:
-    """The S3 API's code of an error."""
+    """Return the S3 API's code of an error."""
     return str(error.response.get("Error", {}).get("Code", ""))

@@ -1,7 +1,7 @@
 """Objects in S3: the only module that calls boto3.
 
-Credentials, region and endpoint come from boto3's own chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, profiles, roles).
-An object appears at its key whole or not at all: S3 shows a single put, or a completed multipart upload, in one step.
+Credentials, region and endpoint come from boto3's own chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, profiles, roles). An
+object appears at its key atomically: S3 shows a single put, or a completed multipart upload, in one step.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from slipstream.storage.retries import Damaged, code_of, passes, persistently
 log = logging.getLogger(__name__)
 
 SHA256 = "slipstream-sha256"
-"""Key of the object metadata that holds the digest of what was uploaded."""
+"""Key of the object metadata that holds the digest of the uploaded content."""
 PART_BYTES = 16 * 2**20
 TRANSFER = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=4)
 
@@ -42,7 +42,7 @@ class Location:
 
     @classmethod
     def of(cls, uri: str) -> "Location":
-        """Raises DataError when `uri` names no bucket."""
+        """Parse a URI. Raise DataError if `uri` names no bucket."""
         bucket, _, key = uri.removeprefix("s3://").partition("/")
         if not bucket:
             raise DataError(f"{uri}: names no bucket; write s3://BUCKET/KEY")
@@ -51,17 +51,17 @@ class Location:
 
 @dataclass(frozen=True)
 class Stat:
-    """What the store says of an object."""
+    """The store's data on an object."""
 
     size_bytes: int
     etag: str
     sha256: str | None
-    """Digest stored at the upload; None for what something else uploaded."""
+    """Digest stored at the upload; None for uploads by other software."""
     md5: str | None
-    """Digest in the ETag; None where that is not one (multipart, encrypted with a customer's key)."""
+    """Digest in the ETag; None if that is not one (multipart, encrypted with a customer's key)."""
 
     def check(self, size_bytes: int, sha256: str, md5: str) -> None:
-        """Raises Damaged when these are not the object's."""
+        """Raise Damaged if these are not the object's."""
         if size_bytes != self.size_bytes:
             raise Damaged(f"{size_bytes} of {self.size_bytes} bytes arrived; the object is truncated")
         if self.sha256 is not None and sha256 != self.sha256:
@@ -71,7 +71,7 @@ class Stat:
 
 
 def stat(uri: str) -> Stat | None:
-    """What the store says of an object; None when there is none. Raises DataError, Unavailable."""
+    """Return the store's data on an object, or None if there is none. Raise DataError, Unavailable."""
     where = Location.of(uri)
 
     def head() -> Stat | None:
@@ -87,7 +87,7 @@ def stat(uri: str) -> Stat | None:
 
 
 def require(uri: str) -> Stat:
-    """What the store says of an object. Raises DataError, also when there is none, and Unavailable."""
+    """Return the store's data on an object. Raise DataError, also if there is none, and Unavailable."""
     stored = stat(uri)
     if stored is None:
         raise DataError(f"{uri}: there is no such object")
@@ -95,7 +95,7 @@ def require(uri: str) -> Stat:
 
 
 def download(uri: str, path: Path, expected: Stat) -> None:
-    """Write an object to `path`, checked against `expected`. Raises DataError, Unavailable."""
+    """Write an object to `path`, checked against `expected`. Raise DataError, Unavailable."""
     where = Location.of(uri)
 
     def get() -> None:
@@ -107,9 +107,9 @@ def download(uri: str, path: Path, expected: Stat) -> None:
 
 
 def read(uri: str) -> tuple[bytes, Stat]:
-    """An object's bytes, checked, and what the store says of it. For what fits in memory.
+    """Return an object's bytes, checked, and the store's data on it. For objects that fit in memory.
 
-    Raises DataError, Unavailable.
+    Raise DataError, Unavailable.
     """
     where = Location.of(uri)
 
@@ -129,7 +129,7 @@ def read(uri: str) -> tuple[bytes, Stat]:
 
 
 def write(uri: str, content: bytes) -> None:
-    """Store bytes as an object, in one request. Raises DataError, Unavailable."""
+    """Store bytes as an object, in one request. Raise DataError, Unavailable."""
     where = Location.of(uri)
     metadata = {SHA256: hashlib.sha256(content).hexdigest()}
     persistently(
@@ -139,9 +139,9 @@ def write(uri: str, content: bytes) -> None:
 
 
 def upload(path: Path, uri: str) -> str:
-    """Store a file as an object, in parts when it is large; returns its sha256. Raises DataError, Unavailable.
+    """Store a file as an object, in parts if it is large; return its sha256. Raise DataError, Unavailable.
 
-    Nothing is visible at `uri` before everything is there. Parts of a failed attempt are removed.
+    Nothing is visible at `uri` before everything is uploaded. Parts of a failed attempt are removed.
     """
     where, sha256, size = Location.of(uri), digests.file(path), path.stat().st_size
     begun: list[str] = []
@@ -162,13 +162,13 @@ def upload(path: Path, uri: str) -> str:
 
 
 def delete(uri: str) -> None:
-    """Remove an object; fine when there is none. Raises DataError, Unavailable."""
+    """Remove an object, if it exists. Raise DataError, Unavailable."""
     where = Location.of(uri)
     persistently(uri, lambda: client().delete_object(Bucket=where.bucket, Key=where.key))
 
 
 def listing(prefix: str) -> list[Entry]:
-    """Objects whose URI starts with `prefix`, in order. Raises DataError, Unavailable."""
+    """Return objects whose URI starts with `prefix`, in order. Raise DataError, Unavailable."""
     where = Location.of(prefix)
 
     def pages() -> list[Entry]:
@@ -188,26 +188,26 @@ def listing(prefix: str) -> list[Entry]:
 
 
 def client() -> Any:
-    """boto3's client for the credentials and the endpoint that the environment names now."""
+    """Return boto3's client for the current credentials and endpoint of the environment."""
     settings = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
     return _client(os.getpid(), tuple(sorted(settings.items())))
 
 
 @lru_cache(maxsize=4)
 def _client(_process: int, _settings: tuple[tuple[str, str], ...]) -> Any:
-    # One for each process, since connections do not survive a fork. A session of its own: boto3's default one would
-    # keep the credentials that it saw first.
+    # One for each process, since connections do not survive a fork. A separate session: boto3's default one would keep
+    # the credentials that it saw first.
     config = Config(connect_timeout=5, read_timeout=60, retries={"mode": "standard", "max_attempts": 3})
     return boto3.session.Session().client("s3", config=config)
 
 
 def endpoint() -> str:
-    """Base URL of the store: part of what tells one object from another."""
+    """Return the base URL of the store, which helps to distinguish objects."""
     return str(client().meta.endpoint_url)
 
 
 def _transfer(stream: BinaryIO, where: Location, sha256: str) -> None:
-    # upload_file would hide the store's error code in a message of its own; upload_fileobj hands it on.
+    # upload_file would hide the store's error code in its own message; upload_fileobj passes it on.
     client().upload_fileobj(stream, where.bucket, where.key, ExtraArgs={"Metadata": {SHA256: sha256}}, Config=TRANSFER)
 
 
@@ -219,7 +219,7 @@ def _require_bucket(uri: str, bucket: str) -> None:
             raise DataError(f"{uri}: there is no such bucket") from error
         if passes(error):
             raise
-        # Rights to read an object need not include those to look at its bucket.
+        # Permission to read an object need not include permission to read its bucket.
         log.debug("%s: cannot tell whether the bucket is there: %s", uri, error)
 
 
@@ -232,7 +232,7 @@ def _stat(response: Any) -> Stat:
 
 
 def _digests(path: Path) -> tuple[str, str]:
-    """sha256 and md5 of a file, read once."""
+    """Return sha256 and md5 of a file, read once."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with path.open("rb") as stream:
         while block := stream.read(2**20):
@@ -247,7 +247,7 @@ def _md5(content: bytes) -> str:
 
 @contextmanager
 def _noting(where: Location, begun: list[str]) -> Iterator[None]:
-    """Note the ids of the multipart uploads that are begun for an object."""
+    """Record the ids of the multipart uploads that are started for an object."""
 
     def note(parsed: dict[str, Any], **_: object) -> None:
         if parsed.get("Key") == where.key and "UploadId" in parsed:

@@ -1,1 +1,1 @@
-"""MLflow: the runs that are tracked, the registry, and the signatures by which both are believed."""
+"""MLflow: tracked runs, the registry, and the signatures that protect both."""

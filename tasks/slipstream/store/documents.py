@@ -16,7 +16,8 @@ T = TypeVar("T", bound=Document)
 
 
 def read(uri: str) -> StepInput:
-    """An IN document. Raises InputError when it is none, DataError when it is missing or holds an unsigned output."""
+    """Return an IN document. Raise InputError if it is invalid, DataError if it is missing or holds an unsigned
+    output."""
     inputs = _read(uri, StepInput, "IN")
     for output in inputs.upstream:
         signing.require_signed(output, uri)
@@ -24,9 +25,9 @@ def read(uri: str) -> StepInput:
 
 
 def gather(step: str, spec: Spec, run_key: str, cell: str, outputs: Iterable[str]) -> StepInput:
-    """The IN document of a step from the URIs of OUT documents; those that the step does not build on are left out.
+    """Return a step's IN document from the URIs of OUT documents; those that the step does not use are left out.
 
-    Raises InputError when one is missing or none, DataError when this platform did not sign it.
+    Raise InputError if one is missing or invalid, DataError if this platform did not sign it.
     """
     chosen = _cell(spec, cell) if cell else None
     signed_outputs = [signing.require_signed(_read(uri, StepOutput, "OUT"), uri) for uri in outputs]

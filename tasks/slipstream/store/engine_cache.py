@@ -1,8 +1,8 @@
-"""What makes an engine's next build or load faster (TensorRT's timing cache, say), shared through MLflow.
+"""Caches that speed up an engine's next build or load (for example TensorRT's timing cache), shared through MLflow.
 
-The file lies in the cache of SLIPSTREAM_HOME, under a name that tells the GPU, its driver and the engine's version. A
-build brings it from the latest run that had it, where it is not here already, and leaves it as an artefact of its own
-run where it has grown. So machines with the same GPU share it, by whatever store MLflow keeps its artefacts in.
+The file is in the cache of SLIPSTREAM_HOME, under a name that identifies the GPU, its driver and the engine's version.
+A build fetches it from the latest run that had it, if it is missing here, and logs it as an artifact of its own run if
+it has grown. Machines with the same GPU thereby share it through MLflow's artifact store.
 """
 
 import logging
@@ -25,7 +25,7 @@ FOLDER = "engine-cache"
 
 @contextmanager
 def shared(tracking: Tracking, run: StepRun, path: Path | None) -> Iterator[None]:
-    """Around a build: bring the cache file before, share it afterwards. Nothing is done for None."""
+    """Fetch the cache file before a build and share it afterwards. No effect for None."""
     if path is None:
         yield
         return
@@ -34,11 +34,11 @@ def shared(tracking: Tracking, run: StepRun, path: Path | None) -> Iterator[None
     yield
     if path.exists() and digests.file(path) != before:
         run.artifact(path, FOLDER)
-        run.tags({TAG: path.name})  # last: whoever finds the tag finds the file
+        run.tags({TAG: path.name})  # last: the tag is visible only with the file
 
 
 def restore(tracking: Tracking, path: Path) -> None:
-    """Fetch the file that the latest build of this model left under this name, unless one is here."""
+    """Fetch the file that the latest build of this model logged under this name, unless one is here."""
     if path.exists():
         return
     for run in tracking.search_all({TAG: path.name}):

@@ -1,9 +1,8 @@
 """The registry protocol: which version serves (`champion`), where rollback goes (`previous`), what is under test.
 
-MLflow has neither compare-and-swap nor a transaction over two aliases. Therefore one rollout per model runs at a
-time (an Airflow pool of one slot), `expect_champion` stops a rollout whose evidence is stale, every write can be
-repeated, and tags of the registered model say what was begun (release/moves.py) and what was rejected
-(release/rejections.py).
+MLflow has neither compare-and-swap nor a transaction over two aliases. Therefore one rollout per model runs at a time
+(an Airflow pool of one slot), `expect_champion` stops a rollout whose evidence is stale, every write can be repeated,
+and tags of the registered model record what was begun (release/moves.py) and what was rejected (release/rejections.py).
 """
 
 import logging
@@ -30,7 +29,7 @@ KIND = "slipstream.kind"
 SHA256 = "slipstream.sha256"
 PIPELINE_RUN = "slipstream.pipeline_run"
 REBUILT_FROM = "slipstream.rebuilt_from"
-"""Version whose engine could not be loaded any more, and from whose candidate this one was built."""
+"""Version whose engine could no longer be loaded, and from whose candidate this one was built."""
 RELEASED_BY = "slipstream.released_by"
 REPLACED = "slipstream.replaced"
 ROLLOUT_RUN = "slipstream.rollout_run"
@@ -42,7 +41,7 @@ OUTAGE_CODES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCE
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Turn MLflow's exceptions into ours: an outage is Unavailable (retry), all else RegistryError."""
+    """Translate MLflow's exceptions into ours: an outage is Unavailable (retry), all others RegistryError."""
     try:
         yield
     except MlflowException as error:
@@ -58,7 +57,7 @@ class Registry:
         self._client = client
 
     def alias(self, name: str) -> str | None:
-        """Version that an alias points at; None when there is no such alias or model."""
+        """Return the version that an alias points at, or None if there is no such alias or model."""
         with translated(f"reading {self.model}@{name}"):
             try:
                 return str(self._client.get_model_version_by_alias(self.model, name).version)
@@ -68,11 +67,11 @@ class Registry:
                 raise
 
     def champion(self) -> str | None:
-        """Version that serves, as the registry says."""
+        """Return the version that serves, according to the registry."""
         return self.alias(CHAMPION)
 
     def expect_champion(self, version: str | None) -> None:
-        """Raise RegistryError when the champion is not the version that the gates compared with."""
+        """Raise RegistryError if the champion is not the version that the gates compared with."""
         champion = self.champion()
         if champion != version:
             raise RegistryError(
@@ -81,7 +80,7 @@ class Registry:
             )
 
     def set_alias(self, name: str, version: str | None) -> None:
-        """Point an alias at a version, or remove it (None). Nothing is written when it is so already."""
+        """Point an alias at a version, or remove it (None). Nothing is written if it already is so."""
         if self.alias(name) == version:
             return
         with translated(f"setting {self.model}@{name}"):
@@ -92,9 +91,9 @@ class Registry:
         log.info("registry: %s@%s is now %s", self.model, name, _said(version))
 
     def register(self, artifact: Artifact, cell: str, pipeline_run_id: str, verdicts: tuple[Verdict, ...]) -> str:
-        """The version for an engine; the same one again for the same engine of the same pipeline run.
+        """Return the version for an engine, the same one again for the same engine of the same pipeline run.
 
-        Tags are given at creation, so that no version is ever seen without its digest.
+        Tags are set at creation, so that no version is ever visible without its digest.
         """
         if artifact.model_id is None:
             raise RegistryError(f"{cell}: the engine is not a logged model of MLflow, and cannot be registered")
@@ -120,9 +119,9 @@ class Registry:
         return version
 
     def artifact(self, version: str) -> Artifact:
-        """The engine of a version. Raises RegistryError unless slipstream registered it, which its signature proves.
+        """Return the engine of a version. Raise RegistryError unless a signature proves that slipstream registered it.
 
-        Whoever reaches the registry can set tags, and this one decides what is deployed.
+        Anyone with access to the registry can set tags, and this one determines what is deployed.
         """
         tags = self.tags(version)
         text = tags.get(ARTIFACT)
@@ -145,7 +144,7 @@ class Registry:
         return artifact
 
     def sign(self, version: str) -> Artifact:
-        """Sign a version's artifact as it is now, on a person's word: after a new key, or from before signatures."""
+        """Sign a version's artifact as it is now, at a person's request: after a new key, or from before signatures."""
         text = self.tags(version).get(ARTIFACT)
         try:
             artifact = Artifact.model_validate_json(text or "")
@@ -158,16 +157,17 @@ class Registry:
         return artifact
 
     def _signed(self, version: str, artifact: Artifact) -> dict[str, Any]:
-        """What the signature covers: where it stands, too, so that no other version's engine passes for this one's."""
+        """Return what the signature covers, including the version, so that no other version's engine passes for this
+        one's."""
         described = artifact.model_dump(mode="json", exclude_defaults=True)
         return {"model": self.model, "version": version, "artifact": described}
 
     def release(self, version: str) -> Release:
-        """The release under which a version is deployed."""
+        """Return the release under which a version is deployed."""
         return Release(model=self.model, name=f"v{version}")
 
     def tags(self, version: str) -> dict[str, str]:
-        """Tags of a version."""
+        """Return the tags of a version."""
         with translated(f"reading {self.model} version {version}"):
             return dict(self._client.get_model_version(self.model, version).tags)
 
@@ -183,18 +183,18 @@ class Registry:
             self._client.update_model_version(self.model, version, description)
 
     def description(self, version: str) -> str:
-        """Description of a version."""
+        """Return the description of a version."""
         with translated(f"reading {self.model} version {version}"):
             return str(self._client.get_model_version(self.model, version).description or "")
 
     def versions_of(self, sha256: str) -> list[str]:
-        """Versions that hold an engine with this digest, or with a digest that begins so."""
+        """Return versions that hold an engine with this digest, or with a digest that begins with it."""
         with translated(f"searching versions of {self.model}"):
             condition = f"name = '{self.model}' and tags.`{SHA256}` LIKE '{sha256}%'"
             return [str(v.version) for v in self._client.search_model_versions(condition)]
 
     def model_tags(self) -> dict[str, str]:
-        """Tags of the registered model; none where it is not there yet."""
+        """Return the tags of the registered model; empty if it does not exist yet."""
         with translated(f"reading the tags of {self.model}"):
             try:
                 return dict(self._client.get_registered_model(self.model).tags)
@@ -214,7 +214,7 @@ class Registry:
             self._client.delete_registered_model_tag(self.model, key)
 
     def ensure_model(self) -> None:
-        """Create the registered model where it is not there yet."""
+        """Create the registered model if it does not exist yet."""
         with translated(f"creating {self.model}"):
             try:
                 self._client.create_registered_model(self.model)
@@ -229,7 +229,7 @@ class Registry:
 
 
 def verdict_tags(stage: str, verdicts: tuple[Verdict, ...]) -> dict[str, str]:
-    """Audit tags: each verdict of a stage with its reason, within MLflow's limit of 5,000 characters."""
+    """Return audit tags: each verdict of a stage with its reason, within MLflow's limit of 5,000 characters."""
     return {f"slipstream.{stage}.{v.gate}": f"{v.answer}: {v.reason}"[:4900] for v in verdicts}
 
 

@@ -1,8 +1,9 @@
-"""Signatures on what slipstream stores in MLflow and believes when it reads it back (docs/security.md).
+"""Signatures on what slipstream stores in MLflow and trusts when it reads it back (docs/security.md).
 
 HMAC-SHA256 with a key that only the platform has: SLIPSTREAM_SIGNING_KEY, else the file `signing.key` in
-SLIPSTREAM_HOME, which is made at first use. A signature is bound to its purpose, so that one made for a step's output
-cannot pass for one on a version. Whoever can write to MLflow, but lacks the key, can delete results, not plant them.
+SLIPSTREAM_HOME, which is created at first use. A signature is bound to its purpose, so that one made for a step's
+output cannot pass for one on a version. Anyone who can write to MLflow but lacks the key can delete results, but not
+forge them.
 """
 
 import hashlib
@@ -19,10 +20,10 @@ from slipstream.errors import DataError, InputError
 from slipstream.home import Home
 
 VARIABLE = "SLIPSTREAM_SIGNING_KEY"
-"""One key, or several with commas between them: the first signs, all verify, so that a key can be replaced."""
+"""One key, or several separated by commas: the first signs, all verify, so that a key can be replaced."""
 FILE = "signing.key"
 SHORTEST = 32
-"""Characters of a key; 32 hexadecimal digits are 128 bits."""
+"""Minimum characters of a key; 32 hexadecimal digits are 128 bits."""
 
 STEP_OUTPUT = "step-output"
 VERSION_ARTIFACT = "version-artifact"
@@ -30,23 +31,23 @@ MODEL_RECORD = "model-record"
 
 
 def sign(purpose: str, document: Any) -> str:
-    """The signature of a JSON document for a purpose, in hexadecimal digits. Raises InputError for an unusable key."""
+    """Return the signature of a JSON document for a purpose, in hexadecimal. Raise InputError for an unusable key."""
     return _signature(_keys()[0], purpose, document)
 
 
 def verify(purpose: str, document: Any, signature: str) -> bool:
-    """Whether `signature` was made by `sign` for this document and purpose; compared in constant time."""
-    encoded = signature.encode()  # compare_digest refuses text beyond ASCII
+    """Return whether `signature` was made by `sign` for this document and purpose; compared in constant time."""
+    encoded = signature.encode()  # compare_digest rejects text beyond ASCII
     return any(hmac.compare_digest(_signature(key, purpose, document).encode(), encoded) for key in _keys())
 
 
 def signed_output(output: StepOutput) -> StepOutput:
-    """The output with its signature, which covers every other field."""
+    """Return the output with its signature, which covers every other field."""
     return output.model_copy(update={"signature": sign(STEP_OUTPUT, output.signed_part())})
 
 
 def require_signed(output: StepOutput, where: str) -> StepOutput:
-    """The output, when this platform signed it. Raises DataError otherwise."""
+    """Return the output, if this platform signed it. Raise DataError otherwise."""
     if verify(STEP_OUTPUT, output.signed_part(), output.signature):
         return output
     how = "has no signature" if not output.signature else "has a signature of another key, or was changed"
@@ -57,7 +58,7 @@ def require_signed(output: StepOutput, where: str) -> StepOutput:
 
 
 def key_file(home: Home) -> Path:
-    """Where a home's own key lies."""
+    """Return the path of a home's own key."""
     return home.root / FILE
 
 
@@ -79,7 +80,8 @@ def _keys() -> list[bytes]:
 
 
 def _read_or_make(path: Path) -> str:
-    """The key in a file. A missing one is made complete and then linked into place: two processes share one key."""
+    """Return the key in a file. A missing one is created completely and then linked into place: processes share one
+    key."""
     try:
         if not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

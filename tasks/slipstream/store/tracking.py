@@ -1,7 +1,7 @@
 """MLflow: one parent run for each pipeline run, a child for each step, logged models with their lineage.
 
-A finished step is found again by the tag `slipstream.identity`. That tag is written last, after every artefact,
-so that a step killed at any moment is never mistaken for a finished one.
+A finished step is found again by the tag `slipstream.identity`. That tag is written last, after every artifact, so that
+a step killed at any moment is never mistaken for a finished one.
 """
 
 import json
@@ -59,13 +59,13 @@ OUTPUT = "output.json"
 
 
 def experiment_name(model: str) -> str:
-    """MLflow experiment of a registered model. Specs for the same model share it, and so each other's results."""
+    """Return the MLflow experiment of a registered model. Specs for the same model share it, and therefore results."""
     return f"slipstream/{model}"
 
 
 @dataclass
 class StepRun:
-    """The MLflow run of a step under way."""
+    """The MLflow run of a step in progress."""
 
     client: MlflowClient
     run_id: str
@@ -86,10 +86,10 @@ class StepRun:
         self.client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in values.items()])
 
     def progress(self, done: int, total: int, unit: str = "", **figures: float) -> None:
-        """Say how far the step is, in units such as `batches`; `slipstream run --watch` draws its bars from this.
+        """Report the step's progress, in units such as `batches`; `slipstream run --watch` draws its bars from this.
 
-        It is a tag, which holds the latest word alone: one request reads it, and no chart shows it. At most two
-        writes a second.
+        It is a tag, which holds only the latest value: one request reads it, and no chart shows it. At most two writes
+        a second.
         """
         now = time.monotonic()
         if now - self._last_beat < 0.5 and done < total:
@@ -112,7 +112,7 @@ class StepRun:
         self.tags({"mlflow.loggedArtifacts": json.dumps([{"path": path.name, "type": "table"}])})
 
     def dataset(self, data: Data, name: str, sources: Mapping[str, str]) -> None:
-        """Link the splits to this run, by digest; `sources` says where each split came from."""
+        """Link the splits to this run, by digest; `sources` names the origin of each split."""
         inputs = [
             DatasetInput(
                 _dataset(data, name, split, json.dumps({"source": source})), [InputTag("mlflow.data.context", split)]
@@ -140,7 +140,7 @@ class StepRun:
         self.client.set_logged_model_tags(engine.model_id, verdicts)
 
     def uses(self, model_ids: Iterable[str]) -> None:
-        """Link the logged models that this step builds on."""
+        """Link the logged models that this step uses."""
         models = [LoggedModelInput(m) for m in model_ids]
         if models:
             self.client.log_inputs(self.run_id, models=models)
@@ -172,7 +172,7 @@ class StepRun:
                 tags=tags,
             )
         self.uses(parents)
-        # log_model ends the fluent run; the step is still under way.
+        # log_model ends the fluent run; the step is still in progress.
         self.client.update_run(self.run_id, status="RUNNING")
         return Artifact(
             uri=str(self.client.get_logged_model(info.model_id).artifact_location),
@@ -183,7 +183,7 @@ class StepRun:
         )
 
     def produces(self, model_id: str, step: int = 0) -> None:
-        """Link a logged model of an earlier run as this run's output; once, since MLflow refuses a second link."""
+        """Link a logged model of an earlier run as this run's output; once, since MLflow rejects a second link."""
         linked = self.client.get_run(self.run_id).outputs
         if linked and model_id in [output.model_id for output in linked.model_outputs]:
             return
@@ -191,12 +191,12 @@ class StepRun:
 
 
 def _dataset(data: Data, name: str, split: str, source: str) -> Dataset:
-    """MLflow's entry for a split; its digests have at most 36 characters."""
+    """Return MLflow's entry for a split; its digests have at most 36 characters."""
     return Dataset(f"{name}-{split}", data.digests()[split][:36], "code", source)
 
 
 def connected() -> MlflowClient:
-    """A client of the MLflow server that MLFLOW_TRACKING_URI names. Raises InputError when that names no server."""
+    """Return a client of MLFLOW_TRACKING_URI's server. Raise InputError if the variable names no server."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # in a task's log each redraw is a line
     try:
         return MlflowClient()
@@ -218,7 +218,7 @@ class Tracking:
 
     @property
     def experiment_id(self) -> str:
-        """The spec's experiment, created when it is not there."""
+        """Return the spec's experiment, which is created if it does not exist."""
         if self._experiment_id is None:
             name = experiment_name(self.spec.model.name)
             experiment = self.client.get_experiment_by_name(name)
@@ -233,11 +233,12 @@ class Tracking:
         return str(self.client.create_experiment(name, tags={"mlflow.note.content": about}))
 
     def run(self, run_id: str) -> StepRun:
-        """A run of this experiment."""
+        """Return a run of this experiment."""
         return StepRun(self.client, run_id, self.experiment_id)
 
     def pipeline_run(self, run_key: str) -> str:
-        """The parent run of a pipeline run; created, with the spec as its artefact, by the first step that asks."""
+        """Return the parent run of a pipeline run; the first step that asks creates it, with the spec as its
+        artifact."""
         runs = self.search({RUN_KEY: run_key, STEP: "pipeline"})
         if runs:
             return str(runs[0].info.run_id)
@@ -248,11 +249,11 @@ class Tracking:
         return str(run.info.run_id)
 
     def search(self, tags: Mapping[str, str]) -> list[Run]:
-        """Runs of this spec that carry all these tags, newest first."""
+        """Return runs of this spec with all these tags, newest first."""
         return self._search({SPEC: self.spec.name, **tags})
 
     def search_all(self, tags: Mapping[str, str]) -> list[Run]:
-        """Runs of all specs for the same model that carry all these tags, newest first."""
+        """Return runs of all specs for the same model with all these tags, newest first."""
         return self._search(tags)
 
     def _search(self, tags: Mapping[str, str]) -> list[Run]:
@@ -261,11 +262,11 @@ class Tracking:
         return list(self.client.search_runs([self.experiment_id], condition, order_by=order, max_results=1000))
 
     def find(self, identity: str, *, oldest: bool = False) -> StepOutput | None:
-        """The output of a finished step with this identity, in this spec's runs or another's for the same model.
+        """Return the output of a finished step with this identity, in this spec's runs or another's for the same model.
 
-        The newest; `oldest` is for what only the first measurement may decide.
+        Return the newest; `oldest` is for what only the first measurement may decide.
 
-        The tag alone proves nothing, since whoever reaches MLflow can set it: the signed output must name this
+        The tag alone proves nothing, since anyone with access to MLflow can set it: the signed output must name this
         identity and its run. Runs whose output does not are skipped with a warning.
         """
         runs = self._search({IDENTITY: identity})
@@ -285,7 +286,7 @@ class Tracking:
         return None
 
     def output(self, run_id: str) -> StepOutput:
-        """The output document that a step left in a run. Raises DataError when this platform did not sign it."""
+        """Return the output document of a step's run. Raise DataError if this platform did not sign it."""
         document = mlflow.artifacts.load_dict(f"runs:/{run_id}/{OUTPUT}")
         try:
             output = StepOutput.model_validate(document)
@@ -294,7 +295,7 @@ class Tracking:
         return signing.require_signed(output, f"MLflow run {run_id}")
 
     def start(self, run_key: str, step: str, cell: Cell | None, identity: str) -> StepRun:
-        """The child run for a step: a new one, or the one that a killed attempt left behind."""
+        """Return the child run for a step: a new one, or the one that a killed attempt left behind."""
         parent = self.pipeline_run(run_key)
         sought = {WORK: identity, RUN_KEY: run_key} | ({CELL: cell.key} if cell else {})
         unfinished = [r for r in self.search(sought) if IDENTITY not in r.data.tags]
@@ -310,7 +311,7 @@ class Tracking:
         return StepRun(self.client, str(run_id), self.experiment_id)
 
     def record(self, run: StepRun, output: StepOutput) -> StepOutput:
-        """Sign and write the output, also of a failed gate: a rejection needs its evidence. Returns it signed."""
+        """Sign and write the output, also for failed gates: a rejection needs its evidence. Return it signed."""
         output = signing.signed_output(output)
         run.metrics(output.metrics)
         run.tags({f"gate.{v.gate}": f"{v.answer}: {v.reason}"[:4900] for v in output.verdicts})
@@ -318,7 +319,7 @@ class Tracking:
         return output
 
     def finish(self, run: StepRun, output: StepOutput, *, cache: bool) -> StepOutput:
-        """Write the output, then the identity that makes it findable, then the status. Returns the signed output."""
+        """Write the output, then the identity that makes it findable, then the status. Return the signed output."""
         output = self.record(run, output)
         self.client.update_run(run.run_id, status="FINISHED")
         if cache:
@@ -331,7 +332,7 @@ class Tracking:
         self.client.update_run(run.run_id, status="FAILED")
 
     def reuse(self, run_key: str, output: StepOutput, cell: Cell | None) -> StepOutput:
-        """Record in this pipeline run that an earlier result, perhaps another recipe's, stands in for a cell's step."""
+        """Record in this pipeline run that an earlier result, possibly another recipe's, replaces a cell's step."""
         run = self.start(run_key, output.step, cell, f"reused:{output.identity}")
         run.tags({REUSED: output.run_id})
         if output.artifact and output.artifact.model_id:
@@ -340,9 +341,9 @@ class Tracking:
 
 
 def fetch(artifact: Artifact) -> Path:
-    """The artefact's folder on this machine: from the cache, or downloaded, and verified by its digest.
+    """Return the artifact's folder on this machine: from the cache, or downloaded, and verified by its digest.
 
-    Raises ModelError when what arrives is not what was logged.
+    Raise ModelError if what arrives is not what was logged.
     """
     source = f"{artifact.uri}/{artifact.path}"
 

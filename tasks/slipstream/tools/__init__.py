@@ -1,1 +1,1 @@
-"""Commands beside the pipeline: the benchmark, `init`, and the generated reference."""
+"""Commands in addition to the pipeline: the benchmark, `init`, and the generated reference."""

@@ -1,4 +1,4 @@
-"""Traffic: who deploys releases, who splits the traffic, and how stages 2 and 3 watch it."""
+"""Traffic: deployment of releases, the traffic split, and how stages 2 and 3 watch it."""
 
 import importlib
 import os
@@ -8,11 +8,11 @@ from slipstream.home import Home
 from slipstream.traffic.base import TrafficController
 
 CONTROLLERS: dict[str, str] = {"envoy": "slipstream.traffic.envoy", "kserve": "slipstream.traffic.kserve"}
-"""Setting → module with a function `controller(home)`. Nothing is imported before it is asked for."""
+"""Module with a function `controller(home)`, by setting. Imported only on use."""
 
 
 def controller(home: Home) -> TrafficController:
-    """The controller that SLIPSTREAM_TRAFFIC names; Envoy on this machine when it names none."""
+    """Return the controller that SLIPSTREAM_TRAFFIC names; by default, Envoy on this machine."""
     name = os.environ.get("SLIPSTREAM_TRAFFIC", "envoy")
     if name not in CONTROLLERS:
         raise InputError(f"SLIPSTREAM_TRAFFIC={name}: unknown; known: {', '.join(CONTROLLERS)}")

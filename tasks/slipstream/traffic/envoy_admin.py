@@ -16,17 +16,17 @@ TIMEOUT_S = 5.0
 
 
 class Admin:
-    """Asks the Envoy that runs in a folder, where its socket is."""
+    """Client of the Envoy that runs in a folder, which contains its socket."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def json(self, path: str, **query: str) -> Any:
-        """The answer of a path, decoded. Raises Unavailable."""
+        """Return the decoded answer of a path. Raise Unavailable."""
         return json.loads(self.text(f"{path}?{urlencode(query)}"))
 
     def text(self, path: str) -> str:
-        """The answer of a path. Raises Unavailable when there is none, or its status is not 200."""
+        """Return the answer of a path. Raise Unavailable if there is none, or its status is not 200."""
         connection = _Connection(self._folder / ADMIN)
         try:
             connection.request("GET", path)
@@ -43,7 +43,7 @@ class Admin:
         return text
 
     def ready(self) -> bool:
-        """Whether Envoy runs and has loaded its configuration."""
+        """Return whether Envoy runs and has loaded its configuration."""
         try:
             self.text("/ready")
         except Unavailable:
@@ -51,9 +51,9 @@ class Admin:
         return True
 
     def ejected(self) -> dict[str, str | None]:
-        """Key of each release whose server is dead or frozen → the release that answers meanwhile. Raises Unavailable.
+        """Return the fallback of each release whose server is dead or frozen, by key. Raise Unavailable.
 
-        Without one, or while that is ejected too, Envoy goes on asking the server.
+        Without a fallback, or while that is ejected too, Envoy continues to query the server.
         """
         keys = envoy_config.ejected(self.json("/clusters", format="json"))
         routes = envoy_config.loaded_actions(self.json("/config_dump", resource="dynamic_route_configs"))

@@ -1,17 +1,18 @@
 """Envoy's configuration as plain values: the bootstrap, the clusters (CDS), the routes (RDS), and back again.
 
-Everything dynamic is read from two files through `path_config_source` with `watched_directory`: Envoy reloads
-when a file is renamed into the folder, so a file is written aside and renamed, and never seen half written.
-Field names follow https://www.envoyproxy.io/docs/envoy/latest/api-v3/api.
+Everything dynamic is read from two files through `path_config_source` with `watched_directory`: Envoy reloads when a
+file is renamed into the folder, so a file is written aside and renamed, and never read half written. Field names follow
+https://www.envoyproxy.io/docs/envoy/latest/api-v3/api.
 
 Failover. Each release has a cluster `MODEL--NAME` of one server with active health checks and outlier detection, and
 with each other release of its model an aggregate cluster `MODEL--NAME+FALLBACK`: FALLBACK answers while NAME's server
-is ejected, and is asked next when NAME's server resets a request or does not answer it in time. Inference changes
-nothing, so that it can be repeated. The guardrails miss none of this: `observation` counts a request as the
-release's error whenever its own server did not answer it.
+is ejected, and receives a request when NAME's server resets it or does not answer it in time. Inference changes no
+state, so it can be repeated. The guardrails miss none of this: `observation` counts a request as the release's error
+whenever its own server did not answer it.
 
 A server is ejected after two missed health checks, at most 2 × (interval + timeout) = 1.9 s after it froze. Without a
-healthy fallback Envoy goes on asking it (its panic mode), so that a false alarm on an overloaded machine costs nothing.
+healthy fallback Envoy continues to query it (its panic mode), so that a false alarm on an overloaded machine has no
+effect.
 """
 
 import re
@@ -34,21 +35,21 @@ MOST_CONNECTIONS = 256
 """To one server, which answers one request at a time; further requests wait in Envoy."""
 MOST_WAITING = 1024
 FALL_BACK_AFTER = "3s"
-"""A request without an answer by then is sent to the fallback too, and the first answer counts: it may be with a server
-that froze just now. Long enough that what is only slow, on a busy machine, is rarely computed twice."""
+"""A request without an answer after this time is also sent to the fallback, and the first answer counts: the server may
+just have frozen. It is long enough that requests that are only slow, on a busy machine, are rarely computed twice."""
 ADMIN = "admin.sock"
-"""Unix socket of the admin interface, in the directory that Envoy runs in: an absolute path may be too long for one."""
+"""Unix socket of the admin interface, in Envoy's working directory: an absolute path may be too long for one."""
 AND = "+"
-"""Between a release and its fallback, in the name of an aggregate cluster."""
+"""Separator between a release and its fallback, in the name of an aggregate cluster."""
 METADATA = "slipstream"
 EMPTY: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 def bootstrap(folder: Path, port: int) -> Json:
-    """Static part: admin interface, one listener, and where the dynamic part is read from."""
+    """Return the static part: admin interface, one listener, and the sources of the dynamic part."""
     return {
         "node": {"id": "slipstream", "cluster": "slipstream"},
-        # For the owner alone: whoever reaches it can stop Envoy.
+        # For the owner alone: anyone with access can stop Envoy.
         "admin": {"address": {"pipe": {"path": ADMIN, "mode": 0o600}}},
         "overload_manager": overload_manager(),
         "dynamic_resources": {"cds_config": from_file(folder, "clusters.json")},
@@ -57,16 +58,16 @@ def bootstrap(folder: Path, port: int) -> Json:
 
 
 def clusters_document(ports: Mapping[str, int]) -> Json:
-    """CDS: a cluster for each release key, at its server's port, and one for each pair of a model's releases."""
+    """Return CDS: a cluster for each release key, at its server's port, and one for each pair of a model's releases."""
     pairs = [(a, b) for a in ports for b in ports if a != b and _model(a) == _model(b) is not None]
     singles = [_cluster(key, ports[key]) for key in sorted(ports)]
     return {"resources": singles + [_aggregate(key, fallback) for key, fallback in sorted(pairs)]}
 
 
 def routes_document(routes: Mapping[str, Routes], history: Mapping[str, Sequence[str]] = EMPTY) -> Json:
-    """RDS: one virtual host with a route for each model that has traffic.
+    """Return RDS: one virtual host with a route for each model that has traffic.
 
-    `history`: model → releases that had all the traffic, oldest first (`settled`); it decides who falls back to whom.
+    `history`: model → releases that had all the traffic, oldest first (`settled`), which determines the fallbacks.
     """
     host = {
         "name": "models",
@@ -82,10 +83,10 @@ def routes_document(routes: Mapping[str, Routes], history: Mapping[str, Sequence
 
 
 def settled(history: Sequence[str], weights: Mapping[str, int]) -> tuple[str, ...]:
-    """The history after the traffic was set to `weights`: releases that had all of it, oldest first.
+    """Return the history after the traffic was set to `weights`: releases that had all of it, oldest first.
 
-    A release that has had it before is gone back to, which forgets those that came after it: what was rolled back,
-    or failed in its rollout, is no fallback.
+    Returning to a release that had all traffic before removes the later ones: a release that was rolled back, or failed
+    in its rollout, is not a fallback.
     """
     names = [name for name, weight in weights.items() if weight]
     if len(names) != 1:
@@ -95,13 +96,13 @@ def settled(history: Sequence[str], weights: Mapping[str, int]) -> tuple[str, ..
 
 
 def fallback(name: str, history: Sequence[str]) -> str | None:
-    """Who answers for a release whose server does not: who served before it, or who serves while it is under test."""
+    """Return a release's fallback: the release that served before it, or that serves while it is under test."""
     before = history[: history.index(name)] if name in history else history
     return before[-1] if before else None
 
 
 def parse_routes(route_config: Json) -> dict[str, Routes]:
-    """The traffic of each model in a RouteConfiguration, whether from our file or from Envoy's admin interface."""
+    """Return the traffic of each model in a RouteConfiguration, from our file or from Envoy's admin interface."""
     routes = {}
     for host in route_config.get("virtual_hosts", []):
         for entry in host.get("routes", []):
@@ -117,7 +118,7 @@ def parse_routes(route_config: Json) -> dict[str, Routes]:
 
 
 def parse_history(route_config: Json) -> dict[str, tuple[str, ...]]:
-    """The history that `routes_document` wrote, by model."""
+    """Return the history that `routes_document` wrote, by model."""
     history = {}
     for host in route_config.get("virtual_hosts", []):
         for entry in host.get("routes", []):
@@ -128,7 +129,7 @@ def parse_history(route_config: Json) -> dict[str, tuple[str, ...]]:
 
 
 def loaded_routes(config_dump: Json) -> dict[str, Routes]:
-    """The routes in the answer of `/config_dump?resource=dynamic_route_configs`."""
+    """Return the routes in the answer of `/config_dump?resource=dynamic_route_configs`."""
     routes: dict[str, Routes] = {}
     for entry in config_dump.get("configs", []):
         config = entry.get("route_config", {})
@@ -138,7 +139,7 @@ def loaded_routes(config_dump: Json) -> dict[str, Routes]:
 
 
 def loaded_actions(config_dump: Json) -> Json:
-    """`route_actions` of what is loaded, in the answer of `/config_dump?resource=dynamic_route_configs`."""
+    """Return `route_actions` of what is loaded, in the answer of `/config_dump?resource=dynamic_route_configs`."""
     for entry in config_dump.get("configs", []):
         config = entry.get("route_config", {})
         if config.get("name") == ROUTE_CONFIG:
@@ -147,7 +148,7 @@ def loaded_actions(config_dump: Json) -> Json:
 
 
 def route_actions(route_config: Json) -> Json:
-    """What the routes do, by model: clusters with their weights, fallbacks included, and the mirror."""
+    """Return the actions of the routes, by model: clusters with their weights, fallbacks included, and the mirror."""
     routes = [entry for host in route_config.get("virtual_hosts", []) for entry in host.get("routes", [])]
     return {
         r["name"]: (
@@ -159,7 +160,7 @@ def route_actions(route_config: Json) -> Json:
 
 
 def loaded_clusters(config_dump: Json) -> dict[str, int]:
-    """Release key → port, in the answer of `/config_dump?resource=dynamic_active_clusters`."""
+    """Return ports by release key, in the answer of `/config_dump?resource=dynamic_active_clusters`."""
     ports = {}
     for entry in config_dump.get("configs", []):
         cluster = entry.get("cluster", {})
@@ -171,12 +172,12 @@ def loaded_clusters(config_dump: Json) -> dict[str, int]:
 
 
 def observation(document: Json, key: str) -> tuple[int, int, int]:
-    """Requests that were sent to a release, by their share or as copies; those that its own server failed; and those of
-    them that it answered with 500, so that it was there, in time, and could not compute the answer.
+    """Return requests that were sent to a release, by their share or as copies; those that its own server failed; and
+    those of them that it answered with 500: it received them in time, but could not compute the answer.
 
     `document` is the answer of `/stats?format=json`, filtered by `observed(key)`. Failed are all that its server did
-    not answer, or answered with 5xx, also where the fallback then answered, or answered at once because the server
-    was ejected; but not those that Envoy refused because too many were waiting.
+    not answer, or answered with 5xx, even if the fallback then answered, or answered at once because the server was
+    ejected; but not those that Envoy refused because too many were waiting.
     """
     counters = {s["name"]: int(s["value"]) for s in document["stats"] if "name" in s}
     completed = refused = answered = computed = 0
@@ -189,7 +190,7 @@ def observation(document: Json, key: str) -> tuple[int, int, int]:
 
 
 def observed(key: str) -> str:
-    """The filter for `/stats` that finds the counters of a release."""
+    """Return the filter for `/stats` that finds the counters of a release."""
     name = re.escape(key)
     counters = r"upstream_rq_completed|upstream_rq_500|upstream_rq_pending_overflow|endpoint\..*\.rq_success"
     own = rf"cluster\.{name}\.({counters})"
@@ -197,7 +198,7 @@ def observed(key: str) -> str:
 
 
 def ejected(clusters: Json) -> set[str]:
-    """Keys of the releases whose server is not healthy, in the answer of `/clusters?format=json`."""
+    """Return keys of the releases whose server is not healthy, in the answer of `/clusters?format=json`."""
     keys = set()
     for cluster in clusters.get("cluster_statuses", []):
         for host in cluster.get("host_statuses", []):
@@ -212,7 +213,7 @@ def _name(model: str, key: str) -> str:
 
 
 def _model(key: str) -> str | None:
-    """Model of a release's key; None for a cluster of another name, as the stand-in for KServe has."""
+    """Return the model of a release's key; None for a cluster of another name, as in the stand-in for KServe."""
     return key.rpartition("--")[0] or None
 
 
@@ -258,7 +259,8 @@ def _aggregate(key: str, fallback: str) -> Json:
 
 
 def _limits() -> Json:
-    """Circuit breakers. Envoy's own allow three retries at a time, so that a dead server under load would fail most."""
+    """Return circuit breakers. Envoy's own allow three retries at a time, so a dead server under load would fail
+    most."""
     limits = {"max_pending_requests": MOST_WAITING, "max_requests": MOST_WAITING, "max_retries": MOST_WAITING}
     return {"thresholds": [{"priority": "DEFAULT", "max_connections": MOST_CONNECTIONS, **limits}]}
 
@@ -275,7 +277,8 @@ def _health_check() -> Json:
 
 
 def _outliers() -> Json:
-    """A server whose health check answers, but no request, or each with 5xx, is ejected for some seconds."""
+    """Return outlier detection: a server that answers health checks but no request, or only with 5xx, is ejected
+    briefly."""
     return {
         "consecutive_5xx": 5,
         "consecutive_gateway_failure": 5,
@@ -309,7 +312,7 @@ def _route(model: str, routes: Routes, history: Sequence[str]) -> Json:
 
 
 def _retries() -> Json:
-    """A request that got no answer is sent to the fallback. Statuses are answers, and never retried."""
+    """Return retries: a request without an answer is sent to the fallback. Statuses are answers, and never retried."""
     priority = "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig"
     return {
         "retry_on": "connect-failure,refused-stream,reset",
@@ -325,7 +328,7 @@ def _retries() -> Json:
 
 def _weighted(model: str, name: str, weight: int, fallback: str | None) -> Json:
     key = Release(model=model, name=name).key
-    # The release whose server was asked last: the fallback's, where that answered.
+    # The release whose server was queried last: the fallback's, if that answered.
     header = {"key": RELEASE_HEADER, "value": f'%UPSTREAM_METADATA(["{METADATA}", "release"])%'}
     return {
         "name": key if fallback is None else f"{key}{AND}{fallback}",

@@ -1,8 +1,8 @@
-"""Envoy's side towards clients: one listener with the limits of an edge proxy.
+"""Envoy's client side: one listener with the limits of an edge proxy.
 
-They follow https://www.envoyproxy.io/docs/envoy/latest/configuration/best_practices/edge. What differs: a connection
-has no greatest age (`max_connection_duration`), since HTTP/1.1 has no way to end one without losing the request that
-is just being sent; and bodies are buffered whole, so that a body that is sent slowly holds no server.
+They follow https://www.envoyproxy.io/docs/envoy/latest/configuration/best_practices/edge. The differences: a connection
+has no maximum age (`max_connection_duration`), since HTTP/1.1 cannot end one without losing the request in transit; and
+bodies are buffered completely, so that a body that is sent slowly does not occupy a server.
 """
 
 from pathlib import Path
@@ -17,16 +17,16 @@ ROUTE_CONFIG = "slipstream"
 HEADERS_WITHIN, REQUEST_WITHIN = "5s", "15s"
 """For the headers, and for the whole request with its body."""
 IDLE = "60s"
-"""After which a connection without a request, or a stream without a byte, is closed."""
+"""Time after which a connection without a request, or a stream without a byte, is closed."""
 MOST_CONNECTIONS = 8000
-"""From clients. Each takes a file descriptor; `program` (envoy.py) makes room for them."""
+"""From clients. Each takes a file descriptor; `program` (envoy.py) raises the limit for them."""
 CONNECTION_BUFFER = 32 * 2**10
 HEAP_BYTES = 2**30
-"""Near this much memory Envoy resets the streams that hold most of it, then takes no new ones."""
+"""Near this much memory Envoy resets the streams that hold most of it, then accepts no new ones."""
 
 
 def from_file(folder: Path, name: str) -> Json:
-    """A source of configuration: a file that is replaced by renaming."""
+    """Return a source of configuration: a file that is replaced by renaming."""
     return {
         "resource_api_version": "V3",
         "path_config_source": {"path": str(folder / name), "watched_directory": {"path": str(folder)}},
@@ -34,7 +34,7 @@ def from_file(folder: Path, name: str) -> Json:
 
 
 def listener(folder: Path, port: int) -> Json:
-    """The listener on 127.0.0.1, whose routes are in `folder`."""
+    """Return the listener on 127.0.0.1, whose routes are in `folder`."""
     manager = {
         "@type": TYPE + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "ingress",
@@ -57,7 +57,7 @@ def listener(folder: Path, port: int) -> Json:
 
 
 def overload_manager() -> Json:
-    """What Envoy refuses, and when, so that clients cannot use up its memory or its file descriptors."""
+    """Return Envoy's overload limits, so that clients cannot use up its memory or its file descriptors."""
     connections = "envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig"
     heap = "envoy.extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig"
     return {
@@ -72,7 +72,7 @@ def overload_manager() -> Json:
                 "typed_config": {"@type": TYPE + heap, "max_heap_size_bytes": HEAP_BYTES},
             },
         ],
-        # Streams below 1 MiB (2^20) are not tracked, and so never among those that are reset.
+        # Streams below 1 MiB (2^20) are not tracked, and so never reset.
         "buffer_factory_config": {"minimum_account_to_track_power_of_two": 20},
         "actions": [
             _heap_action("reset_high_memory_stream", scaled={"scaling_threshold": 0.7, "saturation_threshold": 0.9}),
@@ -108,15 +108,15 @@ def _limits() -> Json:
         "normalize_path": True,
         "merge_slashes": True,
         "path_with_escaped_slashes_action": "REJECT_REQUEST",
-        # No client's address counts as internal (as loopback would), so that what clients send as `x-envoy-…`, such as
-        # time-outs and retries, is dropped.
+        # No client's address counts as internal (as loopback would), so `x-envoy-…` headers of clients, such as
+        # timeouts and retries, are dropped.
         "use_remote_address": True,
         "internal_address_config": {"cidr_ranges": [{"address_prefix": "255.255.255.255", "prefix_len": 32}]},
     }
 
 
 def _request_ids() -> Json:
-    """The client's x-request-id must arrive unchanged at both servers, or answers could not be paired."""
+    """Keep request ids: the client's x-request-id must arrive unchanged at both servers to pair their answers."""
     return {
         "generate_request_id": True,
         "preserve_external_request_id": True,

@@ -1,7 +1,7 @@
-"""A controller in memory, for tests and for trying stages 2 and 3 without Envoy: one HTTP server plays all releases.
+"""An in-memory controller, for tests and for trying stages 2 and 3 without Envoy: one HTTP server plays all releases.
 
-Requests are really sent, split and mirrored; only processes, files and Envoy are left out. What a release does
-is a `Behaviour`, so that a bad challenger is one line.
+Requests are really sent, split and mirrored; only processes, files and Envoy are left out. A release's behavior is a
+`Behaviour`, so a bad challenger is one line.
 """
 
 import json
@@ -30,7 +30,7 @@ Answer = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 
 def first_values(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(N, …) to (N, 10): the first ten values of each sample are its logits."""
+    """Return (N, 10) logits for (N, …): the first ten values of each sample."""
     return np.asarray(batch, dtype=np.float32).reshape(len(batch), -1)[:, :10]
 
 
@@ -64,12 +64,12 @@ class FakeController:
     folder: Path
     """Where the answer logs go."""
     behaviours: dict[str, Behaviour] = field(default_factory=dict)
-    """Release name → behaviour; a release that is not named answers well."""
+    """Behavior by release name; a release that is not named answers correctly."""
     seed: int = 0
     log_bytes: int = LIMIT_BYTES
     """Size at which an answer log is rotated."""
     hosts: set[str] = field(default_factory=set)
-    """Host headers that requests came with."""
+    """Host headers of received requests."""
 
     def __post_init__(self) -> None:
         self._deployed: dict[str, dict[str, _Deployed]] = {}
@@ -86,7 +86,7 @@ class FakeController:
         self._server.server_close()
 
     def misbehave(self, release: Release, behaviour: Behaviour) -> None:
-        """Change how a release answers, also when it is deployed already."""
+        """Change how a release answers, even if it is already deployed."""
         self.behaviours[release.name] = behaviour
         if release.name in self._deployed.get(release.model, {}):
             self._deployed[release.model][release.name].behaviour = behaviour
@@ -146,7 +146,7 @@ class FakeController:
         return self.folder / f"{release.key}.jsonl"
 
     def handle(self, model: str, request_id: str, content: bytes) -> tuple[int, str, bytes]:
-        """Answer one request: status, release, body. The mirrored copy is answered beside it and thrown away."""
+        """Answer one request: status, release, body. The mirrored copy is answered too and discarded."""
         routes = self.routes(model)
         if not routes.weights:
             return 404, "", b"{}"
@@ -199,7 +199,7 @@ class _Hangs(Exception):
 
 class _Server(ThreadingHTTPServer):
     request_queue_size = 128
-    """As many as a load may open at once; of the usual 5, a stall of the machine makes the rest fail."""
+    """As many as a load may open at once; with the usual 5, a stall of the machine makes the rest fail."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -210,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         length = int(self.headers.get("content-length", 0))
         content = self.rfile.read(length)
-        if len(content) < length:  # the client went away, as an aborted load does
+        if len(content) < length:  # the client disconnected, as an aborted load does
             self.close_connection = True
             return
         self.fake.hosts.add(self.headers["host"])
@@ -231,4 +231,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not logged."""
+        """Log no requests."""

@@ -1,7 +1,7 @@
-"""The guardrails of one load, looked at while it runs: whose error is whose, and what stops the load at once.
+"""The guardrails of one load, evaluated while it runs: attribution of errors, and immediate stops.
 
-Champion and challenger are counted in the same windows. What no server answered is attributed to neither, and so is
-what both do: a malformed request, an outage, a crowd.
+Champion and challenger are counted in the same windows. Unanswered requests are attributed to neither, and so are
+errors of both: a malformed request, an outage, a crowd.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 CAP = "p99_cap"
 WINDOW = 20
-"""Requests to the champion in a window of the error counts, at least: fewer could not tell an outage."""
+"""Minimum requests to the champion in a window of the error counts: fewer could not show an outage."""
 OUTAGE = 0.5
-"""Share of the champion's requests in a window that fail in an outage; such windows say nothing about anyone."""
+"""Share of the champion's requests in a window that fail in an outage; such windows carry no information."""
 UNAVAILABLE = (0, 429, 503, 504)
-"""Statuses of a server that is overloaded, gone or too late, and not of a model that cannot compute an answer."""
+"""Statuses of a server that is overloaded, gone or too late, but not of a model that cannot compute an answer."""
 LOOKS_PER_LATENCY = 4
-"""Latencies are looked at in every fourth look, once a second: they say little more in between."""
+"""Latencies are evaluated in every fourth look, once a second: they carry little new information in between."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Tally:
     _seen: tuple[Count, Count] = (Count(), Count())
 
     def begin(self) -> None:
-        """A phase begins; counts start at zero."""
+        """Start a phase, with counts at zero."""
         self._seen = (Count(), Count())
 
     def add(self, champion: Count, challenger: Count, *, last: bool = False) -> None:
-        """The counts of the phase so far. A window ends when both have answered enough, and with the phase."""
+        """Add the counts of the phase so far. A window ends when both have answered enough, and with the phase."""
         a, b = champion - self._seen[0], challenger - self._seen[1]
         if b.requests < 1 or a.requests < (1 if last else WINDOW):
             return
@@ -73,27 +73,27 @@ class Tally:
             self.rows.append((a, b))
 
     def add_missing(self, answers: int) -> None:
-        """Mirrored requests that the champion answered and the challenger did not, and that no counter shows."""
+        """Add mirrored requests that the champion answered and the challenger did not, and that no counter shows."""
         if answers > 0:
             self.rows.append((Count(0, answers), Count(answers, answers, answers)))
 
     @property
     def challenger_errors(self) -> int:
-        """Errors of the challenger, of any kind."""
+        """Return errors of the challenger, of any kind."""
         return sum(b.errors for _, b in self.rows)
 
     def windows(self, *, certain: bool = False) -> Windows:
-        """All windows; with `certain`, only errors that neither an outage nor a crowd explains."""
+        """Return all windows; with `certain`, only errors that neither an outage nor a crowd explains."""
         return Windows.of([[v for count in row for v in (count.hits(certain), count.requests)] for row in self.rows])
 
 
 @dataclass
 class Seen:
-    """What a stage has seen so far, over all its phases; what a retest forgets."""
+    """Observations of a stage over all its phases, which a retest discards."""
 
     tally: Tally = field(default_factory=Tally)
     champion_ms: list[float] = field(default_factory=list)
-    """Latencies of the champion's answers as the client saw them, in order."""
+    """Latencies of the champion's answers measured by the client, in order."""
     challenger_ms: list[float] = field(default_factory=list)
     peaks: list[list[float]] = field(default_factory=list)
     """Rows of `sequential.Peaks`."""
@@ -101,15 +101,15 @@ class Seen:
     """For each answer under a split: whether the challenger gave it, and the share it should give."""
     requests: int = 0
     unanswered: int = 0
-    """Requests that no server answered."""
+    """Number of requests that no server answered."""
     crowds: list[str] = field(default_factory=list)
     """Why phases were measured on an overloaded machine, a sentence each."""
     memory_mib: tuple[float, float] = (0.0, 0.0)
-    """Greatest memory of the champion's and the challenger's server."""
+    """Peak memory of the champion's and the challenger's server."""
 
 
 class Guard:
-    """The guardrails of one phase; called with all records so far, answers why to stop, or None."""
+    """The guardrails of one phase; called with all records so far, returns why to stop, or None."""
 
     def __init__(self, stage: "Stage", routes: Routes) -> None:
         self._stage, self._routes = stage, routes
@@ -125,7 +125,7 @@ class Guard:
         return None if self.breach is None else self.breach.reason
 
     def end(self, records: Sequence[Record]) -> None:
-        """The phase is over: keep what it showed."""
+        """Record the evidence of a finished phase."""
         totals, own = self._stage.seen, self._own(list(records))
         self._count(list(records), last=True)
         totals.champion_ms += own.champion_ms
@@ -160,10 +160,10 @@ class Guard:
         return stage.memory()
 
     def _counted(self, release: Release, records: list[Record], before: Observation, now: Observation) -> Count:
-        """What the splitter counted, which includes users' requests, or what the sender saw where that is more.
+        """Return the splitter's counts, which include users' requests, or the sender's where those are higher.
 
-        An answer to a mirrored request that the splitter throws away, or to a user, is in the splitter's count alone;
-        of a server that is gone, with its counters, only the sender knows.
+        Answers to users, and to mirrored requests, whose answers the splitter discards, are only in the splitter's
+        count; for a server that is gone, with its counters, only the sender has a count.
         """
         failed = [r for r in records if r.failed]
         errors = max(now.errors - before.errors, len(failed), 0)
@@ -172,13 +172,13 @@ class Guard:
         return Count(errors, requests, min(unavailable, errors))
 
     def _of(self, release: Release, records: list[Record]) -> list[Record]:
-        """What is known to have been sent to a release."""
+        """Return the records of requests that are known to have been sent to a release."""
         if self._routes.mirror == release.name:
             return [r.mirrored for r in records if r.mirrored is not None]
         return [r for r in records if r.release == release.name]
 
     def _errors(self, records: list[Record]) -> Verdict | None:
-        """Certainly too many errors; what a crowd or an outage can cause is then still undecided."""
+        """Return a verdict if errors are certainly too many; undecided if a crowd or an outage can explain them."""
         limit, tally = self._limits.max_error_rate, self._stage.seen.tally
         if guardrails.certainly_more(tally.windows(certain=True), limit / 100, self._confidence):
             return guardrails.errors(tally.windows(certain=True), limit, self._confidence)
@@ -188,7 +188,7 @@ class Guard:
         return self._swallowed(records)
 
     def _swallowed(self, records: list[Record]) -> Verdict | None:
-        """Requests without any answer are the challenger's where it certainly answers less than its share."""
+        """Return a verdict if unanswered requests are the challenger's: it certainly answers less than its share."""
         totals = self._stage.seen
         lost, sent = totals.unanswered + sum(_unanswered(r) for r in records), totals.requests + len(records)
         answered = totals.answered + self._answered(records)
@@ -229,7 +229,7 @@ class Guard:
         return stage.unless_crowded(guardrails.typical_ratio(peaks, limit, self._confidence), records)
 
     def _answered(self, records: list[Record]) -> list[tuple[bool, float]]:
-        """For each answer of this phase under a split: whether the challenger gave it, and its share."""
+        """Return for each answer of this phase under a split: whether the challenger gave it, and its share."""
         champion, challenger = self._stage.champion.name, self._stage.challenger.name
         share = self._routes.weights.get(challenger, 0) / 100
         if not 0 < share < 1:
@@ -237,7 +237,7 @@ class Guard:
         return [(r.release == challenger, share) for r in records if r.release in (champion, challenger)]
 
     def _own(self, records: list[Record]) -> Seen:
-        """What the records of this phase show."""
+        """Return the evidence in this phase's records."""
         champion, challenger = self._stage.champion.name, self._stage.challenger.name
         ordered = sorted((r for r in records if not r.failed), key=lambda r: r.index)
         return Seen(
@@ -251,12 +251,12 @@ class Guard:
 
 
 def _unanswered(record: Record) -> bool:
-    """Whether no server is known to have answered."""
+    """Return whether no server is known to have answered."""
     return record.failed and record.release is None
 
 
 def block_peaks(records: Sequence[Record], champion: str, challenger: str) -> list[list[float]]:
-    """Rows of `sequential.Peaks`: blocks of consecutive requests that have all come back and hold answers of both."""
+    """Return rows of `sequential.Peaks`: blocks of consecutive completed requests with answers of both."""
     blocks: dict[int, list[Record]] = {}
     for record in records:
         blocks.setdefault(record.index // guardrails.BLOCK, []).append(record)

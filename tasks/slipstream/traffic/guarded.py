@@ -1,4 +1,4 @@
-"""Send and watch: one guarded load through given routes, used by the small-scale test and by the rollout alike."""
+"""Send and watch: one guarded load through given routes, used by both the small-scale test and the rollout."""
 
 import logging
 import time
@@ -22,35 +22,35 @@ from slipstream.traffic.load import Load, Record, Sent, Watch, send
 log = logging.getLogger(__name__)
 
 WINDOW = 500
-"""Requests in a point of the timeline, at least: enough for a p99."""
+"""Minimum requests in a point of the timeline: enough for a p99."""
 PROBE = 200
-"""Requests that find out what this machine can carry now."""
+"""Requests that determine what this machine can carry now."""
 QUEUE_MS = 500.0
 """Nine in ten answers of a server without a queue take less."""
 SLOWEST = 8
-"""The rate is lowered to an eighth at most; slower still, and a test would never end."""
+"""The rate is lowered to an eighth at most; with a lower one, a test would never end."""
 STALLED = 0.02
-"""Share of requests during which the sender itself was stalled, from which on the machine counts as overloaded."""
+"""Share of requests during which the sender itself was stalled, above which the machine counts as overloaded."""
 REFUSED = 0.01
 """The same for requests that overloaded servers refused."""
 LOST = 0.005
-"""Share of requests without any answer from which on there was an outage, at least."""
+"""Share of requests without any answer that counts as an outage."""
 PUT_BACK_TRIES, PUT_BACK_PAUSE_S = 3, 2.0
 POINTS = 10
-"""Points for a phase, at most."""
+"""Maximum points for a phase."""
 
 
 @dataclass
 class Phase:
-    """What a guarded load found."""
+    """Result of a guarded load."""
 
     name: str
     records: list[Record]
     breach: Verdict | None
-    """The guardrail that stopped it: certainly broken, or broken in a way that something else may explain."""
+    """The guardrail that stopped it: certainly violated, or violated with another possible explanation."""
 
     def of(self, release: Release) -> list[Record]:
-        """Records that a release answered; those without any answer are nobody's."""
+        """Return records that a release answered; unanswered ones belong to neither."""
         return [r for r in self.records if r.release == release.name]
 
 
@@ -67,14 +67,14 @@ class Stage:
     progress: Callable[..., None] = lambda done, total, unit, **figures: None
     timeline: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What `probe` had to adapt to the machine."""
+    """Adaptations to the machine by `probe`."""
     slowdown: int = 1
     """Rates are divided by this; see `probe`."""
     seen: Seen = field(default_factory=Seen)
     """The evidence so far."""
     retested: bool = False
     meter: pressure.Meter = field(default_factory=pressure.Meter)
-    """Of the phase under way."""
+    """Of the current phase."""
 
     @property
     def model(self) -> str:
@@ -82,14 +82,15 @@ class Stage:
         return self.champion.model
 
     def weights(self, share: int, *, mirror: Release | None = None) -> Routes:
-        """Routes that give the challenger `share` percent, and perhaps one of the two a copy of everything."""
+        """Return routes that give the challenger `share` percent, and optionally a full copy of the traffic to one of
+        the two."""
         weights = {self.champion.name: 100 - share, self.challenger.name: share}
         return Routes(weights={n: w for n, w in weights.items() if w}, mirror=mirror.name if mirror else None)
 
     def put_back(self) -> None:
-        """All traffic to the champion, no mirror; unless somebody gave it to a third release, as a rollback does.
+        """Give all traffic to the champion, no mirror; unless a third release has it, as after a rollback.
 
-        It is also set where it seems to be so: what was written last may not be loaded yet. Raises Unavailable.
+        It is also set if it seems to be so already: the last write may not be loaded yet. Raise Unavailable.
         """
         for tries_left in reversed(range(PUT_BACK_TRIES)):
             try:
@@ -108,11 +109,11 @@ class Stage:
                 return
 
     def probe(self, rate_per_s: float) -> None:
-        """Ask the champion, alone, what this machine carries now: halve the rate until it keeps up.
+        """Ask only the champion what this machine can carry now: halve the rate until it keeps up.
 
-        That is, until nine in ten answers take less than a fifth of the cap, and no queue builds up. A queue that a
-        busy neighbour fills says nothing about the challenger; and since only the champion is asked, a slow
-        challenger gains nothing.
+        That is, until nine in ten answers take less than a fifth of the cap, and no queue builds up. A queue caused by
+        other load says nothing about the challenger; and since only the champion is queried, a slow challenger gains
+        nothing.
         """
         while True:
             sent = self._send(f"probe-{self.slowdown}", PROBE, rate_per_s, lambda records: None)
@@ -128,7 +129,7 @@ class Stage:
             log.warning("traffic: %s", self.notes[-1])
 
     def crowd(self, records: Sequence[Record]) -> str | None:
-        """Why what this phase shows may be the fault of an overloaded machine, as a clause; None where it is not."""
+        """Return how an overloaded machine may explain this phase's evidence, as a clause; None if it does not."""
         waited = self.meter.share()
         if waited is not None and waited > pressure.OVERLOADED:
             return f"processes of this machine waited for a processor {100 * waited:.0f} % of the time"
@@ -141,12 +142,12 @@ class Stage:
         return None
 
     def unless_crowded(self, verdict: Verdict, records: Sequence[Record] = ()) -> Verdict:
-        """A failure on an overloaded machine is undecided; `records` are of the phase under way."""
+        """Return a failure on an overloaded machine as undecided; `records` are of the current phase."""
         crowds = [*self.seen.crowds, *filter(None, [self.crowd(records)] if records else [])]
         return guardrails.undecided(verdict, crowds[-1]) if crowds else verdict
 
     def errors(self) -> Verdict:
-        """The errors of the challenger beside the champion's, over all phases so far."""
+        """Judge the errors of the challenger compared with the champion's, over all phases so far."""
         limit, sure, tally = self.spec.guardrails.max_error_rate, self.spec.objective.confidence, self.seen.tally
         certain = guardrails.errors(tally.windows(certain=True), limit, sure)
         if certain.answer == "fail":
@@ -157,12 +158,13 @@ class Stage:
         return verdict
 
     def memory(self) -> Verdict:
-        """The greatest memory of the challenger's server beside the champion's."""
+        """Judge the peak memory of the challenger's server compared with the champion's."""
         limits, (champion, challenger) = self.spec.guardrails, self.seen.memory_mib
         return guardrails.memory(challenger, champion, limits.max_memory_mib, limits.max_memory_ratio)
 
     def outage(self) -> str | None:
-        """That so many requests got no answer, or only the champion's failures, that nothing can be concluded."""
+        """Return that so many requests got no answer, or only failures of the champion, that nothing can be
+        concluded."""
         totals, least = self.seen, max(LOST, self.spec.guardrails.max_error_rate / 100)
         if totals.requests and (totals.unanswered + totals.tally.outage) / totals.requests > least:
             return (
@@ -171,13 +173,13 @@ class Stage:
         return None
 
     def transient(self) -> str | None:
-        """Why the same test may decide later what it cannot decide now: an outage or an overloaded machine."""
+        """Return why the same test may later decide what it cannot decide now: an outage or an overloaded machine."""
         return self.outage() or (self.seen.crowds[-1] if self.seen.crowds else None)
 
     def retest(self, breach: Verdict, rate_per_s: float) -> bool:
-        """Whether to begin again, once: what a burst of other work may explain, and a broken cap, is tested again.
+        """Return whether to start over, once: a possible burst of other load, or a breached cap, is tested again.
 
-        Puts the traffic back, finds out again what this machine carries, and forgets the evidence. A challenger that
+        Restore the traffic, determine again what this machine can carry, and discard the evidence. A challenger that
         really is slow breaches it again.
         """
         if self.retested or (breach.answer == "fail" and breach.gate != CAP):
@@ -191,7 +193,7 @@ class Stage:
         return True
 
     def phase(self, name: str, routes: Routes, requests: int, rate_per_s: float) -> Phase:
-        """Set routes, send the load, and watch it. Leaves the routes as they are."""
+        """Set routes, send the load, and watch it. The routes are left unchanged."""
         share = routes.weights.get(self.challenger.name, 0)
         self.controller.set_routes(self.model, routes)
         log.info("traffic: %s: %d requests, %d %% of them to %s", name, requests, share, self.challenger.name)
@@ -233,13 +235,13 @@ class Stage:
             split=self.split,
             requests=requests,
             rate_per_s=rate_per_s / self.slowdown,
-            seed=self.spec.seed + len(self.timeline),  # every phase its own order, every run the same ones
+            seed=self.spec.seed + len(self.timeline),  # every phase has its own order, every run the same ones
         )
         return send(load, watch, lambda done, total: self.progress(done, total, "requests", **figures))
 
 
 def put_back_if_possible(stage: Stage) -> None:
-    """Put the traffic back before anything else; where the splitter does not answer, what follows does it."""
+    """Restore the traffic before anything else; if the splitter does not answer, later steps do it."""
     try:
         stage.put_back()
     except Unavailable as error:
@@ -247,18 +249,18 @@ def put_back_if_possible(stage: Stage) -> None:
 
 
 def _share(flags: Iterable[bool]) -> float:
-    """Share of true ones; 0 without any."""
+    """Return the share of true ones; 0 without any."""
     values = list(flags)
     return sum(values) / len(values) if values else 0.0
 
 
 def served_ms(records: Sequence[Record]) -> list[float]:
-    """Latencies of the answered requests, as clients see them when their own machine does not stall."""
+    """Return latencies of the answered requests, as seen by clients whose own machine does not stall."""
     return [r.served_ms for r in records if not r.failed]
 
 
 def windows(phase: str, share: int, sent: Sent) -> list[dict[str, Any]]:
-    """Points of the timeline; a percentile is None where there are too few requests to tell it."""
+    """Return points of the timeline; a percentile is None if there are too few requests for it."""
     ordered = sorted(sent.records, key=lambda r: r.at)
     size = max(WINDOW, -(-len(ordered) // POINTS))
     points = []

@@ -19,7 +19,7 @@ from slipstream.traffic.load import Record
 
 @dataclass
 class Evidence:
-    """What shadow and canary have found, beside what the guardrails have counted in `stage.seen`."""
+    """Evidence of shadow and canary, in addition to the guardrails' counts in `stage.seen`."""
 
     stage: Stage
     latest: dict[int, Pair] = field(default_factory=dict)
@@ -32,17 +32,17 @@ class Evidence:
     """Mirrored requests that the champion answered and the challenger did not."""
     canary: list[Record] = field(default_factory=list)
     looks: int = 0
-    """How often the evidence was looked at after more pairs were added."""
+    """How often the evidence was evaluated after more pairs were added."""
 
     def add_pairs(self, pairs: Sequence[Pair], unanswered: int) -> None:
-        """More pairs, in the order of the requests."""
+        """Add more pairs, in the order of the requests."""
         self.latest |= {pair.sample: pair for pair in pairs}
         self.champion_ms += [pair.champion.latency_ms for pair in pairs]
         self.challenger_ms += [pair.challenger.latency_ms for pair in pairs]
         self.unanswered += unanswered
 
     def verdicts(self) -> tuple[Verdict, ...]:
-        """One verdict for each question."""
+        """Return one verdict for each question."""
         limits, objective, stage = self.stage.spec.guardrails, self.stage.spec.objective, self.stage
         rng, sure = np.random.default_rng(stage.spec.seed), objective.confidence
         at_this_look = guardrails.looks_confidence(sure, max(self.looks, 1))
@@ -64,7 +64,7 @@ class Evidence:
         return tuple(verdicts)
 
     def figures(self) -> dict[str, Any]:
-        """Numbers for the record."""
+        """Return numbers for the record."""
         quality = [100 * metrics.value(self.metric, records) for records in self._records()]
         return {
             "pairs": len(self.champion_ms),
@@ -86,7 +86,7 @@ class Evidence:
         return metric_for(self.stage.spec.objective.metric)
 
     def _records(self) -> tuple[Records, Records]:
-        """Those of champion's and challenger's answers."""
+        """Return those of champion's and challenger's answers."""
         return answers.records([*self.latest.values()], self.stage.split, self.metric)
 
     def _different(self) -> int:

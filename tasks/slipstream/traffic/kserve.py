@@ -41,19 +41,19 @@ from slipstream.traffic.kserve_objects import Service
 log = logging.getLogger(__name__)
 
 CREATED_WITHIN_S = 30
-"""KServe makes a revision of a new predictor within seconds, or refuses it."""
+"""KServe creates a revision of a new predictor within seconds, or refuses it."""
 ROUTED_WITHIN_S = 60
 FAILED_FOR_S = 5.0
-"""Conditions go through `False` while things start; one that stays so this long is meant."""
+"""Conditions go through `False` during a start; one that stays so this long is a failure."""
 POLL_S = 0.1
 COUNTED = "slipstream_requests_total"
 """Counter of serving/server.py."""
 TRITON_FAILED = "nv_inference_request_failure"
-"""Requests that Triton refused or failed; it counts the others apart."""
+"""Requests that Triton refused or failed; it counts the others separately."""
 
 
 def controller(home: Home) -> "KServeController":
-    """The controller of the cluster that the environment names. Raises InputError, SpecError."""
+    """Return the controller of the cluster that the environment names. Raise InputError, SpecError."""
     releases = os.environ.get("SLIPSTREAM_RELEASES", "")
     if not releases:
         raise InputError("SLIPSTREAM_TRAFFIC=kserve needs SLIPSTREAM_RELEASES=s3://BUCKET/PREFIX for the engines")
@@ -76,7 +76,7 @@ class KServeController:
         self._ingress = ingress
         self._failed_for_s = failed_for_s
         self._mirrors: dict[str, str] = {}
-        """Model → release. The sender mirrors, and a mirror ends with its process; so it is remembered here only."""
+        """Release by model. The sender mirrors, and a mirror ends with its process; so it is stored only here."""
 
     def deploy(self, release: Release, engine: Path, sha256: str | None = None) -> None:
         """See the protocol."""
@@ -94,7 +94,7 @@ class KServeController:
         self._await_ready(release, serving)
 
     def retire(self, release: Release) -> None:
-        """See the protocol. The predictor of the release that serves comes back, which is a revision of its own."""
+        """See the protocol. The predictor of the serving release is restored, as a new revision."""
         service = self._find(release.model)
         if service is None:
             return
@@ -134,11 +134,11 @@ class KServeController:
             self._mirrors[model] = routes.mirror
 
     def observe(self, release: Release) -> Observation:
-        """See the protocol: what the model servers themselves count. Raises Unavailable.
+        """See the protocol: the model servers' own counts. Raise Unavailable.
 
-        A server that is gone takes its counts along, and a request that reached none is nowhere here; the sender
-        sees those fail. Memory is that of the largest server; stock runtimes do not tell it (0), and only the
-        container's limit bounds it.
+        A server that is gone takes its counts with it, and requests that reached no server are not counted here; the
+        sender sees those fail. Memory is that of the largest server; stock runtimes do not report it (0), and only the
+        container's limit applies.
         """
         service = self._find(release.model)
         pods = self._pods(service, release.name) if service is not None else []
@@ -158,7 +158,7 @@ class KServeController:
         return self._reached(service.url)
 
     def mirror(self, model: str) -> Endpoint | None:
-        """See the protocol. Raises Unavailable when KServe gave the release no address of its own."""
+        """See the protocol. Raise Unavailable if KServe gave the release no separate address."""
         name = self._mirrors.get(model)
         if name is None:
             return None
@@ -178,7 +178,7 @@ class KServeController:
         return objects.object_name(model)
 
     def _find(self, model: str) -> Service | None:
-        """The model's InferenceService. Raises InputError when it has no canary."""
+        """Return the model's InferenceService. Raise InputError if it has no canary."""
         body = self._api.get(self._name(model))
         if body is None:
             return None
@@ -202,7 +202,7 @@ class KServeController:
         return Endpoint(url) if self._ingress is None else Endpoint(self._ingress, objects.host(url))
 
     def _require(self, model: str, routes: Routes) -> Service:
-        """The model's InferenceService, when it can route so. Raises RegistryError."""
+        """Return the model's InferenceService, if it can route so. Raise RegistryError."""
         service = self._find(model)
         latest = service.release if service is not None and service.ready else None
         reachable = {latest, service.base, *service.weights} if service is not None else set()
@@ -213,9 +213,9 @@ class KServeController:
         return service
 
     def _wait(self, model: str, satisfied: Callable[[Service], bool], seconds: float, what: str) -> Service:
-        """The model's InferenceService, as soon as it is `satisfied`.
+        """Return the model's InferenceService, as soon as it is `satisfied`.
 
-        Raises Unavailable, with the conditions, when it never is.
+        Raise Unavailable, with the conditions, if it never is.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -230,7 +230,7 @@ class KServeController:
     # Writing
 
     def _predictor(self, release: Release, engine: Path, sha256: str) -> Json:
-        """Upload the engine, and say how it is served."""
+        """Upload the engine, and return how it is served."""
         uri = storage.join(self._releases, self._name(release.model), f"{release.name}-{sha256[:16]}")
         if self._settings.kubernetes.serving.runtime == "slipstream":
             storage.upload(engine, uri)
@@ -252,7 +252,7 @@ class KServeController:
         log.info("traffic: InferenceService %s is created with %s", body["metadata"]["name"], release.key)
 
     def _replace(self, release: Release, predictor: Json) -> None:
-        """Replace the predictor, once the one that is there has a revision: else the two would get mixed up."""
+        """Replace the predictor, once the current one has a revision: otherwise the two would be confused."""
         try:
             self._wait(release.model, lambda s: s.created or bool(s.failure()), CREATED_WITHIN_S, "no revision yet")
         except Unavailable as error:
@@ -273,10 +273,10 @@ class KServeController:
         log.info("traffic: the predictor of %s is now %s", release.model, release.name)
 
     def _await_ready(self, release: Release, serving: str | None) -> None:
-        """Wait until a release answers. One that does not is taken back. Raises Unavailable, InputError.
+        """Wait until a release answers. One that does not is removed. Raise Unavailable, InputError.
 
-        `serving` must keep its traffic meanwhile: when Knative moves the route before it has made the revision, KServe
-        takes that for a rollback, and goes back to who served before (kserve#1968, #2130).
+        `serving` must keep its traffic meanwhile: if Knative moves the route before it has created the revision, KServe
+        mistakes that for a rollback, and returns to the release that served before (kserve#1968, #2130).
         """
         patience = self._settings.kubernetes.serving.ready_timeout_s
         failing: float | None = None
@@ -301,7 +301,7 @@ class KServeController:
             raise
 
     def _give_up(self, release: Release, serving: str | None) -> None:
-        """Leave nothing of a release that never was ready; `serving` served before."""
+        """Remove a release that was never ready; `serving` served before."""
         body = self._api.get(self._name(release.model))
         if body is not None and Service(body).release == release.name and release.name not in Service(body).weights:
             try:
@@ -310,9 +310,9 @@ class KServeController:
                 log.warning("traffic: %s is left as it is, without traffic: %s", release.key, error)
 
     def _put_back(self, service: Service, serving: str | None) -> None:
-        """Replace the predictor by that of `serving`, which gets all traffic; without one the InferenceService goes.
+        """Replace the predictor by that of `serving`, which gets all traffic; without one, delete the InferenceService.
 
-        The share of the latest revision stays 0 until it is ready, so that nobody who waits is sent there.
+        The share of the latest revision stays 0 until it is ready, so no waiting client is sent there.
         """
         if not service.weights:
             self._api.delete(service.name)
@@ -339,9 +339,9 @@ class KServeController:
 
 
 def _percent(service: Service, weights: dict[str, int]) -> int:
-    """`canaryTrafficPercent` for the wanted shares. Raises RegistryError when two revisions cannot serve them.
+    """Return `canaryTrafficPercent` for the given shares. Raise RegistryError if two revisions cannot serve them.
 
-    While the latest revision is not ready, its share would go to the one before it, whatever that is.
+    While the latest revision is not ready, its share would go to the previous one, whatever that is.
     """
     if weights == {service.release: 100} and service.ready:
         return 100
@@ -361,13 +361,13 @@ def _is_ready(pod: Json) -> bool:
 
 
 def _metrics_port(pod: Json) -> int:
-    """Triton's own port for metrics where KServe says so; else that of the server."""
+    """Return Triton's own port for metrics if KServe names one; else that of the server."""
     return int(pod["metadata"].get("annotations", {}).get("prometheus.kserve.io/port", objects.PORT))
 
 
 def counters(text: str) -> Observation:
-    """From Prometheus's text format: slipstream's server, or Triton's names."""
-    from prometheus_client.parser import text_string_to_metric_families  # not where only the traffic is compared
+    """Return counters from Prometheus's text format: slipstream's server, or Triton's names."""
+    from prometheus_client.parser import text_string_to_metric_families  # not needed where only the traffic is compared
 
     requests, errors, memory = 0.0, 0.0, 0.0
     for family in text_string_to_metric_families(text):

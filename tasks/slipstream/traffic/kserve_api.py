@@ -1,4 +1,4 @@
-"""The few calls to the Kubernetes API that moving traffic needs, with its failures as slipstream's errors."""
+"""The few Kubernetes API calls that moving traffic needs, with their failures as slipstream's errors."""
 
 import copy
 import json
@@ -25,20 +25,20 @@ ACCESS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("", "pods", ("list",)),
     ("", "pods/proxy", ("get",)),
 )
-"""(API group, resource, verbs): all that this module calls, in the one namespace of the InferenceServices. The
-chart's role for releases grants exactly this."""
+"""(API group, resource, verbs): all calls of this module, in the one namespace of the InferenceServices. The chart's
+role for releases grants exactly this."""
 
 TIMEOUT_S = 10
 ATTEMPTS = 30
-"""Writes that lose against another writer before it is given up. KServe itself writes often while a revision starts."""
+"""Number of write conflicts before giving up. KServe itself writes often while a revision starts."""
 
 
 class Conflict(Unavailable):
-    """Somebody else wrote the object meanwhile."""
+    """Another client wrote the object meanwhile."""
 
 
 class Api:
-    """InferenceServices, and pods, of one namespace."""
+    """InferenceServices and pods of one namespace."""
 
     def __init__(self, namespace: str, client: kubernetes.client.ApiClient) -> None:
         self.namespace = namespace
@@ -48,7 +48,7 @@ class Api:
 
     @classmethod
     def connect(cls, namespace: str) -> "Api":
-        """With the cluster that KUBECONFIG names, or the one that this process runs in. Raises InputError."""
+        """Connect to the cluster that KUBECONFIG names, or the one that this process runs in. Raise InputError."""
         try:
             kubernetes.config.load_config()
         except (kubernetes.config.ConfigException, FileNotFoundError) as error:
@@ -58,7 +58,7 @@ class Api:
         return cls(namespace, kubernetes.client.ApiClient())
 
     def get(self, name: str) -> Json | None:
-        """An InferenceService; None when there is none."""
+        """Return an InferenceService, or None if there is none."""
         try:
             with self._calling(f"reading {name}"):
                 service: Json = self._objects.get_namespaced_custom_object(
@@ -69,7 +69,7 @@ class Api:
             return None
 
     def create(self, body: Json) -> Json:
-        """Create an InferenceService. Raises Conflict when there is one already."""
+        """Create an InferenceService. Raise Conflict if there is one already."""
         with self._calling(f"creating {body['metadata']['name']}"):
             service: Json = self._objects.create_namespaced_custom_object(
                 **self._place, body=body, _request_timeout=TIMEOUT_S
@@ -77,9 +77,9 @@ class Api:
             return service
 
     def change(self, name: str, mutate: Callable[[Json], Json]) -> Json:
-        """Read, change and write, until nobody else wrote in between; nothing is written when nothing changes.
+        """Read, change and write, until no other client wrote in between; nothing is written if nothing changes.
 
-        `mutate` gets a copy, and is called anew for each attempt. Raises Unavailable when the object is gone.
+        `mutate` gets a copy, and is called again for each attempt. Raise Unavailable if the object is gone.
         """
         for _ in range(ATTEMPTS):
             current = self.get(name)
@@ -99,7 +99,7 @@ class Api:
         raise Unavailable(f"InferenceService {self.namespace}/{name}: others wrote it {ATTEMPTS} times in a row")
 
     def delete(self, name: str) -> None:
-        """Delete an InferenceService; fine when there is none."""
+        """Delete an InferenceService, if it exists."""
         try:
             with self._calling(f"deleting {name}"):
                 self._objects.delete_namespaced_custom_object(**self._place, name=name, _request_timeout=TIMEOUT_S)
@@ -107,7 +107,7 @@ class Api:
             log.debug("InferenceService %s/%s was gone already", self.namespace, name)
 
     def pods(self, selector: str) -> list[Json]:
-        """Pods by their labels."""
+        """Return pods by their labels."""
         with self._calling(f"listing the pods of {selector}"):
             answer = self._core.list_namespaced_pod(
                 self.namespace, label_selector=selector, _preload_content=False, _request_timeout=TIMEOUT_S
@@ -116,7 +116,7 @@ class Api:
             return items
 
     def metrics(self, pod: str, port: int) -> str | None:
-        """What a pod's /metrics says, through the API server; None when the pod does not answer."""
+        """Return a pod's /metrics, through the API server; None if the pod does not answer."""
         try:
             with self._calling(f"reading the metrics of pod {pod}"):
                 answer = self._core.connect_get_namespaced_pod_proxy_with_path(
@@ -129,7 +129,7 @@ class Api:
 
     @contextmanager
     def _calling(self, what: str) -> Iterator[None]:
-        """Translate what the client raises."""
+        """Translate the client's errors."""
         where = f"Kubernetes API, namespace {self.namespace}: {what}"
         try:
             yield
@@ -153,7 +153,7 @@ class _Absent(InputError):
 
 
 def _message(error: ApiException) -> str:
-    """The API server's own sentence."""
+    """Return the API server's own message."""
     try:
         return str(json.loads(error.body)["message"])
     except (TypeError, ValueError, KeyError):

@@ -1,12 +1,12 @@
-"""InferenceServices as plain values: what slipstream writes, and what KServe's status says about releases.
+"""InferenceServices as plain values: what slipstream writes, and KServe's status of releases.
 
 KServe (by its source of 2025 and 2026: knative/ksvc_reconciler.go, inference_service_status.go) splits between two
 revisions of a predictor only: the latest, which gets `canaryTrafficPercent`, and the one that last had 100 %, which
-gets the rest. Whoever reaches 100 % is promoted to `latestRolledoutRevision`; less than that after a promotion makes
-KServe go back to `previousRolledoutRevision`.
+gets the rest. A revision that reaches 100 % is promoted to `latestRolledoutRevision`; less than that after a promotion
+makes KServe return to `previousRolledoutRevision`.
 
-Which revision is which release is kept in the InferenceService itself. KServe copies annotations and labels into the
-revision's template, so that a change of any makes a new revision: they change only together with the engine.
+The InferenceService itself records which revision is which release. KServe copies annotations and labels into the
+revision's template, so a change of any creates a new revision: they change only together with the engine.
 """
 
 import hashlib
@@ -35,34 +35,34 @@ MODEL = "slipstream/model"
 HISTORY = "slipstream/history"
 """Annotation: a `History`."""
 KEPT = 8
-"""Revisions that are remembered; Knative itself throws older ones away."""
+"""Number of revisions that are recorded; Knative itself discards older ones."""
 
 MODE = f"{GROUP}/deploymentMode"
 KNATIVE = ("Serverless", "Knative")
-"""Deployment modes with a canary; `Knative` is the newer name, which KServe takes the older one for."""
+"""Deployment modes with a canary; `Knative` is the newer name, and KServe treats the older one as equal."""
 NAME_LIMIT = 36
 """`latest-NAME-predictor-00001` must be a DNS label, with room for the namespace in the default domain template."""
 CONTAINER = "kserve-container"
 PORT = 8080
 PYTHON = "/opt/slipstream/venv/bin/python"
 MOUNT = "/mnt/models"
-"""Where KServe's storage initializer puts what STORAGE_URI or `storageUri` names."""
+"""Where KServe's storage initializer puts the content of STORAGE_URI or `storageUri`."""
 
 
 class History(Document):
-    """What the status does not say; written in the same write that replaces the predictor."""
+    """State that the status lacks; written in the same write that replaces the predictor."""
 
     revisions: dict[str, str] = Field(default={})
-    """Revision → release, of earlier predictors."""
+    """Release by revision, of earlier predictors."""
     after: str | None = None
-    """The latest revision before the predictor that is there now: newer ones are this one's."""
+    """The latest revision before the current predictor: newer ones belong to this one."""
     former: Json | None = None
-    """The predictor that served when this one was written, to go back to."""
+    """The predictor that served when this one was written, for a return to it."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """An InferenceService as it is."""
+    """An InferenceService in its current state."""
 
     body: Json
 
@@ -79,40 +79,40 @@ class Service:
 
     @property
     def percent(self) -> int:
-        """Share asked for the latest revision."""
+        """Share requested for the latest revision."""
         return int(self.body["spec"]["predictor"].get("canaryTrafficPercent", 100))
 
     @cached_property
     def history(self) -> History:
-        """What slipstream remembers."""
+        """slipstream's record."""
         text = self.body["metadata"].get("annotations", {}).get(HISTORY)
         return History.model_validate_json(text) if text else History()
 
     @property
     def release(self) -> str | None:
-        """Release of the predictor; None when it is not slipstream's."""
+        """Release of the predictor; None if it is not slipstream's."""
         return release_of(self.predictor)
 
     @property
     def status(self) -> Json:
-        """What KServe says of the predictor."""
+        """KServe's status of the predictor."""
         component: Json = self.body.get("status", {}).get("components", {}).get("predictor", {})
         return component
 
     @property
     def created(self) -> bool:
-        """Whether KServe has made a revision of the predictor that is there now."""
+        """Whether KServe has created a revision of the current predictor."""
         return self._is_newer(self.status.get("latestCreatedRevision"))
 
     @property
     def ready(self) -> bool:
-        """Whether the latest revision is of the predictor that is there now, and ready."""
+        """Whether the latest revision belongs to the current predictor, and is ready."""
         latest = self.status.get("latestReadyRevision")
         return self._is_newer(latest) and latest == self.status.get("latestCreatedRevision")
 
     @property
     def revisions(self) -> dict[str, int]:
-        """Revision → share, as in force."""
+        """Effective share by revision."""
         shares: dict[str, int] = {}
         for target in self.status.get("traffic", []):
             shares[target["revisionName"]] = shares.get(target["revisionName"], 0) + int(target.get("percent") or 0)
@@ -120,7 +120,7 @@ class Service:
 
     @property
     def weights(self) -> dict[str, int]:
-        """Release → share, as in force. A release may have two revisions, when it was put back."""
+        """Effective share by release. A release may have two revisions, after it was restored."""
         shares: dict[str, int] = {}
         for revision, share in self.revisions.items():
             name = self.release_at(revision)
@@ -129,12 +129,12 @@ class Service:
 
     @property
     def serving(self) -> str | None:
-        """The release that has all traffic; None when none has, or several share it."""
+        """The release that has all traffic; None if none has, or several share it."""
         return next((name for name, share in self.weights.items() if share == 100), None)
 
     @property
     def base(self) -> str | None:
-        """The release that gets the rest when the latest revision gets less than 100 %."""
+        """The release that gets the rest if the latest revision gets less than 100 %."""
         status = self.status
         rolled = status.get("latestRolledoutRevision")
         if rolled is not None and rolled == status.get("latestReadyRevision") == status.get("latestCreatedRevision"):
@@ -143,24 +143,24 @@ class Service:
 
     @property
     def engines(self) -> dict[str, str]:
-        """Release → digest of its engine, of the present predictor and the former one."""
+        """Digest of the engine by release, of the current predictor and the former one."""
         predictors = [p for p in (self.history.former, self.predictor) if p]
         return {str(release_of(p)): p.get("annotations", {}).get(ENGINE, "") for p in predictors}
 
     @property
     def url(self) -> str | None:
-        """Where clients reach the model, once KServe has said it."""
+        """The clients' address of the model, once KServe has reported it."""
         address: str | None = self.body.get("status", {}).get("url")
         return address
 
     def tag_url(self, release: str) -> str | None:
-        """Address of one release alone, by its tag; None when it has none."""
+        """Return the address of a single release, by its tag; None if it has none."""
         targets = self.status.get("traffic", [])
         return next((t["url"] for t in targets if "url" in t and self.release_at(t["revisionName"]) == release), None)
 
     @property
     def routed(self) -> bool:
-        """Whether the splitter has loaded what the status says of the traffic."""
+        """Whether the splitter has loaded the traffic shown in the status."""
         return self._condition("PredictorRouteReady").get("status") == "True"
 
     @property
@@ -171,7 +171,7 @@ class Service:
         return deployment_mode
 
     def failure(self) -> str | None:
-        """Why the latest revision is not ready, when KServe says that it failed."""
+        """Why the latest revision is not ready, if KServe reports a failure."""
         model = self.body.get("status", {}).get("modelStatus", {})
         info = model.get("lastFailureInfo", {})
         if model.get("transitionStatus") in ("InvalidSpec", "BlockedByFailedLoad"):
@@ -189,7 +189,7 @@ class Service:
         return "; ".join(texts) or "no conditions: is KServe's controller running?"
 
     def release_at(self, revision: str) -> str:
-        """The release of a revision; a revision that slipstream did not make goes by its own name."""
+        """Return the release of a revision; other revisions than slipstream's are named after themselves."""
         if revision in self.history.revisions:
             return self.history.revisions[revision]
         return (self.release if self._is_newer(revision) else None) or f"revision:{revision}"
@@ -203,7 +203,7 @@ class Service:
 
 
 def object_name(model: str) -> str:
-    """A DNS-safe name for a registered model: its own where it is one, else with a digest that keeps it unique."""
+    """Return a DNS-safe name for a registered model: its own if it is one, else with a digest that keeps it unique."""
     safe = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
     if safe == model and len(safe) <= NAME_LIMIT and not safe[0].isdigit():
         return safe
@@ -212,14 +212,14 @@ def object_name(model: str) -> str:
 
 
 def new(name: str, namespace: str, model: str, predictor: Json) -> Json:
-    """An InferenceService with its first release, which KServe gives all traffic as soon as it is ready."""
+    """Return an InferenceService with its first release, which KServe gives all traffic as soon as it is ready."""
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "InferenceService",
         "metadata": {
             "name": name,
             "namespace": namespace,
-            # Tags give each of the two revisions an address of its own, which the shadow needs.
+            # Tags give each of the two revisions a separate address, which the shadow needs.
             "annotations": {MODEL: model, MODE: KNATIVE[0], f"{GROUP}/enable-tag-routing": "true"},
         },
         "spec": {"predictor": {**predictor, "canaryTrafficPercent": 100}},
@@ -227,7 +227,7 @@ def new(name: str, namespace: str, model: str, predictor: Json) -> Json:
 
 
 def replaced(body: Json, predictor: Json) -> Json:
-    """With another predictor that gets no traffic yet; who serves goes on serving."""
+    """Return the service with another predictor that gets no traffic yet; the current one continues to serve."""
     service = Service(body)
     revisions = dict(service.history.revisions)
     for revision in (service.status.get("latestReadyRevision"), service.status.get("latestCreatedRevision")):
@@ -250,19 +250,20 @@ def replaced(body: Json, predictor: Json) -> Json:
 
 
 def shared(body: Json, percent: int) -> Json:
-    """With another share for the latest revision."""
+    """Return the service with another share for the latest revision."""
     predictor = {**body["spec"]["predictor"], "canaryTrafficPercent": percent}
     return {**body, "spec": {**body["spec"], "predictor": predictor}}
 
 
 def release_of(predictor: Json) -> str | None:
-    """Release of a predictor; None when it is not slipstream's."""
+    """Return the release of a predictor; None if it is not slipstream's."""
     label = predictor.get("labels", {}).get(RELEASE)
     return None if label is None else str(label)
 
 
 def predictor(release: Release, uri: str, sha256: str, settings: Settings, environment: str = SERVE) -> Json:
-    """A predictor that serves the engine folder at `uri` with slipstream's own server, in an environment's image."""
+    """Return a predictor that serves the engine folder at `uri` with slipstream's own server, in an environment's
+    image."""
     command = ["-m", "slipstream.serving.server"]
     options = {"model": release.model, "release": release.name, "engine": MOUNT, "sha256": sha256, "port": PORT}
     options |= {"host": "0.0.0.0"}  # noqa: S104 (the pod's own address)
@@ -291,14 +292,14 @@ def predictor(release: Release, uri: str, sha256: str, settings: Settings, envir
 
 @dataclass(frozen=True)
 class Format:
-    """How a stock runtime of KServe wants an engine."""
+    """The form in which a stock runtime of KServe needs an engine."""
 
     name: str
     """`modelFormat`, by which KServe chooses the runtime."""
     files: dict[str, str]
-    """File of the engine folder → its path below the model's folder."""
+    """Path below the model's folder, by file of the engine folder."""
     by_model: bool
-    """Whether the model's folder carries the model's name (Triton's model repository); else it is the root."""
+    """Whether the model's folder has the model's name (Triton's model repository); else it is the root."""
 
 
 FORMATS = {
@@ -306,11 +307,11 @@ FORMATS = {
     "openvino": Format("openvino", {"model.xml": "1/model.xml", "model.bin": "1/model.bin"}, by_model=False),
     "tensorrt": Format("tensorrt", {"model.plan": "1/model.plan"}, by_model=True),
 }
-"""Engine → format: Triton serves onnx and tensorrt, OpenVINO Model Server openvino."""
+"""Format by engine: Triton serves onnx and tensorrt, OpenVINO Model Server openvino."""
 
 
 def stock_layout(model: str, manifest: EngineManifest) -> dict[str, str]:
-    """File of the engine folder → path in the uploaded folder. Raises InputError when no stock runtime fits."""
+    """Return paths in the uploaded folder by file of the engine folder. Raise InputError if no stock runtime fits."""
     layout = FORMATS.get(manifest.engine)
     if layout is None or not set(layout.files) <= set(manifest.files):
         raise InputError(
@@ -326,7 +327,7 @@ def stock_layout(model: str, manifest: EngineManifest) -> dict[str, str]:
 
 
 def stock_predictor(release: Release, uri: str, sha256: str, engine: str, settings: Settings) -> Json:
-    """A predictor that serves a folder laid out by `stock_layout` with the runtime that KServe chooses."""
+    """Return a predictor that serves a folder laid out by `stock_layout` with the runtime that KServe chooses."""
     model: Json = {
         "modelFormat": {"name": FORMATS[engine].name},
         "protocolVersion": "v2",
@@ -337,12 +338,12 @@ def stock_predictor(release: Release, uri: str, sha256: str, engine: str, settin
 
 
 def host(url: str) -> str:
-    """Host, with its port, of a URL."""
+    """Return the host, with its port, of a URL."""
     return urlsplit(url).netloc
 
 
 def _common(release: Release, sha256: str, settings: Settings) -> Json:
-    """What predictors of either kind have."""
+    """Return the common parts of both kinds of predictors."""
     kubernetes, resources = settings.kubernetes, settings.resources_of_servers()
     optional: Json = {
         "maxReplicas": kubernetes.serving.max_replicas,
@@ -367,6 +368,6 @@ def _requirements(resources: Resources) -> Json:
 
 
 def _number(revision: str | None) -> int:
-    """Knative numbers revisions at their end: `net-predictor-00003`."""
+    """Return a revision's number, which Knative appends to its name: `net-predictor-00003`."""
     tail = (revision or "").rpartition("-")[2]
     return int(tail) if tail.isdigit() else 0

@@ -1,8 +1,8 @@
-"""An open-loop sender: requests leave at their time, whether or not earlier ones were answered.
+"""An open-loop sender: requests leave at their scheduled time, whether or not earlier ones were answered.
 
-Latency counts from the intended send time, so that a server that stalls cannot slow its own measurement down
-(coordinated omission; G. Tene, "How NOT to measure latency", 2013). Gaps between requests are exponential, as those of
-many independent users are (a Poisson process): evenly spaced requests would hardly ever queue, and hide the tail.
+Latency counts from the intended send time, so that a stalled server cannot delay its own measurement (coordinated
+omission; G. Tene, "How NOT to measure latency", 2013). Gaps between requests are exponential, like those of many
+independent users (a Poisson process): evenly spaced requests would hardly ever queue, and hide the tail.
 """
 
 import asyncio
@@ -26,13 +26,13 @@ from slipstream.traffic.base import Endpoint
 log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 12.0
-"""Longer than the splitter's own time-out of 10 s, which knows whose answer did not come."""
+"""Longer than the splitter's own timeout of 10 s, so the splitter reports whose answer is missing."""
 WATCH_EVERY_S = 0.25
-"""How often the guard looks: a breach stops the load within this time and what is under way."""
+"""Interval between the guard's looks: a breach stops the load within this time plus the pending requests."""
 TELL_EVERY_S = 0.5
 HEARTBEAT_S = 0.01
 STALL_S = 0.03
-"""A heartbeat that comes this late shows that this process itself had to wait for the machine."""
+"""A heartbeat that is this late shows that this process itself had to wait for the machine."""
 MAX_CONNECTIONS = 128
 
 
@@ -41,13 +41,13 @@ class Record:
     """One request and its answer."""
 
     id: str
-    """Ends in the request's place in its phase."""
+    """Its end is the request's position in its phase."""
     sample: int
     """Index into the split."""
     at: float
     """Intended send time, seconds since the epoch."""
     status: int
-    """HTTP status; 0 when there was no answer."""
+    """HTTP status; 0 if there was no answer."""
     release: str | None
     """Name of the release that answered."""
     output: npt.NDArray[np.float32] | None
@@ -57,31 +57,31 @@ class Record:
     stalled_ms: float = 0.0
     """Part of the latency during which this process itself did not get the processor."""
     server_ms: float | None = None
-    """Time in the server, where it says so."""
+    """Time in the server, if it reports it."""
     mirrored: "Record | None" = None
-    """What the shadow answered, where the sender is who mirrors."""
+    """The shadow's answer, if the sender mirrors."""
     refused: bool = False
-    """Whether a server refused it because it was overloaded, which is no error of the model's."""
+    """Whether a server refused it because of overload, which is not an error of the model."""
 
     @property
     def index(self) -> int:
-        """The request's place in its phase, from 0."""
+        """The request's position in its phase, from 0."""
         return int(self.id.rpartition("-")[2])
 
     @property
     def served_ms(self) -> float:
-        """Latency without the sender's own stalls: what is left is the network, the splitter and the server."""
+        """Latency without the sender's own stalls: the network, the splitter and the server."""
         return max(self.latency_ms - self.stalled_ms, 0.0)
 
     @property
     def failed(self) -> bool:
-        """No answer, a status of 5xx, or an answer that is none."""
+        """No answer, a status of 5xx, or an invalid answer."""
         return self.output is None
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent."""
+    """The load to send."""
 
     endpoint: Endpoint
     model: str
@@ -93,15 +93,15 @@ class Load:
     rate_per_s: float
     seed: int
     mirror: Endpoint | None = None
-    """Where a copy of every request goes, at the same time and under the same id."""
+    """Where a copy of every request goes, at the same time and with the same id."""
 
     def samples(self) -> npt.NDArray[np.intp]:
-        """(requests,) indices into the split: a seeded order, repeated when the split is shorter."""
+        """(requests,) indices into the split: a seeded order, repeated if the split is shorter."""
         order = np.random.default_rng(self.seed).permutation(len(self.split))
         return np.resize(order, self.requests)
 
     def times_s(self) -> npt.NDArray[np.float64]:
-        """(requests,) seconds from the phase's begin to each request: a seeded Poisson process."""
+        """(requests,) seconds from the phase's start to each request: a seeded Poisson process."""
         rng = np.random.default_rng([self.seed, 1])
         times: npt.NDArray[np.float64] = np.cumsum(rng.exponential(1 / self.rate_per_s, self.requests))
         return times
@@ -109,7 +109,7 @@ class Load:
 
 @dataclass
 class Sent:
-    """What came back."""
+    """Result of a load."""
 
     records: list[Record] = field(default_factory=list)
     aborted: str | None = None
@@ -117,14 +117,14 @@ class Sent:
 
 
 Watch = Callable[[Sequence[Record]], str | None]
-"""Called with all records so far; a reason stops the load. Runs in a thread of its own, and may block."""
+"""Called with all records so far; a reason stops the load. Runs in a separate thread, and may block."""
 
 
 def send(load: Load, watch: Watch, progress: Callable[[int, int], None]) -> Sent:
-    """Send a load and return when everything was answered, timed out, or the guard said stop.
+    """Send a load; return when all requests were answered or timed out, or the guard stopped it.
 
-    An exception of the guard stops the load as well, and is raised. Takes at most requests / rate plus the
-    request time-out.
+    An exception of the guard also stops the load, and is raised. This takes at most requests / rate plus the request
+    timeout.
     """
     sender = _Sender(load, watch)
     with _telling(lambda: progress(len(sender.sent.records), load.requests)):
@@ -133,9 +133,9 @@ def send(load: Load, watch: Watch, progress: Callable[[int, int], None]) -> Sent
 
 @contextmanager
 def _telling(tell: Callable[[], None]) -> Iterator[None]:
-    """Call `tell` now and then, from a thread of its own, and once more at the end.
+    """Call `tell` from time to time, in a separate thread, and once more at the end.
 
-    It may wait for MLflow for minutes, and fail: neither may hold up the sending or the guard.
+    It may wait for MLflow for minutes, and fail: neither may delay the sending or the guard.
     """
     over = threading.Event()
 
@@ -159,7 +159,7 @@ def _telling(tell: Callable[[], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Begin:
-    """When the first request was to leave."""
+    """Scheduled time of the first request."""
 
     clock: float
     """Seconds of the monotonic clock."""
@@ -239,7 +239,7 @@ class _Sender:
             self.sent.aborted = await asyncio.to_thread(self.watch, self.sent.records)
 
     async def _heartbeat(self) -> None:
-        """Notes when this process did not get the processor in time."""
+        """Detects when this process did not get the processor in time."""
         while True:
             self.last_beat = time.perf_counter()
             await asyncio.sleep(HEARTBEAT_S)
@@ -248,7 +248,7 @@ class _Sender:
                 self.stalls.append((self.last_beat, now))
 
     def _stalled_ms(self, begin: float, end: float) -> float:
-        """Stalls within; one that just ended may be noticed here before the heartbeat notices it."""
+        """Return the stalls within; a recent one may be detected here before the heartbeat detects it."""
         stalls = self.stalls[-50:]
         if end - self.last_beat > HEARTBEAT_S + STALL_S:
             stalls.append((self.last_beat, end))

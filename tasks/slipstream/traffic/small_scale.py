@@ -1,7 +1,7 @@
-"""What stage 2 measures: shadow until the evidence decides, then a canary. Moves no alias.
+"""Measurements of stage 2: shadow until the evidence decides, then a canary. Moves no alias.
 
-The shadow, which no user sees, carries most of the evidence. While that is open, it goes on, up to four times the plan;
-what it refuses or leaves open never reaches users.
+The shadow, which no user sees, provides most of the evidence. While that is inconclusive, it continues, up to four
+times the plan; a rejected or undecided engine never reaches users.
 """
 
 import datetime
@@ -16,11 +16,11 @@ from slipstream.traffic.judging import Evidence
 log = logging.getLogger(__name__)
 
 ROUNDS = 4
-"""Shadow and canary are each repeated while a verdict is inconclusive, at most this often in all."""
+"""Shadow and canary are each repeated while a verdict is inconclusive, at most this often in total."""
 
 
 def measure(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
-    """Verdicts of the small-scale test, and the figures behind them. A breach ends it at once."""
+    """Return verdicts of the small-scale test, and the figures behind them. A breach ends it at once."""
     rate_per_s = stage.spec.small_scale_test.rate_per_s
     stage.probe(rate_per_s)
     evidence = Evidence(stage)
@@ -33,7 +33,7 @@ def measure(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
 
 
 def _test(stage: Stage, evidence: Evidence) -> Verdict | None:
-    """Gather evidence until it decides; the guardrail that stopped it, if one did."""
+    """Gather evidence until it decides; return the guardrail that stopped it, if any."""
     for run in (_shadow, _canary):
         for number in range(1, ROUNDS + 1):
             phase = run(stage, evidence, "" if number == 1 else f"-{number}")

@@ -1,7 +1,7 @@
-"""What stage 3 measures: the traffic moves step by step, guarded. Moves no alias.
+"""Measurements of stage 3: the traffic moves step by step under guardrails. Moves no alias.
 
-Champion and challenger are compared in every step. At the last one, where the champion answers nobody any more, it
-gets a copy of every request where the splitter can mirror to it, so that there is still something to compare with.
+Champion and challenger are compared in every step. At the last one, the champion no longer answers users; it then gets
+a copy of every request if the splitter can mirror to it, so that the comparison continues.
 """
 
 import datetime
@@ -20,11 +20,11 @@ from slipstream.traffic.load import Record
 log = logging.getLogger(__name__)
 
 EXTRA = 3
-"""Repetitions of the last step that compares the two, while a verdict is inconclusive, at most."""
+"""Maximum repetitions of the last step that compares the two, while a verdict is inconclusive."""
 
 
 def measure(stage: Stage) -> tuple[Verdict, ...]:
-    """The verdicts over all requests, after the traffic has moved; those of a second attempt after a retest."""
+    """Return the verdicts over all requests, after the traffic has moved; those of a second attempt after a retest."""
     stage.probe(stage.spec.rollout.rate_per_s)
     verdicts = _climb(stage)
     if len(verdicts) == 1 and stage.retest(verdicts[0], stage.spec.rollout.rate_per_s):
@@ -33,7 +33,7 @@ def measure(stage: Stage) -> tuple[Verdict, ...]:
 
 
 def _climb(stage: Stage) -> tuple[Verdict, ...]:
-    """Step by step to all the traffic; ends at once with the first guardrail, alone, or failing verdict."""
+    """Move step by step to all the traffic; end at once with the first guardrail, alone, or failing verdict."""
     steps, verdicts = stage.spec.rollout.steps, tuple[Verdict, ...]()
     compared = [share for share in steps if share < 100 or _copies(stage)]
     for share in steps:
@@ -50,7 +50,7 @@ def _climb(stage: Stage) -> tuple[Verdict, ...]:
 
 
 def _copies(stage: Stage) -> bool:
-    """Whether a champion without traffic can be asked too: KServe gives it no address then."""
+    """Return whether a champion without traffic can be queried too: KServe gives it no address then."""
     return stage.controller.answers(stage.champion) is not None
 
 
@@ -71,7 +71,7 @@ def _step(stage: Stage, name: str, share: int) -> Phase:
 
 
 def _peaks(pairs: Sequence[Pair]) -> list[list[float]]:
-    """Slowest answers of blocks of requests that both answered, in their order, as times in the servers."""
+    """Return slowest answers of blocks of requests that both answered, in their order, as times in the servers."""
     champion_ms, challenger_ms = ([p.champion.latency_ms for p in pairs], [p.challenger.latency_ms for p in pairs])
     peaks = sequential.blocks(champion_ms, challenger_ms, guardrails.BLOCK)
     columns = (peaks.champion_ms, peaks.champion_n, peaks.challenger_ms, peaks.challenger_n)
@@ -79,7 +79,8 @@ def _peaks(pairs: Sequence[Pair]) -> list[list[float]]:
 
 
 def _verdicts(stage: Stage) -> tuple[Verdict, ...]:
-    """Errors, p99 and memory of the challenger beside the champion's, over all requests of the rollout so far."""
+    """Return errors, p99 and memory of the challenger against the champion's, over all requests of the rollout so
+    far."""
     limits, sure, totals = stage.spec.guardrails, stage.spec.objective.confidence, stage.seen
     verdicts = (
         stage.errors(),

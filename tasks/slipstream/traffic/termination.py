@@ -1,4 +1,4 @@
-"""SIGTERM as an exception: Airflow stops a task so, and the traffic must be put back before the process ends."""
+"""SIGTERM as an exception: Airflow stops a task this way, and the traffic must be restored before the process ends."""
 
 import signal
 import threading
@@ -9,7 +9,8 @@ from types import FrameType
 
 @contextmanager
 def sigterm_as_exit() -> Iterator[None]:
-    """Within, SIGTERM raises SystemExit once, so that `finally` puts the traffic back; a second one is ignored."""
+    """Within the block, SIGTERM raises SystemExit once, so that `finally` restores the traffic; a second one is
+    ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -126,7 +126,7 @@ def _place(task: TaskInstance) -> tuple[tuple[int, int], str]:
 
 
 def _told(task: TaskInstance, note: Note | None, state: str, reason: str) -> Iterable[Line]:
-    """Return a task's line and the lines below it."""
+    """Yield a task's line and the lines below it."""
     text, took = f"{task.step:<9} {task.cell}".rstrip(), duration(task.seconds)
     if state == "skipped":
         if not task.cell:  # a recipe that was not chosen is no news
@@ -160,7 +160,7 @@ def _verdicts(note: Note | None, *, with_passed: bool) -> Iterable[Line]:
 
 
 def _error(note: Note | None, reason: str) -> Iterable[Line]:
-    """Return the first lines of a step's error, from MLflow or else Airflow, unless its verdicts contained it."""
+    """Yield the first lines of a step's error, from MLflow or else Airflow, unless its verdicts contained it."""
     if note and any(answer != "pass" for _, answer, _ in note.verdicts):
         return
     message = note.error if note and note.status == "FAILED" else ""

@@ -1,4 +1,5 @@
-"""What `slipstream bench` measured of one spec: `measure` writes it in the spec's environment, `page` draws it."""
+"""Measurements of `slipstream bench` for one spec: `measure` writes them in the spec's environment, `page` draws
+them."""
 
 from slipstream.contract import Document
 from slipstream.contract.evidence import Interval, Latency, Noise
@@ -10,14 +11,14 @@ class Subject(Document):
     name: str
     latency: Latency
     quality: float | None
-    """The spec's metric, in percent, as stage 1 found it; None where stage 1 has no evidence of the subject."""
+    """The spec's metric, in percent, as found by stage 1; None if stage 1 has no evidence of the subject."""
     drop_pp: Interval | None = None
     size_bytes: int | None = None
     peak_memory_mib: float | None = None
-    """The most that loading the engine and its first requests add to the resident memory of a process of their own."""
+    """Maximum that loading the engine and its first requests add to the resident memory of a separate process."""
     speedup_eager: Interval | None = None
     speedup_reference: Interval | None = None
-    """Against the baseline's FP32 engine on the same target."""
+    """Relative to the baseline's FP32 engine on the same target."""
     status: str = ""
     """Stage 1's answer; empty for the eager baseline."""
 
@@ -32,12 +33,12 @@ class Bench(Document):
     metric: str
     confidence: float
     engines: dict[str, str]
-    """Target → engine."""
+    """Engine of each target."""
     machine: dict[str, str]
     hardware: str
     versions: dict[str, str]
     noise: Noise
     crowded: bool
-    """Whether others took cores that the eager baseline needs; there is no speed-up against it then."""
+    """Whether other processes took cores that the eager baseline needs; there is no speed-up against it then."""
     subjects: tuple[Subject, ...]
     """The eager baseline first, then the cells in the spec's order."""

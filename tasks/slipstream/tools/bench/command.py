@@ -15,10 +15,10 @@ from slipstream.tools.bench import Bench, page
 
 
 def measure(files: Sequence[Path], out: Path | None, run: str) -> str:
-    """The page, which is also written to `out`; its figures lie in a folder beside it: OUT without `.md`.
+    """Return the page, which is also written to `out`; its figures are in a folder next to it: OUT without `.md`.
 
-    Figures of other specs in that folder stay in the page. Raises InputError when no spec has a finished run,
-    Unavailable when a measurement broke off.
+    Figures of other specs in that folder stay in the page. Raise InputError if no spec has a finished run, Unavailable
+    if a measurement was aborted.
     """
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +41,7 @@ def _measure(files: Sequence[Path], folder: Path, run: str) -> str:
 
 
 def _measure_one(home: Home, file: Path, folder: Path, run: str, environment: dict[str, str]) -> bool:
-    """Whether there was a run to measure; the process says why not."""
+    """Return whether there was a run to measure; the process says why not."""
     spec = specs.load(file)
     environments = {spec.environment_of(VALIDATE, target) for target in spec.targets}
     special = environments - {spec.environment_of(RETRAIN, None)}  # an engine's own has the framework's too

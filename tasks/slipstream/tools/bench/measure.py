@@ -1,7 +1,7 @@
 """All engines of a spec's last run against the framework's eager baseline, in one interleaved run.
 
-`validate` measures one engine at a time, hours apart perhaps; here all share the same rounds, so that they can be
-compared with each other. It uses what is logged and changes nothing. Short LoadGen blocks: not an MLPerf result.
+`validate` measures one engine at a time, perhaps hours apart; here all share the same rounds, so that they can be
+compared with each other. It uses logged results and changes nothing. Short LoadGen blocks: not an MLPerf result.
 """
 
 import logging
@@ -38,7 +38,7 @@ PLAN = Plan(rounds=12, max_rounds=24, clean_rounds=8)
 
 
 def last_run(tracking: Tracking, run_key: str | None = None) -> tuple[str, list[StepOutput]]:
-    """Key and step outputs of the spec's newest run that got to stage 1, or of the run named. Raises InputError."""
+    """Return key and step outputs of the named run, or the spec's newest run that reached stage 1. Raise InputError."""
     for pipeline in tracking.search({STEP: "pipeline"}):
         key = str(pipeline.info.run_name)
         if run_key is not None and key != run_key:

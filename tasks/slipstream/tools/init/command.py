@@ -1,4 +1,4 @@
-"""The command `slipstream init`: what it looks at, in which order, and what it writes and says."""
+"""The command `slipstream init`: what it inspects, in which order, and what it writes and prints."""
 
 import re
 import tempfile
@@ -24,10 +24,10 @@ ENVIRONMENT = {kind: FRAMEWORKS[kind].environment for kind in ("onnx", "keras")}
 
 
 def init(home: Home, model: str, out: Path, *, data: str | None, architecture: str | None, force: bool) -> None:
-    """Look at MODEL and at this machine, and write a spec and, unless there is data already, a data function.
+    """Inspect MODEL and this machine, and write a spec and, unless there is data already, a data function.
 
-    `data` is a function or `TRAIN.npz,TEST.npz`; without it, such files beside `out` are used where they are. Raises
-    InputError when a file is there already, ModelError when nothing can start from the model.
+    `data` is a function or `TRAIN.npz,TEST.npz`; without it, such files next to `out` are used if they exist. Raise
+    InputError if an output file already exists, ModelError if the model cannot be used.
     """
     files = _data_files(data, out)
     function_given = data if files is None else None
@@ -38,7 +38,7 @@ def init(home: Home, model: str, out: Path, *, data: str | None, architecture: s
     _require_absent([out, *([] if has_data else [beside])], force=force)
     plan = _plan(home, source_of(model), out, files or function_given, architecture)
     text = spec_text(plan)
-    specs.parse(text, str(out))  # what is written is valid, or nothing is
+    specs.parse(text, str(out))  # what is written is valid, or nothing is written
     write_atomically(out, text)
     if not has_data:
         write_atomically(beside, data_text(plan, out.stem))
@@ -46,14 +46,14 @@ def init(home: Home, model: str, out: Path, *, data: str | None, architecture: s
 
 
 def _data_file(out: Path) -> Path:
-    """Where the data function goes: beside the spec, by a name that Python imports."""
+    """Return the path of the data function: next to the spec, under a name that Python can import."""
     return out.with_name(re.sub(r"\W", "_", out.stem) + "_data.py")
 
 
 def _data_files(data: str | None, out: Path) -> tuple[Path, Path] | None:
-    """The .npz files that `--data` names, or those that lie where the written data function would look for them.
+    """Return the .npz files that `--data` names, or those where the written data function would look for them.
 
-    Raises InputError when one that was named is not there.
+    Raise InputError if a named one is missing.
     """
     if data is None:
         beside = (out.with_name(f"{out.stem}-train{NPZ}"), out.with_name(f"{out.stem}-test{NPZ}"))
@@ -85,7 +85,7 @@ def _require_absent(paths: list[Path], *, force: bool) -> None:
 def _plan(
     home: Home, source: Source, out: Path, data: str | tuple[Path, Path] | None, architecture: str | None
 ) -> Plan:
-    """Everything that the two files are written from; `data` is a function, or the files of both splits."""
+    """Return everything for the two files; `data` is a function, or the files of both splits."""
     samples = str(data[0].resolve()) if isinstance(data, tuple) else data
     registry, file, size = f"models:/{source.name}@source", None, None
     notes: tuple[str, ...] = ()
@@ -132,7 +132,7 @@ def _plan(
 
 
 def _look(home: Home, question: Question) -> Facts:
-    """What the model's framework says of it, in a process in its environment. Raises ModelError."""
+    """Return the framework's facts on the model, from a process in its environment. Raise ModelError."""
     environment = ENVIRONMENT.get(question.kind) or FRAMEWORKS[question.framework].environment
     python = home.require_python(environment, "looking at the model")
     variables = {"SLIPSTREAM_CODE": str(home.code), "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -146,7 +146,7 @@ def _look(home: Home, question: Question) -> Facts:
 
 
 def _from_code(home: Home, path: Path) -> str:
-    """A path as a spec says it: from the user's code where it lies in there, else whole."""
+    """Return a path for a spec: relative to the user's code if below it, else absolute."""
     return str(path.relative_to(home.code) if path.is_relative_to(home.code) else path)
 
 
@@ -156,7 +156,7 @@ def _splits(home: Home, files: tuple[Path, Path]) -> tuple[str, str]:
 
 
 def _module(home: Home, path: Path) -> str:
-    """The module that a file is, seen from the user's code; its bare name where it is not below it."""
+    """Return the module of a file below the user's code; its bare name if it is elsewhere."""
     path = path.resolve()
     if not path.is_relative_to(home.code):
         return path.stem
@@ -165,7 +165,7 @@ def _module(home: Home, path: Path) -> str:
 
 
 def _tell(home: Home, plan: Plan, out: Path, beside: Path | None) -> None:
-    """Say what was found, what was written, what could not be known, and how to go on."""
+    """Print what was found, what was written, what could not be determined, and how to continue."""
     for line in about(plan):
         typer.echo(line)
     for path in filter(None, (out, beside)):

@@ -1,4 +1,4 @@
-"""Writes the spec and the data function: text with comments, since a person goes on from here."""
+"""Writes the spec and the data function: commented text, since a person continues from here."""
 
 import json
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from slipstream.tools.init.facts import Facts
 from slipstream.tools.init.machine import Machine
 
 LISTED = 6
-"""Kinds of layers that a comment lists."""
+"""Maximum kinds of layers that a comment lists."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the spec is written from."""
+    """Everything that the spec is written from."""
 
     name: str
     model: str
-    """MODEL as it was given."""
+    """MODEL as given."""
     registry: str
     facts: Facts
     machine: Machine
@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """What could not be known, in sentences for a person."""
+        """What could not be determined, in sentences for a person."""
         metric, why = self.metric
         sentences = [
             f"metric: {metric} is a guess: {why}",
@@ -58,12 +58,12 @@ class Plan:
 
 
 def described(shape: tuple[int, ...]) -> str:
-    """A shape in words: 1×28×28; `any` where it varies."""
+    """Return a shape in words: 1×28×28; `any` where it varies."""
     return "×".join("any" if size == -1 else str(size) for size in shape) or "one"
 
 
 def about(plan: Plan) -> list[str]:
-    """The model and the machine, a sentence each."""
+    """Return a sentence each on the model and the machine."""
     facts = plan.facts
     size = f"{plan.size_bytes / 1e6:,.1f} MB, " if plan.size_bytes is not None else ""
     kinds = sorted(facts.layers.items(), key=lambda entry: (-entry[1], entry[0]))
@@ -81,7 +81,7 @@ def about(plan: Plan) -> list[str]:
 
 
 def spec_text(plan: Plan) -> str:
-    """The spec as YAML."""
+    """Return the spec as YAML."""
     sections = (_head(plan), _model(plan), _objective(plan), _recipes(plan), _targets(plan), _rollout())
     return "\n".join(line for section in sections for line in section) + "\n"
 
@@ -168,7 +168,7 @@ def _rollout() -> list[str]:
 
 
 def data_text(plan: Plan, stem: str) -> str:
-    """The data function's file. It makes nothing up: without the two files it says what to write."""
+    """Return the data function's file. It invents nothing: without the two files it says what to write."""
     facts = plan.facts
     shape = "the shape that the model takes" if facts.input_shape is None else f"(N, {_tuple(facts.input_shape)})"
     labels = {

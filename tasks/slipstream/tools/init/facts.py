@@ -1,19 +1,19 @@
-"""What was found out about a model: handed from the process that looked at it, as JSON."""
+"""Facts about a model, passed as JSON from the process that inspected it."""
 
 from slipstream.contract import Document
 
 
 class Facts(Document):
-    """A model, as far as it can be known without data."""
+    """Facts about a model that can be known without data."""
 
     framework: str
     input_shape: tuple[int, ...] | None = None
-    """One sample, without the batch; -1 where it varies. None when only the data could tell."""
+    """One sample, without the batch; -1 where it varies. None if only the data could tell."""
     input_dtype: str | None = None
     output_shape: tuple[int, ...] | None = None
     parameters: int
     layers: dict[str, int]
-    """Operators of a graph, or layers of a network: kind → number."""
+    """Number of operators of a graph, or layers of a network, by kind."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -34,7 +34,7 @@ class Facts(Document):
 
 
 class Question(Document):
-    """What the other process is to look at."""
+    """What the other process must inspect."""
 
     kind: str
     location: str

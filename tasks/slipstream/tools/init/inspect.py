@@ -1,7 +1,7 @@
 """Inspects a model with its framework, as a process.
 
-It is run in the framework's environment, so that the command itself needs none. Models are read as the steps read
-them: what they would refuse is refused here.
+It runs in the framework's environment, so that the command itself needs none. Models are read as in the steps: what the
+steps would reject is rejected here.
 """
 
 from collections import Counter
@@ -68,12 +68,12 @@ def keras_file(question: Question) -> Facts:
 
 
 def _dimensions(shape: Any) -> tuple[int, ...]:
-    """One sample's shape of TensorFlow's (batch, …); -1 where it varies."""
+    """Return one sample's shape from TensorFlow's (batch, …); -1 where it varies."""
     return tuple(-1 if size is None else int(size) for size in shape.as_list()[1:])
 
 
 def function(question: Question) -> Facts:
-    """A function that builds a network, and the weights for it; its shapes are known once data is there."""
+    """Return facts of a function that builds a network, with its weights; its shapes are known only with data."""
     call, trainer = Call(function=question.location), trainer_for(question.framework)
     if question.weights is None:
         network = trainer.build(call, seed=0)
@@ -90,7 +90,7 @@ def function(question: Question) -> Facts:
 
 
 def _tried(facts: Facts, network: Any, data: str) -> Facts:
-    """The facts, with the shapes that the network has on two samples of the data."""
+    """Return the facts, with the shapes that the network has on two samples of the data."""
     inputs = _samples(data)
     try:
         outputs = trainer_for(facts.framework).logits(network, inputs)
@@ -104,7 +104,7 @@ def _tried(facts: Facts, network: Any, data: str) -> Facts:
 
 
 def _samples(data: str) -> npt.NDArray[Any]:
-    """Two inputs of the training split. Raises DataError."""
+    """Return two inputs of the training split. Raise DataError."""
     if not data.endswith(NPZ):
         inputs: npt.NDArray[Any] = user_function(Call(function=data))().train.inputs[:2]
         return inputs
@@ -119,7 +119,7 @@ KINDS: dict[str, Callable[[Question], Facts]] = {"onnx": onnx_file, "keras": ker
 
 
 def reply_to(question: Question) -> Reply:
-    """Facts, or what is wrong with the model."""
+    """Return facts, or what is wrong with the model."""
     try:
         return Reply(facts=KINDS[question.kind](question))
     except SlipstreamError as error:

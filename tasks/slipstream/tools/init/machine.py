@@ -1,4 +1,4 @@
-"""This machine, as far as targets depend on it."""
+"""Properties of this machine that targets depend on."""
 
 import shutil
 import subprocess
@@ -8,12 +8,12 @@ from slipstream import hardware
 
 BF16_FEATURES = {"avx512_bf16", "amx_bf16"}
 MANY = 4
-"""Threads for one inference, at most: small models gain nothing from more, and servers answer several at a time."""
+"""Maximum threads for one inference: small models gain nothing from more, and servers answer several at a time."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What targets are chosen by."""
+    """Facts that targets are chosen by."""
 
     sentence: str
     cores: int
@@ -33,7 +33,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Look at this machine."""
+    """Inspect this machine."""
     description = hardware.describe()
     return Machine(
         hardware.sentence(), int(description["cores"]), frozenset(description["cpu_features"].split()), _gpus()
@@ -41,7 +41,7 @@ def this_machine() -> Machine:
 
 
 def _gpus() -> tuple[str, ...]:
-    """Names of NVIDIA GPUs, as their driver tells; none without a driver."""
+    """Return names of NVIDIA GPUs, from their driver; empty without a driver."""
     if shutil.which("nvidia-smi") is None:
         return ()
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

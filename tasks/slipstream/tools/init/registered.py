@@ -1,4 +1,4 @@
-"""A model of the MLflow registry: downloaded, and recognised by the files that it has. Nothing of it is loaded here."""
+"""A model of the MLflow registry: downloaded, and recognized by its files. Nothing of it is loaded here."""
 
 import os
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from slipstream.tools.init.facts import Question
 from slipstream.tools.init.source import KERAS, REGISTERED, SAVED_MODEL
 
 SOURCE = "source"
-"""Alias that a spec is given when the model was named by its version."""
+"""Alias in the spec if the model was named by its version."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Downloaded:
 
 
 def download(uri: str, folder: Path, architecture: str | None) -> Downloaded:
-    """Fetch a version. Raises ModelError for one that is only pickled, RegistryError, Unavailable."""
+    """Fetch a version. Raise ModelError for one that is only pickled, RegistryError, Unavailable."""
     import mlflow
 
     addresses.reach_mlflow(Home.from_environment(), os.environ)
@@ -53,7 +53,7 @@ def download(uri: str, folder: Path, architecture: str | None) -> Downloaded:
 
 
 def _question(uri: str, folder: Path, architecture: str | None) -> tuple[Question, str | None]:
-    """How to look at a downloaded model, and the function that builds it, where it has one."""
+    """Return how to inspect a downloaded model, and the function that builds it, if any."""
     if list(folder.rglob(ENGINE)):
         raise ModelError(f"{uri}: is an engine that was built already; name the version of the trained model")
     if manifests := sorted(folder.rglob(MANIFEST)):

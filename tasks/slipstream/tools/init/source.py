@@ -1,6 +1,6 @@
-"""What MODEL on the command line names: a registered model, a file of some framework, or a function.
+"""What MODEL on the command line names: a registered model, a framework's file, or a function.
 
-Nothing is unpickled: of archives that PyTorch wrote only the list of files is read.
+Nothing is unpickled: of PyTorch's archives only the list of files is read.
 """
 
 import re
@@ -19,12 +19,12 @@ NPZ = ".npz"
 TORCH = (".pt", ".pth", ".ts", ".torchscript", ".bin")
 SAVED_MODEL = "saved_model.pb"
 NAMED = 8
-"""How many classes of a TorchScript file an error lists."""
+"""Maximum number of a TorchScript file's classes that an error lists."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model, and how to look at it."""
+    """A model, and how to inspect it."""
 
     kind: str
     """`registered`, `onnx`, `keras`, `function`, `weights` for PyTorch's as safetensors, or `pickled` for its own."""
@@ -33,7 +33,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What to call it, in a spec's words."""
+        """Its name in a spec."""
         if registered := REGISTERED.fullmatch(self.location):
             label = registered["name"]
         elif self.kind == "function":
@@ -44,12 +44,12 @@ class Source:
 
 
 def name_of(text: str) -> str:
-    """A name that a spec takes: lower-case letters, digits and hyphens."""
+    """Return a name that a spec accepts: lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "model"
 
 
 def source_of(model: str) -> Source:
-    """What MODEL names. Raises ModelError when it is nothing that a spec can start from, with what to do."""
+    """Return what MODEL names. Raise ModelError, saying what to do, if a spec cannot start from it."""
     if model.startswith("models:"):
         if not REGISTERED.fullmatch(model):
             raise ModelError(f"{model}: write a registered model as models:/NAME@ALIAS or models:/NAME/VERSION")
@@ -69,7 +69,7 @@ def source_of(model: str) -> Source:
 
 
 def _kind_of(path: Path) -> str:
-    """The kind of a file or folder. Raises ModelError."""
+    """Return the kind of a file or folder. Raise ModelError."""
     if path.is_dir():
         return _kind_of_folder(path)
     kinds = {".onnx": "onnx", WEIGHTS: "weights"} | dict.fromkeys(KERAS, "keras") | dict.fromkeys(TORCH, "pickled")
@@ -93,7 +93,7 @@ def _kind_of_folder(path: Path) -> str:
 
 
 def about_pickled(path: Path) -> str:
-    """What a file of PyTorch's is, from its list of files alone, and what to do with it."""
+    """Return what a PyTorch file is, from its list of files alone, and what to do with it."""
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     inside = [PurePosixPath(n).parts[1:] for n in names]
     constants = sum(parts[:1] == ("constants",) for parts in inside)
@@ -116,5 +116,5 @@ def about_pickled(path: Path) -> str:
 
 
 def about_weights(path: Path) -> str:
-    """The command that makes a spec from weights."""
+    """Return the command that makes a spec from weights."""
     return f"slipstream init {shlex.quote(str(path))} --architecture module:function --out {name_of(path.stem)}.yaml"
