@@ -21,7 +21,7 @@ class Document(BaseModel):
 
 
 class Section(BaseModel):
-    """Base of every part of a spec or of the settings: immutable, and a misspelt key is an error."""
+    """Base of every part of a spec or of the settings: immutable, and a misspelled key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -1,4 +1,4 @@
-"""TensorRT's Python module, whichever this environment has, and what differs between them.
+"""TensorRT's Python module, whichever this environment has, and the differences between them.
 
 | | TensorRT 10 | TensorRT 11 | TensorRT for RTX 1 |
 | --- | --- | --- | --- |

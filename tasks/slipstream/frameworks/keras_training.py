@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 class Training(training.Training):
-    """What a train function is given: `def train(training, **params) -> tf.keras.Model`.
+    """Input of a train function: `def train(training, **params) -> tf.keras.Model`.
 
     Most call `fit` once and return the network:
 
@@ -56,7 +56,7 @@ class Training(training.Training):
         training.fit(network, epochs=4, learning_rate=0.1)
         return network
 
-    A function that calls Keras's own `network.fit` survives a kill by `BackupAndRestore(training.folder / "backup")`
+    A function that calls Keras's own `network.fit` survives a kill with `BackupAndRestore(training.folder / "backup")`
     among its callbacks. Random numbers are seeded before the function is called.
     """
 

@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 class Training(training.Training):
-    """What a train function is given: `def train(training, **params) -> torch.nn.Module`.
+    """Input of a train function: `def train(training, **params) -> torch.nn.Module`.
 
     Most call `fit` once and return the network:
 
@@ -56,7 +56,7 @@ class Training(training.Training):
         training.fit(network, epochs=4, learning_rate=0.1)
         return network
 
-    A function with a loop of its own keeps its state in a checkpoint, and so survives a kill as well:
+    A function with a custom loop keeps its state in a checkpoint, and so survives a kill as well:
 
         checkpoint = training.checkpoint()
         state = checkpoint.load() or {"epoch": 0, "network": network.state_dict()}
@@ -66,8 +66,8 @@ class Training(training.Training):
             training.log(epoch, train_loss=loss)
             checkpoint.save({"epoch": epoch + 1, "network": network.state_dict()})
 
-    With `training.workers` above 1 every process calls the function. `fit` then trains together; a loop of its own
-    does the same work in each process, unless it shares it out by `group`. The network of process 0 is taken.
+    With `training.workers` above 1 every process calls the function. `fit` then trains together; a custom loop
+    does the same work in each process, unless it splits it through `group`. The network of process 0 is used.
     Parameters that do not require gradients stay as they are.
 
     Random numbers are seeded before the function is called.

@@ -1,11 +1,11 @@
-"""Gates of stage 1: evidence in, verdicts out. A gate never passes for want of data. Stages 2 and 3: guardrails.py.
+"""Gates of stage 1: evidence in, verdicts out. A gate never passes for lack of data. Stages 2 and 3: guardrails.py.
 
-A gate passes only when the one-sided confidence bound on the bad side is within the limit. What is missing, NaN or
-too little is `inconclusive`, and that is tested first. Two rules tell `fail` from `inconclusive`:
+A gate passes only if the one-sided confidence bound on the bad side is within the limit. Missing data, NaN or too few
+samples are `inconclusive`, which is checked first. Two rules distinguish `fail` from `inconclusive`:
 
-- a measurement that is over (accuracy, speed-up): fail as soon as the estimate itself is beyond the limit, since
-  no more data will come and the best guess already breaks the promise;
-- a latency: fail only when the bound on the good side is beyond the limit as well.
+- a finished measurement (accuracy, speed-up): fail if the estimate itself is beyond the limit, since no more data
+  will come and the estimate already violates the limit;
+- a latency: fail only if the bound on the good side is beyond the limit as well.
 """
 
 import math

@@ -108,17 +108,17 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
 def paired_bootstrap(
     difference: Callable[[Floats], Floats], n: int, confidence: float, rng: np.random.Generator
 ) -> Bounds:
-    """Expanded BCa bounds for a difference, within [−1, 1], of two values that are each computed from a set of samples.
+    """Return expanded BCa bounds for a difference, within [−1, 1], of two values, each computed from a set of samples.
 
     difference: counts (R, N), how often each of the N samples is in each of R resamples, to (R,) differences. Both
     values of a difference must be of the same resample: what the samples have in common then cancels, as in a paired
     test (Efron and Tibshirani 1993, sections 8.3 and 14.3). The acceleration is the jackknife's (eq. 14.15), which
     leaves out one sample at a time or, above 200, one of 200 groups of them (Shao and Tu 1995, section 2.3).
-    A mean over classes often hangs on the few samples of a rare class. Then the resamples spread too little, and the
+    A mean over classes often depends on the few samples of a rare class. Then the resamples spread too little, and the
     bounds are read further out (`_expanded`): in simulations of F1 and IoU with such classes, plain BCa let a drop at
     the limit pass in 7 to 14 % of test sets, this in 3 to 9 %; the 9 % are of a class with 7 samples.
-    Where every resample agrees with the estimate there is no spread to go by: the bounds then ask how common a
-    different value may still be (Wilson). NaN in any resample leaves no bound. What no bootstrap can know are samples
+    If every resample agrees with the estimate, there is no spread to use: the bounds then limit how common a
+    different value may still be (Wilson). NaN in any resample leaves no bound. No bootstrap can account for samples
     that matter, are rare, and were not drawn: these bounds are approximate, unlike those of scores.
     """
     if n < BOOTSTRAP_MIN:

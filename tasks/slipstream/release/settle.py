@@ -1,12 +1,12 @@
-"""What was begun is finished or put back before anything else begins: one function, called by every step that moves
-traffic or relies on the champion, and by the watchdog.
+"""Unfinished moves are completed or reverted before anything else begins: one function, called by every step that
+moves traffic or relies on the champion, and by the watchdog.
 
 | open move | champion | what happens |
 | --- | --- | --- |
-| rollback | as it began, or already the target | finished |
-| rollout, evidence recorded | the challenger: it is released | finished: traffic, tags, aliases |
-| rollout or trial, refused | | aliases and servers as before; the rejection was recorded first |
-| rollout or trial, any other | as it began | traffic back to the champion, `previous` as before |
+| rollback | unchanged, or already the target | completed |
+| rollout, evidence recorded | the challenger: it is released | completed: traffic, tags, aliases |
+| rollout or trial, rejected | | aliases and servers as before; the rejection was recorded first |
+| rollout or trial, any other | unchanged | traffic back to the champion, `previous` as before |
 | any | another version: a person moved the alias | traffic to the champion; no alias is changed |
 """
 

@@ -9,14 +9,14 @@ from slipstream.errors import InputError
 from slipstream.spec import Objective
 
 Outcome = Literal["released", "unchanged", "held", "rejected", "stopped", "rolled_back", "failed"]
-"""What became of the run:
+"""Outcome of the run:
 
 - `released`: an engine took all traffic and the alias `champion`
 - `unchanged`: the best engine is the one that already serves
 - `held`: an engine passed stage 1, but stage 2 or 3 did not run
 - `rejected`: no engine passed its gates
 - `stopped`: the small-scale test did not pass
-- `rolled_back`: the rollout was aborted and the traffic put back
+- `rolled_back`: the rollout was aborted and the traffic restored
 - `failed`: a step failed before the gates could judge
 """
 

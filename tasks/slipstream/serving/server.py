@@ -5,17 +5,17 @@
 Only the paths of `middleware.PATHS` are answered: the SDK would also let any client unload the model, and fails (501)
 where a path names a version.
 
-Statuses of an inference request, each with `{"error": …}` where it is not 200:
+Statuses of an inference request, each with `{"error": …}` unless it is 200:
 
     400  the request is malformed, or has more samples than a request may have (inputs.py)
     404  another model
-    408  the body did not come in time; 413: it is larger than the largest request that is taken
+    408  the body did not arrive in time; 413: it is larger than the largest accepted request
     422  the output holds NaN or infinity: the values overflow in this engine
-    429  a limit was reached, and the header `x-slipstream-refused: overload` says so; ask again later
+    429  a limit was reached, marked by the header `x-slipstream-refused: overload`; try again later
     500  the engine failed
 
-A refusal for overload is not a 5xx, which says that the release is at fault: proxies eject servers for those, and the
-guardrails count them. What clients send is never a 5xx either.
+A refusal for overload is not a 5xx, which would blame the release: proxies eject servers for those, and the
+guardrails count them. Client errors are never a 5xx either.
 
 `/metrics` has `slipstream_requests_total{status="2xx"}` of the inference endpoint and the process's
 `process_resident_memory_bytes`, in the text format of Prometheus.

@@ -1,9 +1,9 @@
-"""rollout (stage 3): the traffic moves step by step, guarded; then the registry follows.
+"""rollout (stage 3): the traffic moves step by step under guardrails; then the registry follows.
 
-What an earlier step left unfinished is settled first (release/settle.py). Then the order of writes, each of which can
+Unfinished work of an earlier step is settled first (release/settle.py). Then the order of writes, each of which can
 be the last before a crash:
 
-    1. the move is on record: where the traffic comes from, and which version `previous` named
+    1. the move is recorded: where the traffic comes from, and which version `previous` named
     2. traffic 25 → 50 → 100 %, each step observed
     3. evidence and verdicts in MLflow; the move is `promoting`
     4. alias `previous` to the old champion
@@ -11,11 +11,11 @@ be the last before a crash:
     6. audit tags, alias `challenger` removed, the move is `done`
     7. servers that no alias names are retired
 
-Whoever comes next, the next attempt, another step or the watchdog, reads the champion. If it is the challenger, the
-rollout is finished from 6; if it is still the old one, the traffic goes back. So champion and traffic agree after
-either. Before and after each write the token is compared (release/moves.py): a rollback that came in between wins.
+Recovery, by the next attempt, another step or the watchdog, starts by reading the champion. If it is the challenger,
+the rollout is completed from 6; if it is still the old one, the traffic goes back. So champion and traffic agree in
+both cases. Before and after each write the token is compared (release/moves.py): a rollback in between wins.
 
-A breach puts the traffic back, rejects the engine by its digest, and then cleans up.
+A breach restores the traffic, rejects the engine by its digest, and then cleans up.
 
 Details: `handover.Rollout`.
 """

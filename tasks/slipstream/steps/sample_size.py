@@ -14,7 +14,7 @@ DISCORDANCE = "discordance_percent"
 
 
 def sentence(spec: Spec, samples: int, observed_percent: float | None) -> tuple[str, bool]:
-    """Return how many test samples the objective needs, and whether there are enough by an earlier run's discordance."""
+    """Return how many test samples the objective needs, and whether there are enough at the observed discordance."""
     margin, graded = spec.objective.max_drop / 100, ":" in spec.objective.metric
     confidence = gates.per_engine(spec.objective.confidence, spec.competing)
     shares = sizes.EXAMPLES if observed_percent is None else (observed_percent / 100,)

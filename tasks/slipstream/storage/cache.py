@@ -1,4 +1,4 @@
-"""The local cache: what was fetched, by sha256, up to a size limit.
+"""The local cache: fetched files and folders by sha256, up to a size limit.
 
     CACHE/SHA256/NAME           an entry: a file or a folder; a second name for the same bytes is a link to the first
     CACHE/.locks/SHA256.use     shared: held by each process that was given the entry, until that process ends
@@ -6,9 +6,9 @@
     CACHE/.locks/evict          exclusive: one process at a time makes room
     CACHE/.incoming/SHA256/     what has arrived so far; renamed into place when it is complete and verified
 
-The locks are flock(2)'s: however a process ends, the kernel drops them. So an entry that somebody uses is never
-removed, a killed download is cleared away by the next process, and a second process waits for the first one's
-download instead of fetching the same bytes again.
+The locks are flock(2)'s: however a process ends, the kernel drops them. Therefore an entry in use is never
+removed, the remains of a killed download are removed by the next process, and a second process waits for the first
+one's download instead of fetching the same bytes again.
 """
 
 import fcntl

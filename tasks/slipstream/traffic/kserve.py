@@ -1,20 +1,20 @@
 """Traffic on Kubernetes: an InferenceService of KServe for each model, and a revision of its predictor for a release.
 
-The state lies in the InferenceService alone, so that any process can be killed at any time and the next one carries
-on; each change is one write that fails when somebody else wrote in between (`resourceVersion`), and is then decided
-anew. The order of writes of a release:
+All state is in the InferenceService, so that any process can be killed at any time and the next one continues. Each
+change is one write that fails if another client wrote in between (`resourceVersion`), and is then recomputed from the
+new state. The order of writes of a release:
 
-    1. engine uploaded under a name with its digest             nobody refers to it yet
+    1. engine uploaded under a name with its digest             nothing refers to it yet
     2. predictor replaced, `canaryTrafficPercent` 0             a new revision starts, and gets no traffic
-    3. `canaryTrafficPercent` 5, 25, 50                         KServe splits; less puts it back at once
-    4. `canaryTrafficPercent` 100                               KServe promotes; 0 still goes back to who served before
+    3. `canaryTrafficPercent` 5, 25, 50                         KServe splits; a smaller share takes effect at once
+    4. `canaryTrafficPercent` 100                               KServe promotes; 0 still returns to the previous release
 
-What KServe cannot do: split between more than two releases; mirror (the sender does, to the address that KServe's tag
-routing gives the latest revision); keep a release that has no traffic warm (a rollback deploys `previous` anew, while
-the other one serves on). Deployment modes without Knative have no canary and are refused.
+KServe's limitations: it splits between at most two releases; it does not mirror (the sender does, to the address that
+KServe's tag routing gives the latest revision); it does not keep a release without traffic warm (a rollback deploys
+`previous` again, while the current release serves). Deployment modes without Knative have no canary and are refused.
 
 Environment: SLIPSTREAM_RELEASES, where engines are uploaded to (s3://bucket/prefix); SLIPSTREAM_INGRESS, an address
-such as http://host:port for clusters whose names do not resolve here: requests then carry the Host header;
+such as http://host:port for clusters whose names cannot be resolved here: requests then carry the Host header;
 KUBECONFIG. kserve_api.ACCESS lists the API calls.
 """
 
