@@ -16,9 +16,10 @@ demo: setup ## Optimize and release the example, live, and show its report
 	@$(SLIPSTREAM) up
 	@$(SLIPSTREAM) run examples/fashion.yaml --watch || code=$$?; $(SLIPSTREAM) report fashion; exit $${code:-0}
 
-lint: setup ## Lint and types
+lint: setup ## Lint, spelling and types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+	@.venv/bin/codespell
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports --no-logo
 	@.venv/bin/hadolint --no-color containers/*/Dockerfile
@@ -44,7 +45,7 @@ test-%: setup
 bench: setup ## Measure the engines of the examples that were run: against eager, and against their own FP32
 	@$(SLIPSTREAM) bench $(BENCH) --out docs/benchmark.md
 
-lock: setup ## Resolve the pins of all environments anew
+lock: setup ## Resolve the pins of all environments again
 	@scripts/lock
 
 clean: ## Stop the platform; remove its state and the environments

@@ -30,7 +30,7 @@ DROPPED = (
     "torch/test",
 )
 """Headers and build files, which need the compiler that the images do not have; test data; tf2onnx's tests, which lie
-beside its package; and the asyncio half of Kubernetes' client, which nothing here imports (neither KServe nor Airflow,
+next to its package; and the asyncio half of Kubernetes' client, which nothing here imports (neither KServe nor Airflow,
 which has a package of its own for it)."""
 
 KEPT_PROGRAM = "torch_shm_manager"

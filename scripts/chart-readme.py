@@ -73,7 +73,7 @@ def keys(path: str, found: Json, default: object, schema: Json) -> Iterator[tupl
 
 
 ABSENT = object()
-"""Default of a key that only exists once somebody gives it."""
+"""Default of a key that exists only if it is set."""
 
 
 def resolved(found: Json, schema: Json) -> Json:

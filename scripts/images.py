@@ -80,7 +80,7 @@ def listen(handler: Callable[..., SimpleHTTPRequestHandler]) -> ThreadingHTTPSer
 
 
 def served(place: str, root: Path, address: str, *, index: bool) -> str:
-    """Address of a place that pip looks at; a folder is linked below `root`, an index with the files beside it."""
+    """Address of a place that pip looks at; a folder is linked below `root`, an index with the files next to it."""
     path = Path(place.removeprefix("file://"))
     if not path.is_absolute():
         return place
@@ -90,9 +90,9 @@ def served(place: str, root: Path, address: str, *, index: bool) -> str:
 
 
 def pip_settings() -> dict[str, str]:
-    """What pip is told on this machine, by its variables or its files, as build arguments.
+    """Return pip's settings on this machine, from its variables or its files, as build arguments.
 
-    A variable that is empty counts: without PIP_EXTRA_INDEX_URL nobody waits for an index that is out of reach.
+    An empty variable counts: without PIP_EXTRA_INDEX_URL, pip does not wait for an index that is out of reach.
     """
     found = {}
     for variable, key in PIP.items():

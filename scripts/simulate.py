@@ -127,7 +127,7 @@ class Simulation:
             else:
                 yield answer(str(chosen[i]), ms[chosen[i]][i], mirrored)
 
-    def _answer(  # noqa: PLR0917 (of a request: its name, sample, time; of the answer: from whom, how late)
+    def _answer(  # noqa: PLR0917 (of a request: its name, sample, time; of the answer: its release, how late)
         self, name: str, sample: int, at: float, release: str, ms: float, mirrored: Record | None = None
     ) -> Record:
         engine = self.champion if release == "v1" else self.challenger
@@ -158,7 +158,7 @@ CASES: dict[str, tuple[str, Engine, Engine, float]] = {
     "5 % errors, champion none": ("both", Engine(), Engine(errors=0.05), 0),
     "3 % wrong answers more (the limit)": ("stage 2", Engine(), Engine(wrong=0.03), 0),
 }
-"""Name → the stages that it is run in, champion, challenger, share of requests that nobody answers."""
+"""By name: stages in which it is run, champion, challenger, share of unanswered requests."""
 
 
 def spec_in(folder: Path) -> Spec:

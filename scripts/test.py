@@ -89,7 +89,7 @@ NO_TESTS = 5
 GIVES_WAY = 10
 """What the others add to their niceness. The scheduler then leaves them a tenth of a contested core."""
 AT_A_TIME = {False: 3, True: 2}
-"""Parts beside each other, and of the slow tests: those wait less, and some of them measure."""
+"""Parallel parts, and those of the slow tests, which wait less, and some of which measure."""
 NAMED = ("images", "docker", "kfp", "k8s")
 """Tiers that run only when they are named: they need minutes, and more than a checkout and its environments."""
 
@@ -119,7 +119,7 @@ def run(part: str, report: Path, marked: str) -> bool:
     began = time.monotonic()
     python = ROOT / environment / "bin" / "python"
     command = [str(python), "-m", "pytest", "-q", "--durations=5", f"--junitxml={report}", "-m", marked]
-    # Without bytecode every process that a test starts compiles Airflow, MLflow or torch anew: 4 s of a core each.
+    # Without bytecode every process that a test starts compiles Airflow, MLflow or torch again: 4 s of a core each.
     settings = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     command += map(str, files)
     if part not in MEASURES:
@@ -149,7 +149,7 @@ def count(reports: list[Path]) -> dict[str, int]:
 
 
 def failures(reports: list[Path]) -> list[str]:
-    """Names of the tests that failed, each as `path::test`, for whoever reads only the end of a long output."""
+    """Return names of the failed tests, each as `path::test`, for readers of only the end of a long output."""
     names = []
     for report in reports:
         for case in ElementTree.parse(report).getroot().iter("testcase"):  # noqa: S314 (written by pytest just now)

@@ -96,7 +96,7 @@ def test_a_wheel_brings_the_dags_along(tmp_path: Path) -> None:
     if homes.checkout() is None:
         pytest.skip("there is no checkout to build a wheel of")
     uv = Path(sys.executable).parent / "uv"
-    source = tmp_path / "source"  # a build leaves files beside pyproject.toml
+    source = tmp_path / "source"  # a build leaves files next to pyproject.toml
     for folder in ("tasks", "dags"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):

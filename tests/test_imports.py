@@ -41,7 +41,7 @@ def test_the_report_loads_no_framework_until_it_draws() -> None:
 
 
 def test_help_is_quick() -> None:
-    """Best of five, since neighbours only ever slow it down; a miss is reported, and fails only when it is gross."""
+    """Best of five, since other load only slows it down; a miss is reported, and fails only when it is gross."""
     command = [str(Path(sys.executable).parent / "slipstream"), "--help"]
     times = []
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""A folder of the user's code for a test: modules that the test wrote, beside the examples."""
+"""A folder of the user's code for a test: modules that the test wrote, and the examples."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Health of the container: a model server (the first process has `--port`) must be ready, a step must be able to write.
 
-Standard library only, and nothing of it that is slow to import: it runs every 30 s beside what is measured.
+Standard library only, and nothing of it that is slow to import: it runs every 30 s during measurements.
 """
 
 import http.client

@@ -72,12 +72,12 @@ def init(
             "weights as .safetensors with --architecture, or module:function that builds the network."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Write the spec here, and a data function beside it.")],
+    out: Annotated[Path, typer.Option(help="Write the spec here, and a data function next to it.")],
     data: Annotated[
         str | None,
         typer.Option(
             help="Your data: a function as module:function, or two files with arrays `inputs` and `labels`, "
-            "TRAIN.npz,TEST.npz. Files OUT-train.npz and OUT-test.npz beside OUT are found without it."
+            "TRAIN.npz,TEST.npz. Files OUT-train.npz and OUT-test.npz next to OUT are found without it."
         ),
     ] = None,
     architecture: Annotated[
@@ -169,7 +169,7 @@ def _follow(home: "Home", started: "Started") -> None:
 @app.command()
 def bench(
     specs: Annotated[list[Path], typer.Argument(help="Spec files; those without a finished run are left out.")],
-    out: Annotated[Path | None, typer.Option(help="Page to write; its figures lie in a folder beside it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Page to write; its figures are in a folder next to it.")] = None,
     run: Annotated[str, typer.Option(help="Run key; `latest` is the newest with validated engines.")] = "latest",
 ) -> None:
     """Measure all engines of a run and the eager baseline in one interleaved run; print the table."""

@@ -63,7 +63,7 @@ def source(*parts: str) -> str:
 def code(module: str, *parts: str) -> str:
     """Digest of the code behind a module named by its dotted path, and of parts of this package.
 
-    Of another package all modules count, since nobody says here what its module imports.
+    Of another package all modules count, since what its module imports is not declared here.
     """
     package, _, path = module.partition(".")
     if package == OWN:

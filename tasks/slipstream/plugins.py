@@ -144,7 +144,7 @@ class FrameworkInfo:
     trains: bool = True
     """Whether its models can be trained; if not, its module is a Framework, but no Trainer."""
     keeps: tuple[str, ...] = ()
-    """Files and folders of a candidate that stay beside its quantized ONNX form, with the calibration samples: for
+    """Files and folders of a candidate that stay next to its quantized ONNX form, with the calibration samples: for
     engines that convert from them."""
     prune_methods: tuple[str, ...] = ("channels",)
     """Values of `prune.method` that it has."""
@@ -235,7 +235,7 @@ def short_name(metric: str) -> str:
 # Techniques
 
 TRAINING = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""OpenMP's threads otherwise spin while they wait for one another: with a neighbour on one of two cores an epoch of
+"""OpenMP's threads otherwise spin while they wait for one another: with another process on one of two cores an epoch of
 the example took 460 s instead of 66 s. Measuring steps keep the default, which is faster on a quiet machine."""
 
 CANDIDATE, BASELINE_ENGINE = "(candidate)", "(baseline's engine)"
@@ -259,7 +259,7 @@ class TechniqueInfo:
     trains: bool = False
     """Whether it trains: its module then has `train`, and it gets the whole machine."""
     sources: tuple[str, ...] = ()
-    """Parts of this package, beside its own module and what all techniques use, that decide its result."""
+    """Parts of this package, in addition to its own module and what all techniques use, that determine its result."""
 
 
 _SECTIONS = "slipstream.spec.sections"
@@ -311,7 +311,7 @@ class StepInfo:
     uses: tuple[str, ...] | None = None
     """Steps whose outputs it is given, those of its own cell where they have one; None is all before it."""
     sources: tuple[str, ...] = ()
-    """Parts of this package, beside its own module, that decide its result. What `data` gives counts by its digests."""
+    """Parts of this package, in addition to its module, that determine its result. `data` counts by its digests."""
     cached: bool = True
     """Whether an equal identity means an equal result; false for steps that act on the world."""
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -319,7 +319,7 @@ class StepInfo:
     gates: bool = False
     """Whether its verdicts decide if anything is released."""
     retried: bool = True
-    """Whether it is tried again where exit codes tell nothing: nobody may ask a gate until it says yes."""
+    """Whether it is retried where exit codes carry no information: a gate must not be repeated until it passes."""
     moves_traffic: bool = False
     """Whether it deploys releases and splits their traffic: one at a time, with the rights to do so."""
     measures: bool = False

@@ -231,11 +231,11 @@ def test_the_trigger_form_refuses_nonsense(dags: Dags, publish: Callable[..., Pa
 
 def test_a_broken_spec_says_so_and_leaves_the_others_alone(dags: Dags, publish: Callable[..., Path]) -> None:
     publish("good")
-    publish("bad", "recipies: {}\n")
+    publish("bad", "recipies: {}\n")  # codespell:ignore recipies
     publish("copied").write_text((publish("good")).read_text())
     found = dags()
     assert found["optimize-good"].task_ids[0] == "check"
-    assert "recipies: unknown key" in found["optimize-bad"].description
+    assert "recipies: unknown key" in found["optimize-bad"].description  # codespell:ignore recipies
     assert "broken spec" in found["optimize-bad"].tags
     assert "must be the file's name" in found["optimize-copied"].description
     assert found["optimize-bad"].test().state == "failed"

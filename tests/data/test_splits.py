@@ -1,4 +1,4 @@
-"""Data sets that a spec names by file, beside the user's code or in S3."""
+"""Data sets that a spec names by file, next to the user's code or in S3."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def write(path: Path, samples: int) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's code, with a data set beside it."""
+    """The user's code, with a data set next to it."""
     code = tmp_path / "code"
     (code / "data").mkdir(parents=True)
     write(code / "data/train.npz", 40)

@@ -20,7 +20,7 @@ from slipstream.steps.build import reference
 
 
 def edit_manifest(engine: Path, **changes: object) -> None:
-    """Change fields of engine.json as somebody with an editor would."""
+    """Change fields of engine.json as with an editor."""
     document = json.loads((engine / MANIFEST).read_text())
     (engine / MANIFEST).write_text(json.dumps({**document, **changes}))
 

@@ -1,4 +1,4 @@
-"""What the ONNX example gives its model; the packages themselves are fetched by whoever runs it."""
+"""What the ONNX example gives its model; the packages themselves are fetched when it is run."""
 
 import numpy as np
 from examples import onnx_model

@@ -86,7 +86,7 @@ def test_the_loss_of_right_boxes_is_least(detection: Data) -> None:
 
 
 def test_it_learns(detection: Data, tmp_path: Path) -> None:
-    """Eight scenes, learnt by heart: their boxes are found again."""
+    """Eight scenes, memorized: their boxes are found again."""
     few = detection.train.take(np.arange(40) % 8)
     progress = SimpleNamespace(metrics=lambda values, step=0: None, progress=lambda done, total, unit, **figures: None)
     job = torch_training.Job(Data(few, few), 0, tmp_path, progress, metric="map")

@@ -261,7 +261,7 @@ def test_losses_by_hand() -> None:
 
 
 def test_maps_are_trained_and_distilled_like_as_many_samples() -> None:
-    """(N, classes, H, W) gives what the same places give as N·H·W samples; places labelled -1 are not judged."""
+    """(N, classes, H, W) gives what the same places give as N·H·W samples; places labeled -1 are not judged."""
     rng = np.random.default_rng(0)
     student, teacher = (rng.normal(size=(2, 3, 4, 5)) * k for k in (1, 2))
     labels = rng.integers(-1, 3, (2, 4, 5))
@@ -334,7 +334,7 @@ def test_none_or_two_models_are_refused(trained: Path, tmp_path: Path) -> None:
         (tmp_path / f"{name}.keras").write_bytes(b"")
     with pytest.raises(ModelError, match="holds 2 Keras models"):
         FRAMEWORK.find_model(tmp_path)
-    assert FRAMEWORK.find_model(trained).name == "model.keras"  # beside its saved_model/
+    assert FRAMEWORK.find_model(trained).name == "model.keras"  # next to its saved_model/
 
 
 def test_weights_alone_need_an_architecture(trained: Path, job: Job, tmp_path: Path) -> None:

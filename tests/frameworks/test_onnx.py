@@ -1,4 +1,4 @@
-"""ONNX: files that somebody else made, brought to one form, or refused with what to do."""
+"""ONNX: third-party files, brought to one form, or refused with what to do."""
 
 from collections.abc import Callable
 from pathlib import Path

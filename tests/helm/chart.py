@@ -46,7 +46,7 @@ OPTIONS: list[Json] = [
         "networkPolicy.stepsTo": [{"ports": [{"port": 3306, "protocol": "TCP"}]}],
     },
 ]
-"""Everything else that changes what is rendered, each beside the defaults."""
+"""Everything else that changes what is rendered, each in addition to the defaults."""
 
 
 @cache

@@ -65,7 +65,7 @@ def test_each_switch_brings_exactly_its_objects() -> None:
 
 
 def test_every_object_is_valid_in_every_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each call would read and parse megabytes of definitions anew.
+    # Each call would read and parse megabytes of definitions again.
     monkeypatch.setattr(kubernetes_validate.utils, "schema_contents", cache(kubernetes_validate.utils.schema_contents))
     own = {json.dumps(o, sort_keys=True) for _, objects in matrix() for o in objects}
     different = {text for text in own if json.loads(text)["kind"] not in CUSTOM}

@@ -149,7 +149,7 @@ def test_mounts_are_where_the_variables_say() -> None:
 
 
 def test_every_variable_is_read_somewhere() -> None:
-    """By slipstream, by MLflow, by boto3 or by GitPython: a misspelt one would be ignored in silence."""
+    """By slipstream, by MLflow, by boto3 or by GitPython: a misspelled one would be ignored silently."""
     code = "".join(p.read_text(encoding="utf-8") for f in ("tasks", "dags") for p in (ROOT / f).rglob("*.py"))
     mlflow = _installed("mlflow/environment_variables.py") + _installed("mlflow/utils/cli_args.py")
     mlflow += _installed("mlflow/cli/__init__.py")

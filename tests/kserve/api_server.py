@@ -38,7 +38,7 @@ class ApiServer:
         self.forbidden: set[tuple[str, str, str]] = set()
         """Calls that RBAC refuses."""
         self.rivals = 0
-        """So many of the next updates find that somebody else wrote in between."""
+        """Number of the next updates that find that another client wrote in between."""
         self._objects: dict[tuple[str, str], dict[str, Json]] = {}
         self._versions = itertools.count(1)
         self._events: list[tuple[tuple[str, str], int, Json]] = []

@@ -168,7 +168,7 @@ def released(control: KServeController, folder: Path) -> None:
 
 
 def refused(control: KServeController, folder: Path) -> None:
-    """v3 is tried beside v2 with a share, and gone again."""
+    """v3 is tried alongside v2 with a share, and removed again."""
     control.deploy(B, folder / "v2")
     control.set_routes("net", Routes(weights={"v2": 100}))
     control.deploy(C, folder / "v3")

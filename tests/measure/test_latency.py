@@ -82,7 +82,7 @@ def test_with_too_few_clean_rounds_all_count_and_it_is_said() -> None:
 
 
 def test_in_noise_the_undisturbed_queries_are_compared() -> None:
-    """Neighbours hit `b` ten times as often as `a`: medians would call it 30 times slower, not twice."""
+    """Other load hits `b` ten times as often as `a`: medians would call it 30 times slower, not twice."""
     generator = np.random.default_rng(1)
 
     def latencies(undisturbed_ms: float, hit: float) -> np.ndarray:

@@ -71,7 +71,7 @@ def test_ones_own_work_is_ones_own() -> None:
 
 
 @needs_proc
-def test_a_busy_neighbour_is_seen(neighbour: int) -> None:
+def test_a_busy_neighbour_is_seen(neighbour: int) -> None:  # codespell:ignore neighbour
     before = noise._own_ticks(Path("/proc"), os.getpid())
     with noise.watch() as usage:
         time.sleep(1)
@@ -82,7 +82,7 @@ def test_a_busy_neighbour_is_seen(neighbour: int) -> None:
 
 
 @pytest.fixture
-def neighbour() -> Iterator[int]:
+def neighbour() -> Iterator[int]:  # codespell:ignore neighbour
     """A real process that spins and is no descendant of this one: its parent, a launcher, has ended."""
     launcher = (
         "import subprocess, sys\n"

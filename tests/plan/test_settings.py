@@ -51,7 +51,7 @@ def test_the_file_may_lie_elsewhere(home: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("dokcer: {}", "dokcer"),
+        ("dokcer: {}", "dokcer"),  # codespell:ignore dokcer
         ("kubernetes: {namespaces: x}", "kubernetes.namespaces"),
         ("resources: {default: {memory: lots}}", "resources.default.memory"),
         ("- a", "settings are a mapping"),

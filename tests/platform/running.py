@@ -45,4 +45,4 @@ class Platform:
 
 
 def silent(_: list[ServiceStatus]) -> None:
-    """Nobody watches."""
+    """Ignore progress."""

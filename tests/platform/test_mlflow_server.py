@@ -23,7 +23,7 @@ EXPERIMENT = "/api/2.0/mlflow/experiments/get?experiment_id=0"
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Home, Addresses, Secrets]]:
-    """The server as the platform starts it, with the files that `slipstream up` writes beside it."""
+    """The server as the platform starts it, with the files that `slipstream up` writes for it."""
     home = Home(tmp_path_factory.mktemp("login") / "home", ROOT / ".envs", ROOT)
     home.root.mkdir()
     found, secrets = addresses.choose(home, set()), addresses.ensure_secrets(home)

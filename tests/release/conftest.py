@@ -17,7 +17,7 @@ def ready(world: World, fake: FakeController) -> Ready:
 
 @pytest.fixture
 def dead_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases run out at once, and no thread writes: whoever looks like killed counts as killed."""
+    """Leases run out at once, and no thread writes: a process that looks killed counts as killed."""
     monkeypatch.setattr(moves, "LEASE_S", 0.0)
     monkeypatch.setattr(moves, "RENEW_S", 600.0)
 

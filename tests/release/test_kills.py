@@ -1,4 +1,4 @@
-"""A kill before any write, or a lost answer after it: whoever comes next finishes what was begun, or puts it back."""
+"""A kill before any write, or a lost answer after it: the next attempt completes or reverts the move."""
 
 from collections.abc import Callable
 from typing import Any

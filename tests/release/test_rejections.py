@@ -81,10 +81,10 @@ def test_what_is_inconclusive_is_not_rejected(ready: Ready, monkeypatch: pytest.
 def test_a_person_lifts_it_and_the_record_stays(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     refused_by_rollout(ready, monkeypatch)
     registry, sha256 = ready.world.registry, ready.world.engine("int8").sha256
-    lifted = rejections.allow(registry, ready.new, "alice", "the neighbour was at fault")
+    lifted = rejections.allow(registry, ready.new, "alice", "the neighbor was at fault")
     assert rejections.active(registry) == {}
     assert [r.lifted for r in rejections.all_of(registry)] == [lifted.lifted]
-    assert "lifted by alice" in lifted.sentence() and "the neighbour was at fault" in lifted.sentence()
+    assert "lifted by alice" in lifted.sentence() and "the neighbor was at fault" in lifted.sentence()
     measure(monkeypatch, lambda: ERRORS)
     version = ready.selected(run_key="run-2").details["version"]
     assert ready.aliases()[2] == version

@@ -1,4 +1,4 @@
-"""A process that dies, or that lives on after its lease: the traffic is back, and nobody undoes it."""
+"""A process that dies, or that lives on after its lease: the traffic is restored, and stays so."""
 
 import time
 from typing import Any

@@ -28,7 +28,7 @@ def test_a_server_that_is_away_is_named_without_its_password(reference: str, mon
 
 
 def test_a_specs_latest_run_that_has_ended_is_shown_while_another_is_under_way(mlflow_server: str) -> None:
-    """A schedule may start a run the moment before somebody asks for the report of the one that just ended."""
+    """A schedule may start a run the moment before the report of the one that just ended is requested."""
     mlflow.set_tracking_uri(mlflow_server)
     client = mlflow.MlflowClient()
     experiment = client.create_experiment(tracking.experiment_name("weekly-net"))

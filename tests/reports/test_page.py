@@ -100,7 +100,7 @@ def test_both_palettes_are_whole_and_text_is_readable() -> None:
 
 
 def contrast(one: str, two: str) -> float:
-    """Contrast ratio of two colours, WCAG 2.2, section 1.4.3."""
+    """Contrast ratio of two colors, WCAG 2.2, section 1.4.3."""
 
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]

@@ -317,7 +317,7 @@ def slow_model(seconds: float = 0.2, greatest: int = 16) -> tuple[Any, list[int]
 
     manifest = SimpleNamespace(target=Target(engine="openvino", batch=(1, 1, greatest)))
     model = module.EngineModel(MODEL, cast(Any, manifest), Slow(), cast(Any, None))
-    model._ms_per_value = 1e6  # so that it runs beside the event loop
+    model._ms_per_value = 1e6  # so that it runs outside the event loop
     return model, ran
 
 

@@ -1,6 +1,6 @@
 """What stages 2 and 3 need of the world: data, engines logged in a real MLflow, the outputs of earlier steps.
 
-The engines are folders that nobody loads: the fake controller looks at none, the toy server at `behaviour.json`.
+The engines are folders that are never loaded: the fake controller looks at none, the toy server at `behaviour.json`.
 """
 
 import json

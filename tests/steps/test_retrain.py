@@ -147,7 +147,7 @@ def test_a_file_is_registered_once_and_every_run_goes_on_from_it(tmp_path: Path)
     assert version.tags["slipstream.file_sha256"] == digests.file(given)
     client.set_registered_model_alias("from-file", "other", "1")
     client.delete_registered_model_alias("from-file", "source")
-    again = step("retrain", spec.model_copy(update={"seed": 1}))  # not found unchanged, so it works anew
+    again = step("retrain", spec.model_copy(update={"seed": 1}))  # not found unchanged, so it runs again
     assert again.details == first.details and not again.reused
     assert again.artifact is not None and again.artifact.sha256 == first.artifact.sha256
     assert len(client.search_model_versions("name = 'from-file'")) == 1
@@ -225,7 +225,7 @@ def test_an_onnx_version_that_a_person_registered_is_taken(how: str, tmp_path: P
 
 
 def onnx_file(path: Path, seed: int = 0) -> Path:
-    """A small classifier of 1×16×16 images that somebody exported."""
+    """A small exported classifier of 1×16×16 images."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(network(seed).SerializeToString())
     return path

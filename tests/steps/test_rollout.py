@@ -89,7 +89,7 @@ def test_a_champion_moved_during_the_rollout_stops_it(ready: Ready) -> None:
             ready.world.registry.set_alias("champion", ready.older)
 
     context = ready.context()
-    context.run.progress = move  # type: ignore[method-assign]  # somebody else, at the worst moment
+    context.run.progress = move  # type: ignore[method-assign]  # another process, at the worst moment
     failing(lambda: full_rollout(context, ready.fake), RegistryError)
     assert ready.world.registry.champion() == ready.older
     assert f"v{ready.new}" not in ready.traffic()
@@ -114,7 +114,7 @@ def test_a_refusal_is_final_where_its_evidence_cannot_be_kept(ready: Ready, monk
     ready.fake.behaviours[f"v{ready.new}"] = Behaviour(error_rate=0.6)
 
     def away(*given: object, **named: object) -> None:
-        raise OSError("the artefact store does not answer")
+        raise OSError("the artifact store does not answer")
 
     monkeypatch.setattr(Tracking, "record", away)
     failing(lambda: full_rollout(ready.context(), ready.fake), GateFailed)

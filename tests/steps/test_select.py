@@ -27,7 +27,7 @@ def upstream(world: World) -> Callable[..., tuple]:
 
 
 def pick(rows: list[Row], prefer: str) -> str | None:
-    """The best without a race: these engines are folders that nobody can load."""
+    """The best without a race: these engines are folders that cannot be loaded."""
     choice = Choice(prefer, 0.95, {r.cell: r for r in rows}, None)
     return choice.best(choice.entrants)
 

@@ -179,7 +179,7 @@ def test_an_engine_that_confuses_two_classes_is_rejected_and_says_which_lost_mos
 
 
 def test_an_engine_that_is_the_baseline_again_is_about_as_fast(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate, "PLAN", Plan())  # the real one: short blocks say little beside other tests
+    monkeypatch.setattr(validate, "PLAN", Plan())  # the real one: short blocks say little while other tests run
     output = case.validate("same")
     found = evidence.evidence_of(output)
     assert answers(output)["accuracy"] == "pass"

@@ -33,7 +33,7 @@ class Case:
     metrics: frozenset[str]
     """Figures that it must measure."""
     changes: Mapping[str, Any]
-    """Another value for each key of its section; other keys that must change with it stand beside it in a mapping."""
+    """Another value for each key of its section; other keys that must change with it are in the same mapping."""
     fixed: frozenset[str] = frozenset()
     """Keys of its section that have one value only for a model of this framework."""
 

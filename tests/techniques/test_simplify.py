@@ -27,7 +27,7 @@ CELL = Cell(recipe="simple")
 
 
 def wasteful() -> onnx.ModelProto:
-    """The small network with a constant computed twice, a sum of two equal terms, and a node that nobody reads."""
+    """The small network with a constant computed twice, a sum of two equal terms, and an unused node."""
     model = network()
     graph = model.graph
     graph.initializer.append(numpy_helper.from_array(np.ones((1, 5), np.float32), "one"))

@@ -86,7 +86,7 @@ def test_a_few_odd_requests_are_no_breach_but_certainty_is(stage: Stage) -> None
 
 
 def test_a_malformed_request_fails_on_both_and_ends_nothing(stage: Stage) -> None:
-    """Hostile requests: 15 % of what both get is a status 500, whoever answers."""
+    """Hostile requests: 15 % of what both get is a status 500, from either release."""
     assert answer(stage, both(200, failed=30, champion_failed=30)) is None
     assert stage.errors().answer != "fail"
 

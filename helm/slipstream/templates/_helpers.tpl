@@ -97,7 +97,7 @@ securityContext:
   fsGroup: {{ int64 . }}
   {{- end }}
   seccompProfile: {type: RuntimeDefault}
-# Service links would put variables such as SLIPSTREAM_MLFLOW_PORT=tcp://… beside ours.
+# Service links would add variables such as SLIPSTREAM_MLFLOW_PORT=tcp://… to ours.
 enableServiceLinks: false
 {{- end }}
 

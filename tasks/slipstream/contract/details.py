@@ -1,4 +1,4 @@
-"""The base of what steps hand on in `StepOutput.details`, so that nobody guesses keys.
+"""The base of the details in `StepOutput.details`, so that keys are checked.
 
 Fields that a reader does not know are ignored: outputs of an earlier or later version stay readable.
 """

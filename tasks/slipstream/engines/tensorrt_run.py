@@ -170,7 +170,7 @@ class TensorRTRunner:
             if self._runtime_cache is None:
                 self._runtime_cache = config.create_runtime_cache()
                 if self._cache.exists() and not self._runtime_cache.deserialize(self._cache.read_bytes()):
-                    log.warning("tensorrt: %s is not for this TensorRT, GPU and driver; compiling anew", self._cache)
+                    log.warning("tensorrt: %s is not for this TensorRT, GPU and driver; compiling again", self._cache)
             config.set_runtime_cache(self._runtime_cache)
         return _made(self._engine.create_execution_context(runtime_config=config))
 

@@ -201,7 +201,7 @@ def require_standard(model: onnx.ModelProto) -> None:
         operators = _list(map(_times, custom.items()))
         raise ModelError(
             f"operators that are not of ONNX itself, which only some runtimes have: {operators}; export the model "
-            "without them (a file that ONNX Runtime optimised has its own fused operators: give the one from before)"
+            "without them (a file that ONNX Runtime optimized has its own fused operators: give the one from before)"
         )
     version = opset_of(model)
     unknown = Counter(n.op_type for n in nodes(model) if not onnx.defs.has(n.op_type, version))

@@ -43,7 +43,7 @@ def section(tables: Iterable[LayerTable]) -> str:
 
 def _table(table: LayerTable) -> str:
     count = len(table.rows)
-    note = f"{count} layers" if count == table.total else f"{count} of {table.total} layers; all are in the artefact"
+    note = f"{count} layers" if count == table.total else f"{count} of {table.total} layers; all are in the artifact"
     head = "".join(f'<th class="text">{escape(column)}</th>' for column in table.columns)
     body = "".join(
         '<tr class="lead">' + "".join(f'<td class="text wrap">{escape(cell)}</td>' for cell in row) + "</tr>"

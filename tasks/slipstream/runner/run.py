@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 
 def identity(step: str, settings: Mapping[str, Any], inputs: StepInput) -> str:
-    """Digest of all that decides the result: settings, code, upstream artefacts and the data set.
+    """Return the digest of everything that determines the result: settings, code, upstream artifacts and the data set.
 
-    What a recipe is called decides nothing of what its techniques make: recipes that begin alike share that work.
+    The recipe name is excluded, so recipes with a common prefix share cached steps.
     """
     check, name_matters = inputs.output_of(CHECK), step not in TECHNIQUES
     return digest(
@@ -80,7 +80,7 @@ def _led(group: Group, step: str, spec: Spec, inputs: StepInput) -> StepOutput:
             output = tracking.reuse(inputs.run_key, earlier, inputs.cell)
         else:
             output = execute()
-        lock.unlink(missing_ok=True)  # who waits for it, or makes it anew, finds the result
+        lock.unlink(missing_ok=True)  # a waiting process, or one that creates it again, finds the result
         return output
 
 

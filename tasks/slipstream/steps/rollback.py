@@ -67,7 +67,7 @@ def rollback(
     leave: str | None = None,
     reason: str = "",
 ) -> RolledBack:
-    """Restore the last good release, and return what the aliases name now (see the module's details).
+    """Restore the last good release, and return what the aliases name now.
 
     `by` names the requester: a pipeline run's key, or a person. `leave` is the version to replace; by default it is the
     champion, unless the last rollback restored it. Raise RegistryError if there is nothing to return to, Unavailable.

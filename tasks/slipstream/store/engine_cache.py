@@ -2,7 +2,7 @@
 
 The file is in the cache of SLIPSTREAM_HOME, under a name that identifies the GPU, its driver and the engine's version.
 A build fetches it from the latest run that had it, if it is missing here, and logs it as an artifact of its own run if
-it has grown. Machines with the same GPU thereby share it through MLflow's artifact store.
+it has grown. Machines with the same GPU therefore share it through MLflow's artifact store.
 """
 
 import logging

@@ -353,7 +353,7 @@ def fetch(artifact: Artifact) -> Path:
             sha256 = digests.folder(folder)
             if sha256 != artifact.sha256:
                 raise ModelError(
-                    f"{source}: sha256 {sha256[:12]}… is not {artifact.sha256[:12]}… that was logged; the artefact "
+                    f"{source}: sha256 {sha256[:12]}… is not {artifact.sha256[:12]}… that was logged; the artifact "
                     "store is damaged or was tampered with"
                 )
             folder.rename(to)

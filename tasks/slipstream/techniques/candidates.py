@@ -119,7 +119,7 @@ def train_constrained(
 def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> npt.NDArray[np.float32]:
     """(N, …) answers of a candidate for the training split, from the cache or computed once.
 
-    They belong to the images as they are, so whoever learns from them trains without augmentation.
+    They belong to the unmodified images, so a network that learns from them is trained without augmentation.
     In a group process 0 computes them, and all read its file.
     """
     split = context.data.train

@@ -15,7 +15,7 @@ from slipstream.techniques import candidates
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """What decides the result, beside the candidate and the data."""
+    """Return what determines the result, in addition to the candidate and the data."""
     return {
         "cluster": candidates.settings_of("cluster", spec, inputs),
         "loss": user_code_digest(spec.model.loss),

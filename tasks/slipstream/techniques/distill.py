@@ -22,7 +22,7 @@ from slipstream.techniques import candidates
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """What decides the result, beside the teacher and the data."""
+    """Return what determines the result, in addition to the teacher and the data."""
     assert inputs.cell is not None, "distill needs a cell"
     section: Distill = spec.section("distill", inputs.cell.recipe)
     return {

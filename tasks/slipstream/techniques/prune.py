@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """What decides the result, beside the candidate and the data."""
+    """Return what determines the result, in addition to the candidate and the data."""
     assert inputs.cell is not None, "prune needs a cell"
     distill = spec.section("distill", inputs.cell.recipe)
     student = distill.student if distill else None

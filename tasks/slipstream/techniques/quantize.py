@@ -129,7 +129,7 @@ def compare(before: onnx.ModelProto, after: onnx.ModelProto, samples: npt.NDArra
     expected, actual = Session(before).answers(samples), Session(after).answers(samples)
     if (problem := explain_mismatch(expected, actual, QUANTIZED)) is not None:
         raise ModelError(
-            f"the quantized model, on its own calibration samples, {problem}; if it has attention, or normalisation "
+            f"the quantized model, on its own calibration samples, {problem}; if it has attention, or normalization "
             "written out as sums and products, set quantize.model_type to transformer, which leaves those in FP32, or "
             "choose another scheme, such as int8-weights"
         )

@@ -117,7 +117,7 @@ def _passed(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
 
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model without the shapes that each pass adds for every tensor: whoever needs them infers them anew."""
+    """Return the model without the shapes that each pass adds for every tensor: they can be inferred again."""
     model = onnx_graph.copy_of(model)
     del model.graph.value_info[:]
     return model

@@ -319,7 +319,7 @@ class KServeController:
             return
         former, model = service.history.former, service.body["metadata"]["annotations"][objects.MODEL]
         if former is None or objects.release_of(former) != serving:
-            raise RegistryError(f"{model}: the predictor of {serving} is not remembered; deploy it anew")
+            raise RegistryError(f"{model}: the predictor of {serving} is not remembered; deploy it again")
         self._api.change(
             service.name,
             lambda body: objects.replaced(body, former) if Service(body).release == service.release else body,

@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Case:
-    """Answers to labelled samples: perfect ones, and others that are partly wrong. At least 60 samples."""
+    """Answers to labeled samples: perfect ones, and others that are partly wrong. At least 60 samples."""
 
     metric: Metric
     labels: Array

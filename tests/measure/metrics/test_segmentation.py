@@ -1,4 +1,4 @@
-"""mIoU, by counting pixels anew."""
+"""mIoU, compared with a separate count of pixels."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""INT8 with ranges found anew for each input."""
+"""INT8 with ranges computed for each input."""
 
 import numpy as np
 import onnx

@@ -81,7 +81,7 @@ def test_it_registers_itself_and_a_restart_loses_no_promotion(
         until(lambda: f"{address}{PATH}" in {w.url for w in client.list_webhooks()})
         client.set_registered_model_alias(model, "source", first)
         until(lambda: ("optimize-tiny", f"source-v{first}") in airflow.runs)
-    client.set_registered_model_alias(model, "source", second)  # nobody hears it
+    client.set_registered_model_alias(model, "source", second)  # no webhook is delivered
     assert ("optimize-tiny", f"source-v{second}") not in airflow.runs
     with deployed():
         until(lambda: ("optimize-tiny", f"source-v{second}") in airflow.runs)

@@ -1,4 +1,4 @@
-"""INT8 whose ranges of activations are found anew for each input, by ONNX Runtime: no calibration, for transformers.
+"""INT8 whose activation ranges are computed for each input, by ONNX Runtime: no calibration, for transformers.
 
 ONNX has operators for it (DynamicQuantizeLinear, MatMulInteger), but only ONNX Runtime computes them in INT8:
 OpenVINO turns them back into FP32 with weights of full size.
