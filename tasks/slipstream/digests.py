@@ -61,7 +61,7 @@ def source(*parts: str) -> str:
 
 
 def code(module: str, *parts: str) -> str:
-    """Digest of the code behind a module named by its dotted path, and of parts of this package.
+    """Return the digest of the code behind a module named by its dotted path, and of parts of this package.
 
     Of another package all modules count, since what its module imports is not declared here.
     """
@@ -73,7 +73,7 @@ def code(module: str, *parts: str) -> str:
 
 @cache
 def package_source(package: str) -> str:
-    """Digest of all Python files of a top-level package, or of a single module. Raises ImportError."""
+    """Return the digest of all Python files of a top-level package, or of a single module. Raise ImportError."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ImportError(f"{package}: no such package, or one without an __init__.py")

@@ -1,7 +1,7 @@
 """The tables: every engine, framework, scheme, technique, metric, step and runtime by name, with its facts.
 
-Plain data. The spec's vocabulary, its schema, the docs, `check`, the DAG and the identities derive from it what exists;
-a module is imported only when its entry is used. Installed packages add entries by entry points (docs/extending.md).
+Plain data. The spec's vocabulary, its schema, the docs, `check`, the DAG and the identities are derived from it; a
+module is imported only when its entry is used. Installed packages add entries by entry points (docs/extending.md).
 """
 
 import importlib.metadata
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 Info = TypeVar("Info")
 
 NAME = r"[a-z][a-z0-9_]{0,29}"
-"""What a package may call an entry: it is a key of specs, a part of task ids and of pods' names."""
+"""Pattern of a package's entry names: a name is a key of specs, a part of task ids and of pods' names."""
 
 BASELINE = "baseline"
 """Name of the implicit recipe with no techniques: the reference for every gate."""
 
 
 class Table(MutableMapping[str, Info]):
-    """Entries by name, made at the first look: what an installed package adds is imported no earlier."""
+    """Entries by name, created at first use: the additions of installed packages are not imported earlier."""
 
     def __init__(self, make: Callable[[], dict[str, Info]]) -> None:
         self._make = make
@@ -50,17 +50,17 @@ class Table(MutableMapping[str, Info]):
 
 
 def _insert(table: Mapping[str, Info], entries: Mapping[str, Info], before: str) -> dict[str, Info]:
-    """A table with more entries before one of its own, or at its end where it has none of that name."""
+    """Return a table with more entries before one of its own, or at its end if it has none of that name."""
     names = list(table)
     place = names.index(before) if before in table else len(names)
     return {n: table[n] for n in names[:place]} | dict(entries) | {n: table[n] for n in names[place:]}
 
 
 def installed(group: str, kind: type[Info], taken: Collection[str]) -> dict[str, Info]:
-    """Entries that installed packages add by entry points of a group, by name, in the order of their names.
+    """Return entries that installed packages add by entry points of a group, by name, in the order of their names.
 
-    An entry point names an object of class `kind`. One that cannot be loaded, or whose name is taken or does not
-    match NAME, is left out with a warning: a broken package must not take away what does not use it.
+    An entry point names an object of class `kind`. One that cannot be loaded, or whose name is taken or does not match
+    NAME, is left out with a warning: a broken package must not affect what does not use it.
     """
     entries: dict[str, Info] = {}
     for point in sorted(importlib.metadata.entry_points(group=group), key=lambda point: point.name):
@@ -83,28 +83,28 @@ def installed(group: str, kind: type[Info], taken: Collection[str]) -> dict[str,
 
 CHECK, RETRAIN, BUILD, VALIDATE, SELECT = "check", "retrain", "build", "validate", "select"
 TRIAL, ROLLOUT, REPORT, ROLLBACK = "trial", "rollout", "report", "rollback"
-"""Names of the steps that are no techniques."""
+"""Names of the steps that are not techniques."""
 
 # Engines
 
 SERVE = "serve"
-"""Environment of the model servers of engines that have none of their own."""
+"""Environment of the model servers of engines without a separate one."""
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What the rest knows of an engine without loading it."""
+    """Facts about an engine that are known without loading it."""
 
     module: str
     environment: str | None = None
-    """Environment (containers/NAME) that builds and validates it; None where the framework's own has its libraries."""
+    """Environment (containers/NAME) that builds and validates it; None if the framework's own has its libraries."""
     server: str | None = SERVE
     """Environment of its model servers; None for an engine that is measured for comparison and never released."""
     frameworks: tuple[str, ...] = ()
-    """Frameworks whose models it builds; none named is all of them. A spec that asks for another is refused."""
+    """Frameworks whose models it builds; empty means all. A spec with another is rejected."""
     schemes: tuple[str, ...] = ("int8",)
-    """Values of `quantize.scheme` that it computes in, or at least keeps small; a spec that asks for another is
-    refused. None at all is an engine that takes no quantized model: recipes that quantize leave its targets out."""
+    """Values of `quantize.scheme` that it computes in, or at least keeps small; a spec with another is rejected.
+    Without any, an engine accepts no quantized model: recipes that quantize skip its targets."""
 
 
 _ENGINES = {
@@ -126,7 +126,7 @@ _ENGINES = {
     "torch": EngineInfo("slipstream.engines.torch", server=None, frameworks=("torch",), schemes=()),
 }
 ENGINES = Table(lambda: _ENGINES | installed("slipstream.engines", EngineInfo, _ENGINES))
-"""Spec name → what is known of it."""
+"""Facts by name in the spec."""
 
 
 # Frameworks
@@ -134,20 +134,20 @@ ENGINES = Table(lambda: _ENGINES | installed("slipstream.engines", EngineInfo, _
 
 @dataclass(frozen=True)
 class FrameworkInfo:
-    """What the rest knows of a framework without loading it."""
+    """Facts about a framework that are known without loading it."""
 
     module: str
     environment: str
     """Environment (containers/NAME) of the steps that work on its models."""
     distributions: tuple[str, ...]
-    """PyPI distributions whose versions belong to the identity of what it makes."""
+    """PyPI distributions whose versions are part of the identity of what it makes."""
     trains: bool = True
-    """Whether its models can be trained; if not, its module is a Framework, but no Trainer."""
+    """Whether its models can be trained; if not, its module is a Framework, but not a Trainer."""
     keeps: tuple[str, ...] = ()
     """Files and folders of a candidate that stay next to its quantized ONNX form, with the calibration samples: for
     engines that convert from them."""
     prune_methods: tuple[str, ...] = ("channels",)
-    """Values of `prune.method` that it has."""
+    """Supported values of `prune.method`."""
     quantization_aware: bool = False
     """Whether it trains with rounded weights (`quantize.epochs`)."""
     distributed: bool = False
@@ -176,7 +176,7 @@ FRAMEWORKS: dict[str, FrameworkInfo] = {
         distributed=True,
     ),
 }
-"""Spec name → what is known of it."""
+"""Facts by name in the spec."""
 
 
 # Quantization schemes
@@ -184,13 +184,14 @@ FRAMEWORKS: dict[str, FrameworkInfo] = {
 
 @dataclass(frozen=True)
 class SchemeInfo:
-    """What the rest knows of a number format without loading what quantizes to it."""
+    """Facts about a number format that are known without loading its quantizer."""
 
     module: str
     bits: Literal[4, 8]
     """Bits of a weight."""
     activations: bool
-    """Whether activations are rounded too, so that layers compute with integers; if not, weights are only stored so."""
+    """Whether activations are rounded too, so that layers compute with integers; if not, weights are only stored in
+    it."""
     calibrated: bool
     """Whether the ranges of activations come from calibration samples."""
 
@@ -201,7 +202,7 @@ SCHEMES = {
     "int8-weights": SchemeInfo("slipstream.onnx.quantize.weights", 8, activations=False, calibrated=False),
     "int4-weights": SchemeInfo("slipstream.onnx.quantize.weights", 4, activations=False, calibrated=False),
 }
-"""`quantize.scheme` → what is known of it."""
+"""Facts by `quantize.scheme`."""
 
 
 # Metrics
@@ -209,7 +210,7 @@ SCHEMES = {
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """What the rest knows of a metric without loading it."""
+    """Facts about a metric that are known without loading it."""
 
     module: str
     attribute: str
@@ -224,11 +225,11 @@ _METRICS = {
     "miou": MetricInfo("slipstream.measure.metrics.segmentation", "MIOU"),
 }
 METRICS = Table(lambda: _METRICS | installed("slipstream.metrics", MetricInfo, _METRICS))
-"""Spec name → where the metric is. Any other name is the user's own, `module:function` (metrics/user.py)."""
+"""Location of a metric by name in the spec. Any other name is the user's own, `module:function` (metrics/user.py)."""
 
 
 def short_name(metric: str) -> str:
-    """A metric's name in tables and charts: the spec's, or the user's function without its module."""
+    """Return a metric's name in tables and charts: the spec's, or the user's function without its module."""
     return metric.rpartition(":")[2]
 
 
@@ -244,18 +245,18 @@ CANDIDATE, BASELINE_ENGINE = "(candidate)", "(baseline's engine)"
 
 @dataclass(frozen=True)
 class TechniqueInfo:
-    """What the rest knows of a technique without loading it: a step that makes one candidate from another."""
+    """Facts about a technique, a step that makes one candidate from another, that are known without loading it."""
 
     module: str
     """Dotted path of the module with its functions (techniques/base.py)."""
     section: str | None = None
     """Its settings in the spec, as `module:Class`, under the technique's own name; None for one without settings."""
     frameworks: tuple[str, ...] = ()
-    """Frameworks whose models it changes; none named is all of them. A spec that asks for another is refused."""
+    """Frameworks whose models it changes; empty means all. A spec with another is rejected."""
     before: str = "quantize"
-    """Technique before which a package's own one stands in a recipe."""
+    """Technique that follows a package's own one in a recipe."""
     uses: str = CANDIDATE
-    """What it is given: the recipe's latest model, or the output of a step by its name."""
+    """Its input: the recipe's latest model, or the output of a step by name."""
     trains: bool = False
     """Whether it trains: its module then has `train`, and it gets the whole machine."""
     sources: tuple[str, ...] = ()
@@ -282,48 +283,48 @@ def _techniques() -> dict[str, TechniqueInfo]:
 
 
 TECHNIQUES = Table(_techniques)
-"""Spec name → what is known of it, in the order in which a recipe names them."""
+"""Facts by name in the spec, in the order in which a recipe names them."""
 
 
 def techniques_of(framework: str) -> tuple[str, ...]:
-    """Techniques that change models of a framework."""
+    """Return techniques that change models of a framework."""
     return tuple(name for name, info in TECHNIQUES.items() if not info.frameworks or framework in info.frameworks)
 
 
 # Steps
 
 FRAMEWORK = "framework"
-"""Placeholder for the environment of the spec's framework, or of an engine that has its own."""
+"""Placeholder for the environment of the spec's framework, or of an engine with a separate one."""
 
 Stage = Literal["optimize", "accuracy_validation", "small_scale_test", "full_rollout", "report"]
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """A row of the flow: where a step stands in it, what it needs, where it runs and what its identity covers."""
+    """A row of the flow: a step's position in it, its inputs, where it runs and what its identity covers."""
 
     environment: str
     """Environment (containers/NAME) that the step needs."""
     stage: Stage | None
-    """Stage that it belongs to; None for a step outside the flow."""
+    """Its stage; None for a step outside the flow."""
     per: Literal["run", "recipe", "cell"] = "run"
     """What it runs once for. A technique runs for those recipes that name it."""
     uses: tuple[str, ...] | None = None
-    """Steps whose outputs it is given, those of its own cell where they have one; None is all before it."""
+    """Steps whose outputs it receives, those of its own cell where they have one; None means all before it."""
     sources: tuple[str, ...] = ()
     """Parts of this package, in addition to its module, that determine its result. `data` counts by its digests."""
     cached: bool = True
-    """Whether an equal identity means an equal result; false for steps that act on the world."""
+    """Whether an equal identity means an equal result; false for steps that act on the outside world."""
     variables: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables to set, unless they are set, before the step loads its libraries."""
+    """Environment variables to set, unless already set, before the step loads its libraries."""
     gates: bool = False
-    """Whether its verdicts decide if anything is released."""
+    """Whether its verdicts decide about a release."""
     retried: bool = True
     """Whether it is retried where exit codes carry no information: a gate must not be repeated until it passes."""
     moves_traffic: bool = False
-    """Whether it deploys releases and splits their traffic: one at a time, with the rights to do so."""
+    """Whether it deploys releases and splits their traffic: one at a time, with the permissions to do so."""
     measures: bool = False
-    """Whether it measures time: it gets the whole machine, and others are to keep quiet."""
+    """Whether it measures time: it gets the whole machine, without other steps."""
 
     @property
     def trains(self) -> bool:
@@ -358,7 +359,7 @@ _STEPS = {
     REPORT: StepInfo(SERVE, "report", cached=False),
     ROLLBACK: StepInfo(SERVE, None, cached=False, moves_traffic=True),
 }
-"""All but the techniques."""
+"""All steps except techniques."""
 
 
 def _step_of(technique: TechniqueInfo) -> StepInfo:
@@ -372,17 +373,16 @@ def _steps() -> dict[str, StepInfo]:
 
 
 STEPS = Table(_steps)
-"""In the order of the flow. The DAG, the Kubeflow package, the display and the pods read all that they know of steps
-here."""
+"""In the order of the flow. The DAG, the Kubeflow package, the display and the pods read all facts about steps here."""
 
 
 def module_of(step: str) -> str:
-    """Dotted path of the module with a step's functions."""
+    """Return the dotted path of the module with a step's functions."""
     return TECHNIQUES[step].module if step in TECHNIQUES else f"slipstream.steps.{step}"
 
 
 def environment_of(step: str, framework: str, engine: str | None = None) -> str:
-    """The environment in which a step runs, for a spec of this framework and, in a cell with a target, its engine."""
+    """Return the environment of a step, for a spec of this framework and, in a cell with a target, its engine."""
     environment = STEPS[step].environment
     if environment != FRAMEWORK:
         return environment
@@ -407,4 +407,4 @@ _RUNTIMES = {
     "kubernetes": RuntimeInfo("runtimes.kubernetes"),
 }
 RUNTIMES = Table(lambda: _RUNTIMES | installed("slipstream.runtimes", RuntimeInfo, _RUNTIMES))
-"""Name in the settings → what is known of it."""
+"""Facts by name in the settings."""

@@ -1,7 +1,8 @@
-"""A question to another process, of another environment or with nothing else to do, and its reply; both are documents.
+"""A question to a separate process, in another environment or for a clean measurement, and its reply; both are
+documents.
 
 `python -m MODULE REPLY`, with the question as JSON on standard input: the module writes its reply into the file REPLY.
-What it prints is free, since users' code and libraries print as well.
+Its standard output is not parsed, since users' code and libraries print as well.
 """
 
 import os
@@ -17,11 +18,11 @@ from pydantic import BaseModel
 Question = TypeVar("Question", bound=BaseModel)
 Reply = TypeVar("Reply", bound=BaseModel)
 TAIL = 1000
-"""Characters of what a process printed at last that an error quotes."""
+"""Characters at the end of a process's output that an error quotes."""
 
 
 class Unanswered(Exception):
-    """The process ended without a reply; the text is its exit code and the end of what it printed."""
+    """The process ended without a reply; the text is its exit code and the end of its output."""
 
 
 def ask(
@@ -36,7 +37,7 @@ def ask(
 ) -> Reply:
     """Return the reply of a module, run by another Python.
 
-    variables: added to this process's environment. quiet: keep what it prints for the error; otherwise it goes to this
+    variables: added to this process's environment. quiet: keep its output for the error; otherwise it goes to this
     process's stderr. Raise Unanswered, and subprocess.TimeoutExpired after `timeout_s` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -59,6 +60,6 @@ def ask(
 
 
 def answer(question: type[Question], function: Callable[[Question], BaseModel]) -> None:
-    """Reply to the question of `ask`: what a module does when it is run as a program."""
+    """Reply to the question of `ask`, when a module is run as a program."""
     given = question.model_validate_json(sys.stdin.read())
     Path(sys.argv[1]).write_text(function(given).model_dump_json())

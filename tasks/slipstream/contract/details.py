@@ -1,6 +1,6 @@
 """The base of the details in `StepOutput.details`, so that keys are checked.
 
-Fields that a reader does not know are ignored: outputs of an earlier or later version stay readable.
+Unknown fields are ignored: outputs of an earlier or later version stay readable.
 """
 
 from typing import Any, Self
@@ -18,7 +18,7 @@ class Details(Document):
 
     @classmethod
     def of(cls, output: StepOutput) -> Self:
-        """Read them from an output. Raise DataError when they are not those of this step."""
+        """Read the details of an output. Raise DataError if they are not those of this step."""
         try:
             return cls.model_validate(output.details)
         except ValidationError as error:
@@ -27,5 +27,5 @@ class Details(Document):
             raise DataError(f"output of step {output.step}: details.{where}: {first['msg']}") from error
 
     def document(self) -> dict[str, Any]:
-        """Return them as they are written."""
+        """Return the details as they are written."""
         return self.model_dump(mode="json")

@@ -220,11 +220,11 @@ class _Buffers:
     out: np.dtype[Any]
 
     def host_input(self, shape: Shape) -> npt.NDArray[Any]:
-        """The pinned input buffer's start, as an array."""
+        """Return the pinned input buffer's start, as an array."""
         return _view(self.pinned_in, shape, self.dtype)
 
     def host_output(self, shape: Shape) -> npt.NDArray[Any]:
-        """The pinned output buffer's start, as an array."""
+        """Return the pinned output buffer's start, as an array."""
         return _view(self.pinned_out, shape, self.out)
 
 

@@ -19,7 +19,7 @@ class Meter:
         self._waited_s, self._begun = _waited_s(file), time.monotonic()
 
     def share(self) -> float | None:
-        """Share of the time since then in which some process waited for a processor; None if unknown."""
+        """Return the share of the time since then in which some process waited for a processor; None if unknown."""
         now, elapsed = _waited_s(self._file), time.monotonic() - self._begun
         if now is None or self._waited_s is None or elapsed <= 0:
             return None

@@ -147,7 +147,7 @@ class Peaks:
         return log_share(self.challenger_ms > ratio * self.champion_ms, chance, side)
 
     def ratio(self) -> float:
-        """The typical block's ratio: the median, uncorrected; NaN without blocks."""
+        """Return the typical block's ratio: the median, uncorrected; NaN without blocks."""
         return float(np.median(self.challenger_ms / self.champion_ms)) if self.champion_ms.size else math.nan
 
     def bounds(self, confidence: float) -> tuple[float, float]:

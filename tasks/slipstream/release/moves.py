@@ -91,7 +91,7 @@ class Entry(Record):
         return self.state == "done" and self.kind in ("rollout", "rollback", "rebuild")
 
     def live(self, now: float) -> bool:
-        """Whether its process still renews the lease."""
+        """Return whether its process still renews the lease."""
         return self.open and self.lease_until > now
 
 

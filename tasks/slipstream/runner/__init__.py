@@ -1,1 +1,1 @@
-"""Runs a step: what it works with, whether it was run before, and in how many processes."""
+"""Runs a step: its context, reuse of earlier results, and the number of processes."""

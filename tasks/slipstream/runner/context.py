@@ -1,4 +1,4 @@
-"""What a step module implements, and what it works with."""
+"""The interface of a step module, and its context."""
 
 import importlib
 import shutil
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Context:
-    """What a step works with."""
+    """Everything that a step works with."""
 
     spec: Spec
     inputs: StepInput
@@ -48,7 +48,7 @@ class Context:
 
     @property
     def workdir(self) -> Path:
-        """Folder for checkpoints; the same again when a killed step is tried again. Removed when the step is done."""
+        """Folder for checkpoints; the same again when a killed step is retried. Removed when the step is done."""
         path = self._workdir
         path.mkdir(parents=True, exist_ok=True)
         return path
@@ -76,12 +76,12 @@ class Context:
 
     @property
     def job(self) -> Job:
-        """What training in this step works with."""
+        """Everything that training in this step works with."""
         loss, metric = self.spec.model.loss, self.spec.objective.metric
         return Job(self.data, self.spec.seed, self.workdir, self.run, self.group, loss, metric)
 
     def upstream(self, *steps: str) -> StepOutput:
-        """The latest upstream output for this cell's recipe among `steps`, in the order given last to first."""
+        """Return the latest upstream output for this cell's recipe among `steps`, given in order from last to first."""
         for step in steps:
             for output in self.inputs.upstream:
                 if output.step == step and (output.cell is None or output.cell.recipe == self.cell.recipe):
@@ -89,9 +89,10 @@ class Context:
         raise DataError(f"step {self.step}: IN.json has no upstream output of {' or '.join(steps)} for {self.cell.key}")
 
     def fetch(self, output: StepOutput) -> Path:
-        """Folder of an upstream artifact, on this machine and verified. In a group process 0 brings it to all.
+        """Return the folder of an upstream artifact, on this machine and verified. In a group, process 0 sends it to
+        all.
 
-        Raises ModelError for a candidate whose network would be built by a function that the spec does not name.
+        Raise ModelError for a candidate whose network would be built by a function that the spec does not name.
         """
         artifact = output.artifact
         assert artifact is not None, f"step {output.step} hands on no artifact"
@@ -104,9 +105,9 @@ class Context:
         return folder
 
     def train_on_all(self, train: Callable[["Context"], T]) -> T:
-        """Call the module's `train` in every process of the group; what it returned in this one.
+        """Call the module's `train` in every process of the group; return this process's result.
 
-        Raises SpecError when a launcher started another number of processes than the spec says.
+        Raise SpecError if a launcher started another number of processes than the spec requests.
         """
         if self.group.size > 1:
             if self.group.size != self.spec.training.workers:
@@ -125,7 +126,7 @@ class Context:
         verdicts: tuple[Verdict, ...] = (),
         details: Details | None = None,
     ) -> StepOutput:
-        """This step's output document."""
+        """Return this step's output document."""
         return StepOutput(
             step=self.step,
             cell=self.inputs.cell,
@@ -142,36 +143,38 @@ class StepModule(Protocol):
     """The functions of a step's module."""
 
     def settings(self, spec: Spec, inputs: StepInput) -> dict[str, Any]:
-        """All that decides the result, beyond code, data and upstream digests: those are added to it."""
+        """Return everything that determines the result, except code, data and upstream digests, which are added to
+        it."""
         ...
 
     def run(self, context: Context) -> StepOutput:
-        """The work; `context.output(...)` fills in the fields that all outputs share."""
+        """Do the work; `context.output(...)` fills in the fields that all outputs share."""
         ...
 
 
 class TrainingModule(StepModule, Protocol):
-    """Also of a step that trains: `run` calls `context.train_on_all(train)`, and its settings have `workers`."""
+    """Additional functions of a step that trains: `run` calls `context.train_on_all(train)`; settings have
+    `workers`."""
 
     def train(self, context: Context) -> Any:
-        """What every process of the group does, process 0 with the others."""
+        """Do the part of every process of the group, process 0 included."""
         ...
 
 
 def module_for(step: str) -> StepModule:
-    """The module of a step. Raises ImportError where this environment lacks its libraries."""
+    """Return the module of a step. Raise ImportError if this environment lacks its libraries."""
     return cast(StepModule, importlib.import_module(module_of(step)))
 
 
 def workers(spec: Spec) -> dict[str, int]:
-    """For the settings of a step that trains: how many processes share the work. One is as if nothing was said."""
+    """Return settings of a step that trains: how many processes share the work. One is the same as none given."""
     return {"workers": spec.training.workers} if spec.training.workers > 1 else {}
 
 
 def require_pass(gate: str, verdicts: tuple[Verdict, ...], transient: str | None = None) -> None:
     """Raise GateFailed, with every reason, unless all verdicts pass.
 
-    transient: why what is inconclusive may be decided later; then Undecided is raised, so that the step is retried.
+    transient: why an inconclusive verdict may be decided later; then Undecided is raised, so that the step is retried.
     """
     answer = combine(verdicts)
     if answer != "pass":

@@ -1,4 +1,4 @@
-"""A step's work in as many processes as it needs: in a group that a launcher made, or in new processes of this machine.
+"""A step's work in as many processes as it needs: in a launcher's group, or in new processes on this machine.
 
 Process 0 runs the step. The others wait until it trains, and then call the module's `train` as well.
 """
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class NullStepRun(StepRun):
-    """The MLflow run as all processes but the first see it: what they would record, that one does."""
+    """The MLflow run for all processes but the first, which alone records."""
 
     def params(self, values: Mapping[str, Any]) -> None: ...
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None: ...
@@ -33,7 +33,7 @@ class NullStepRun(StepRun):
 
 
 def work(module: StepModule, context: Context, processes: int) -> StepOutput:
-    """The step's own work: here, in the group that a launcher made, or in as many new processes as it needs."""
+    """Do the step's own work: here, in a launcher's group, or in as many new processes as it needs."""
     if processes > 1 and context.group.size == 1:
         log.info("%s: starting %d processes", context.step, processes)
         run = context.run
@@ -46,7 +46,7 @@ def work(module: StepModule, context: Context, processes: int) -> StepOutput:
 
 
 def _never_exits(step: str, function: Callable[[], T]) -> T:
-    """The result of a step's work. An exit from within it, as a user's network may do, is not the step's verdict."""
+    """Return the result of a step's work. An exit from within it, as by a user's network, is not the step's verdict."""
     try:
         return function()
     except SystemExit as error:
@@ -55,7 +55,7 @@ def _never_exits(step: str, function: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class _Task:
-    """What a new process is told: a context without its connections."""
+    """Input of a new process: a context without its connections."""
 
     step: str
     spec: Spec
@@ -66,7 +66,7 @@ class _Task:
 
 
 def _member(group: Group, task: _Task) -> StepOutput | None:
-    """What each of the new processes does: the first the step's work, the others their part when it asks for it."""
+    """Run one of the new processes: the first does the step's work, the others their part on request."""
     log_lines.configure(logging.INFO if group.leads else logging.WARNING)
     if not group.leads:
         follow(group, task.step, task.spec, task.inputs)

@@ -1,4 +1,4 @@
-"""The one function that runs any step, in every runtime, unless the same was done before."""
+"""The one function that runs any step, in every runtime, unless its result can be reused."""
 
 import logging
 import sys
@@ -44,10 +44,10 @@ def identity(step: str, settings: Mapping[str, Any], inputs: StepInput) -> str:
 
 
 def run_step(step: str, spec: Spec, inputs: StepInput) -> StepOutput | None:
-    """Run a step, or find that it was run before. The one entry for every runtime.
+    """Run a step, or find its earlier result. The one entry for every runtime.
 
-    None where a launcher started several processes and this is not the first: the first has the output.
-    Raises GateFailed after the output has been recorded when a verdict is not a pass and the step gates.
+    Return None if a launcher started several processes and this is not the first: the first has the output. Raise
+    GateFailed after the output has been recorded if a verdict is not a pass and the step gates.
     """
     group = group_of(spec.model.framework) if STEPS[step].trains else ALONE
     if not group.leads:
@@ -85,7 +85,7 @@ def _led(group: Group, step: str, spec: Spec, inputs: StepInput) -> StepOutput:
 
 
 def _recorded(module: StepModule, settings: Mapping[str, Any], context: Context) -> StepOutput:
-    """The output of a step's work, in MLflow; a failure is told there too."""
+    """Return the output of a step's work, recorded in MLflow; a failure is recorded there too."""
     tracking, run, cached = context.tracking, context.run, STEPS[context.step].cached
     try:
         output = processes.work(module, context, settings.get("workers", 1))
@@ -102,7 +102,8 @@ def _recorded(module: StepModule, settings: Mapping[str, Any], context: Context)
 
 
 def _undecided(output: StepOutput) -> bool:
-    """True if measuring again may decide: noise is transient, so such results are never cached. Accuracy is final."""
+    """Return True if measuring again may decide: noise is transient, so such results are never cached. Accuracy is
+    final."""
     open_verdicts = [v for v in output.verdicts if not v.passed]
     return (
         combine(output.verdicts) == "inconclusive" and bool(open_verdicts) and not any(v.final for v in open_verdicts)
@@ -110,7 +111,7 @@ def _undecided(output: StepOutput) -> bool:
 
 
 def wrong_environment(step: str, spec: Spec, cell: Cell | None, error: ImportError) -> InputError | None:
-    """What to say when this environment lacks a step's libraries; None when it is the step's own environment."""
+    """Return an error if this environment lacks a step's libraries; None if it is the step's own environment."""
     home, environment = Home.from_environment(), spec.environment_of(step, cell.target if cell else None)
     python = home.python(environment)
     if Path(sys.prefix) == python.parent.parent or not python.exists():

@@ -34,14 +34,14 @@ class Bounded(HttpToolsProtocol):  # type: ignore[misc]  # uvicorn is not in the
         self._in_headers = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """A connection was opened."""
+        """Start the time limit for the headers; close the longest idle connection if there are too many."""
         super().connection_made(transport)
         self._expect(HEADERS_WITHIN_S)
         if len(self.connections) > MOST_CONNECTIONS:
             next(iter(Bounded.idle)).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """A connection was closed."""
+        """Remove the connection from the idle ones."""
         self._complete()
         super().connection_lost(exc)
 

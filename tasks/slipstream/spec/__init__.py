@@ -1,7 +1,7 @@
-"""The spec: one YAML file that says what to optimize, how good it must stay and how it goes live.
+"""The spec: one YAML file that describes what to optimize, the required quality and how it is released.
 
-This package is the single source of the vocabulary: the JSON Schema, the reference in docs/spec.md and the
-Airflow trigger form are generated from it. Validation is pure: it asks no network, GPU or environment.
+This package is the single source of the vocabulary: the JSON Schema, the reference in docs/spec.md and the Airflow
+trigger form are generated from it. Validation is pure: it uses no network, GPU or environment.
 """
 
 import importlib
@@ -51,14 +51,14 @@ class Spec(Section):
     name: Name
     """Name of the spec; its DAG is `optimize-NAME`. The MLflow experiment is named after the registered model."""
     model: Model
-    """Where the trained model comes from."""
+    """Origin of the trained model."""
     data: DataSource
     """A function that returns the splits, or files."""
     objective: Objective = Objective()
-    """How good it must stay, how fast it must get."""
+    """Required quality and speed."""
     recipes: dict[Name, tuple[Use, ...]]
-    """Named lists of techniques, in the order distill, prune, cluster, simplify, quantize. A technique may have
-    settings of its own, over those of its section: `[{prune: {sparsity: [0.3, 0.6]}}, quantize]`."""
+    """Named lists of techniques, in the order distill, prune, cluster, simplify, quantize. A technique may have its
+    own settings, which override those of its section: `[{prune: {sparsity: [0.3, 0.6]}}, quantize]`."""
     distill: Distill | None = None
     """Settings of distillation."""
     prune: Prune = Prune()
@@ -68,7 +68,7 @@ class Spec(Section):
     quantize: Quantize = Quantize()
     """Settings of quantization."""
     targets: dict[Name, Target]
-    """Where engines run."""
+    """Engines to build, by name."""
     small_scale_test: SmallScaleTest = SmallScaleTest()
     """Stage 2."""
     rollout: Rollout = Rollout()
@@ -76,12 +76,12 @@ class Spec(Section):
     guardrails: Guardrails = Guardrails()
     """Limits for stages 2 and 3."""
     training: Training = Training()
-    """How many processes train."""
+    """Number of training processes."""
     resources: dict[str, Resources] = Field(default={})
-    """What a step may use in a container or a pod, by the step's name; `default` is for all steps."""
+    """What a step may use in a container or a pod, by step name; `default` applies to all steps."""
     schedule: Schedule | None = None
-    """Cron expression of five fields such as `0 3 * * 1`, or a preset such as `@weekly`; none means only by hand or by
-    the alias."""
+    """Cron expression of five fields such as `0 3 * * 1`, or a preset such as `@weekly`; by default, runs start only by
+    hand or by the alias."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice."""
 
@@ -180,35 +180,35 @@ class Spec(Section):
         return self
 
     def runs(self, recipe: str, target: str) -> bool:
-        """Whether a recipe is built for a target: what quantizes only for an engine that runs the recipe's scheme."""
+        """Return whether a recipe is built for a target: a quantizing one only if the engine supports its scheme."""
         scheme = self.scheme_of(recipe)
         return scheme is None or scheme in ENGINES[self.targets[target].engine].schemes
 
     def releasable(self, target: str) -> bool:
-        """Whether a target's engines can be released, and are not for comparison only."""
+        """Return whether a target's engines can be released, and are not only for comparison."""
         return ENGINES[self.targets[target].engine].server is not None
 
     @property
     def competing(self) -> int:
-        """Engines of which one becomes the release: every recipe on every target whose engine is served."""
+        """Number of engines that compete for the release: every recipe on every target whose engine is served."""
         return sum(self.runs(r, t) for t in self.targets if self.releasable(t) for r in self.recipes)
 
     def environment_of(self, step: str, target: str | None) -> str:
-        """The environment in which a step runs; `target` is that of its cell.
+        """Return the environment of a step; `target` is its cell's.
 
-        `select` loads engines of all targets: it runs in their own environment where all share one.
+        `select` loads engines of all targets: it runs in their own environment if all share one.
         """
         targets = [self.targets[target]] if target else list(self.targets.values()) if step == SELECT else []
         environments = {environment_of(step, self.model.framework, t.engine) for t in targets}
         return environments.pop() if len(environments) == 1 else environment_of(step, self.model.framework)
 
     def scheme_of(self, recipe: str) -> str | None:
-        """The scheme of a recipe; None for one that does not quantize."""
+        """Return the scheme of a recipe; None for one that does not quantize."""
         quantize = self.section("quantize", recipe)
         return None if quantize is None else str(quantize.scheme)
 
     def trains_for_int8(self, recipe: str) -> bool:
-        """Whether a recipe has quantization-aware training."""
+        """Return whether a recipe has quantization-aware training."""
         quantize = self.section("quantize", recipe)
         return quantize is not None and quantize.epochs > 0
 
@@ -219,7 +219,7 @@ class Spec(Section):
 
     @property
     def functions(self) -> dict[str, Call]:
-        """The user's functions that the spec names, but for the metric, by their fields."""
+        """The user's functions that the spec names, except for the metric, by field."""
         functions = {"data": self.data} if isinstance(self.data, Call) else {}
         sections = {"model": self.model} | {technique: getattr(self, technique, None) for technique in TECHNIQUES}
         sections |= {f"recipes.{r}.{t}": self.section(t, r) for r in self.recipes for t in self.techniques(r)}
@@ -230,18 +230,18 @@ class Spec(Section):
 
     @property
     def architectures(self) -> tuple[Call, ...]:
-        """Functions that may build a candidate's network: the model's own, and those that techniques' sections name."""
+        """Functions that may build a candidate's network: the model's own, and those named in techniques' sections."""
         may = ("model.architecture", "recipes", *TECHNIQUES)
         return tuple(call for field, call in self.functions.items() if field in may or field.partition(".")[0] in may)
 
     def techniques(self, recipe: str) -> tuple[str, ...]:
-        """Techniques of a recipe; the baseline has none."""
+        """Return the techniques of a recipe; the baseline has none."""
         return () if recipe == BASELINE else tuple(map(name_of, self.recipes[recipe]))
 
     def section(self, technique: str, recipe: str) -> Any:
-        """The settings of a technique in a recipe: its section, with what the recipe says itself.
+        """Return the settings of a technique in a recipe: its section, with the recipe's own settings.
 
-        None where the recipe does not have the technique, and for one without settings. Raise ValidationError for
+        None if the recipe does not have the technique, and for one without settings. Raise ValidationError for
         values that do not fit.
         """
         uses = self.recipes.get(recipe, ())
@@ -265,7 +265,7 @@ def section_of(technique: str) -> type[Section]:
 
 
 def _plugin_sections() -> Iterator[tuple[str, Any]]:
-    """Name and definition of a field for each technique of another package that has settings.
+    """Return name and definition of a field for each technique of another package that has settings.
 
     A technique whose settings cannot be loaded is left out, with a warning.
     """
@@ -292,7 +292,7 @@ if not TYPE_CHECKING and (sections := dict(_plugin_sections())):
 def parse(text: str, source: str) -> Spec:
     """Read a spec from YAML text; `source` names it in errors.
 
-    Raises SpecError with one line for each problem: file, field, what is wrong.
+    Raise SpecError with one line for each problem: file, field, what is wrong.
     """
     document = read(text, source)
     if not isinstance(document, Mapping):
@@ -306,7 +306,7 @@ def parse(text: str, source: str) -> Spec:
 def load(source: Path | str) -> Spec:
     """Read and validate a spec: a path, an s3:// URI, or the document itself as JSON.
 
-    Raises SpecError; Unavailable when S3 is.
+    Raise SpecError; Unavailable if S3 is.
     """
     if isinstance(source, str) and source.startswith("{"):
         return parse(source, "the given spec")
@@ -314,7 +314,7 @@ def load(source: Path | str) -> Spec:
 
 
 def load_text(source: Path | str) -> str:
-    """The text of a spec's file: a path or an s3:// URI. Raises SpecError; Unavailable when S3 is."""
+    """Return the text of a spec's file: a path or an s3:// URI. Raise SpecError; Unavailable if S3 is."""
     if isinstance(source, str) and source.startswith("s3://"):
         from slipstream import storage
 
@@ -328,10 +328,10 @@ def load_text(source: Path | str) -> str:
 
 
 def dump(spec: Spec) -> str:
-    """The spec as YAML, defaults filled in, so that a run's snapshot can be read without this version."""
+    """Return the spec as YAML with all defaults, so that a run's snapshot can be read without this version."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of the spec, for editors and for the generated docs."""
+    """Return the JSON Schema of the spec, for editors and for the generated docs."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()}

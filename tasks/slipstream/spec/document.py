@@ -130,7 +130,7 @@ class _Shown(reprlib.Repr):
         self.maxstring = self.maxother = 80
 
     def repr_int(self, x: int, level: int) -> str:
-        """An integer; Python refuses to print more than 4,300 digits."""
+        """Return an integer's repr; Python refuses to print more than 4,300 digits."""
         return f"an integer of {x.bit_length()} bits" if x.bit_length() > 128 else repr(x)
 
 

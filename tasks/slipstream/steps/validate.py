@@ -121,13 +121,13 @@ class _Scores:
 
     @cached_property
     def drop(self) -> Bounds:
-        """Return the drop of the metric, as a fraction. A bootstrap uses the same seed for all, so no seed can be
+        """Drop of the metric, as a fraction. A bootstrap uses the same seed for all, so no seed can be
         tried."""
         return metrics.drop(self.metric, self.baseline, self.engine, self.confidence, np.random.default_rng(0))
 
     @property
     def discordance(self) -> float:
-        """Return the share of samples whose records differ."""
+        """Share of samples whose records differ."""
         return float(np.mean(self.baseline != self.engine))
 
 

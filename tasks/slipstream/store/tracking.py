@@ -218,7 +218,7 @@ class Tracking:
 
     @property
     def experiment_id(self) -> str:
-        """Return the spec's experiment, which is created if it does not exist."""
+        """The spec's experiment, which is created if it does not exist."""
         if self._experiment_id is None:
             name = experiment_name(self.spec.model.name)
             experiment = self.client.get_experiment_by_name(name)

@@ -1,4 +1,4 @@
-"""What the steps that make candidates share: the folder, the log entry in MLflow, the quality."""
+"""Common parts of the steps that make candidates: the folder, the log entry in MLflow, the quality."""
 
 import logging
 import shutil
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 def fresh_folder(context: Context, name: str = "candidate") -> Path:
-    """The folder for a candidate, without what a killed attempt may have left there."""
+    """Return the folder for a candidate, without the remains of a killed attempt."""
     folder = context.workdir / name
     shutil.rmtree(folder, ignore_errors=True)
     return folder
@@ -49,16 +49,16 @@ def settings_of(technique: str, spec: Spec, inputs: StepInput) -> dict[str, Any]
 
 
 def source_of(context: Context) -> StepOutput:
-    """The output that a technique works on: of the recipe's technique before it, or of retrain."""
+    """Return the output that a technique works on: of the recipe's previous technique, or of retrain."""
     techniques: Sequence[str] = context.spec.techniques(context.cell.recipe)
     before = techniques[: techniques.index(context.step)]
     return context.upstream(before[-1] if before else RETRAIN)
 
 
 def write_onnx(context: Context, source: Path, model: Any, **changes: Any) -> Path:
-    """A candidate folder with another ONNX form of the candidate in `source`; `changes` are of its manifest.
+    """Return a candidate folder with another ONNX form of the candidate in `source`; `changes` are of its manifest.
 
-    The framework can no longer load it, so its files stay behind, but for what engines convert from.
+    The framework can no longer load it, so its files are dropped, except for those that engines convert from.
     """
     folder, manifest = fresh_folder(context), read_manifest(source)
     folder.mkdir(parents=True)
@@ -87,9 +87,9 @@ def log(context: Context, folder: Path, name: str, parents: Iterable[str | None]
 
 
 def quality(spec: Spec, answers: npt.NDArray[Any], split: Split) -> dict[str, float]:
-    """The spec's metric of answers (N, …) in percent, such as `test_top1`: for people. Gates judge built engines.
+    """Return the spec's metric of answers (N, …) in percent, such as `test_top1`, for information: gates judge engines.
 
-    Raises ModelError for answers that are none.
+    Raise ModelError for invalid answers.
     """
     metric = metric_for(spec.objective.metric)
     metric.check(answers, split.labels, "the network", ModelError)
@@ -103,7 +103,7 @@ def train_constrained(
     schedule: Schedule,
     soft: SoftTargets | None = None,
 ) -> tuple[Constrained, dict[str, float]]:
-    """A candidate's network, trained as the section says and finished, with its figures and quality.
+    """Return a candidate's network, trained as the section says and finished, with its figures and quality.
 
     The checkpoint is named after the step.
     """
@@ -117,10 +117,10 @@ def train_constrained(
 
 
 def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> npt.NDArray[np.float32]:
-    """(N, …) answers of a candidate for the training split, from the cache or computed once.
+    """Return (N, …) answers of a candidate for the training split, from the cache or computed once.
 
-    They belong to the unmodified images, so a network that learns from them is trained without augmentation.
-    In a group process 0 computes them, and all read its file.
+    They belong to the unmodified images, so a network that learns from them is trained without augmentation. In a
+    group, process 0 computes them, and all read its file.
     """
     split = context.data.train
     path = context.home.cache / "soft-answers" / f"{teacher.sha256}-{split.digest}.npy"

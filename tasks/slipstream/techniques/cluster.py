@@ -1,6 +1,6 @@
-"""cluster: each layer's weights become few different values, which are then trained (Han et al. 2016).
+"""cluster: each layer's weights are restricted to few distinct values, which are then trained (Han et al. 2016).
 
-What is pruned stays pruned. Metrics, measured on the network as it is handed on: `unique_weights` (the most different
+Pruned weights stay pruned. Metrics, measured on the resulting network: `unique_weights` (the largest number of distinct
 values in one layer), `sparsity`, `nonzero_parameters`, `parameters` and the quality.
 """
 

@@ -1,9 +1,8 @@
 """distill: a small student learns the baseline's soft answers (Hinton, Vinyals and Dean 2015).
 
-The teacher answers each training image once; its logits are kept under the digests of teacher and training split.
-They belong to the images as they are, so the student trains without augmentation.
-Details: `student` and `teacher_sha256`. Metrics: `test_NAME` of the student and `teacher_NAME`, where
-NAME is the metric, `parameters`.
+The teacher answers each training image once; its logits are kept under the digests of teacher and training split. They
+belong to the unmodified images, so the student trains without augmentation. Details: `student` and `teacher_sha256`.
+Metrics: `test_NAME` of the student and `teacher_NAME`, where NAME is the metric, `parameters`.
 """
 
 from typing import Any, cast
@@ -54,7 +53,7 @@ def run(context: Context) -> StepOutput:
 
 
 def train(context: Context) -> Any:
-    """The trained student; every process of the group calls it. The teacher answers in the first one."""
+    """Return the trained student; every process of the group calls it. The teacher answers in the first one."""
     spec, section = context.spec, cast(Distill, context.section)
     framework = trainer_for(spec.model.framework)
     teacher = context.upstream(RETRAIN)

@@ -1,9 +1,9 @@
-"""prune: of whole channels in rounds, or of single weights while the network trains; with labels and the old answers.
+"""prune: whole channels in rounds, or single weights while the network trains; with labels and the old answers.
 
-Each round has its own checkpoint, and cutting is deterministic: a killed step cuts again, loads, and goes on in
-its round and epoch. Details: `rounds`, one entry for each with sparsity, quality, MACs and parameters after it. Pruning
-of single weights is one training. Its metrics are `sparsity`, measured on the network as it is handed on,
-`nonzero_parameters`, `parameters` and the quality.
+Each round has its own checkpoint, and cutting is deterministic: a killed step cuts again, loads, and continues in its
+round and epoch. Details: `rounds`, one entry for each with sparsity, quality, MACs and parameters after it. Pruning of
+single weights is one training. Its metrics are `sparsity`, measured on the resulting network, `nonzero_parameters`,
+`parameters` and the quality.
 """
 
 import logging
@@ -37,7 +37,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What the rounds made."""
+    """Result of the rounds."""
 
     pruner: Pruner
     before: dict[str, float]
@@ -65,7 +65,7 @@ def run(context: Context) -> StepOutput:
 
 
 def _single_weights(context: Context, source: StepOutput) -> StepOutput:
-    """Train with ever more weights held at zero."""
+    """Train with an increasing number of weights held at zero."""
     spec, prune = context.spec, context.section
     assert source.artifact is not None
     soft = _soft_targets(context, trainer_for(spec.model.framework), source.artifact)
@@ -79,10 +79,10 @@ def _single_weights(context: Context, source: StepOutput) -> StepOutput:
 
 
 def train(context: Context) -> Pruned:
-    """All rounds; every process of the group calls it.
+    """Run all rounds; every process of the group calls it.
 
-    Each cuts by itself: they have the same weights. Should processors of different make rank two channels of almost
-    equal magnitude differently, the widths are still the same, and fine-tuning starts from the weights of process 0.
+    Each cuts separately: they have the same weights. If different processors rank two channels of almost equal
+    magnitude differently, the widths are still the same, and fine-tuning starts from the weights of process 0.
     """
     spec = context.spec
     framework = prunes(spec.model.framework)
@@ -96,7 +96,7 @@ def train(context: Context) -> Pruned:
 
 
 def sparsity_schedule(prune: Prune) -> list[float]:
-    """Sparsity after each round: s_t = s_f + (s_i − s_f)(1 − t/n)³, equation 1 of Zhu and Gupta (2017).
+    """Return the sparsity after each round: s_t = s_f + (s_i − s_f)(1 − t/n)³, equation 1 of Zhu and Gupta (2017).
 
     t runs from 0 to n = rounds − 1, so the first round ends at s_i and the last at s_f; a single round at s_f.
     """
@@ -106,10 +106,10 @@ def sparsity_schedule(prune: Prune) -> list[float]:
 
 
 def _soft_targets(context: Context, framework: Trainer, source: Artifact) -> SoftTargets | None:
-    """The answers of the network before pruning.
+    """Return the answers of the network before pruning.
 
-    With two rounds of one epoch to a sparsity of 0.5 the example's ResNet-14 ends at 91.3 % with them, and at
-    90.9 % without (92.0 % before; one seed each).
+    With two rounds of one epoch to a sparsity of 0.5 the example's ResNet-14 ends at 91.3 % with them, and at 90.9 %
+    without (92.0 % before; one seed each).
     """
     prune: Prune = context.section
     if prune.soft_weight == 0:
@@ -121,7 +121,7 @@ def _soft_targets(context: Context, framework: Trainer, source: Artifact) -> Sof
 def _round(
     context: Context, framework: Trainer, pruner: Pruner, soft: SoftTargets | None, number: int
 ) -> dict[str, float]:
-    """One round; `sparsity`, `macs`, `parameters` and the quality after it."""
+    """Run one round; return `sparsity`, `macs`, `parameters` and the quality after it."""
     prune: Prune = context.section
     pruner.prune(sparsity_schedule(prune)[number], prune.round_to)
     schedule = Schedule(

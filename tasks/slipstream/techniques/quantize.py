@@ -1,8 +1,8 @@
 """quantize: post-training quantization of a candidate's ONNX, calibrated on samples of the training split.
 
-The work is that of a module of onnx/quantize/, found by `quantize.scheme`; where the spec asks for it, the candidate is
-trained for INT8 first. Details of the output: `calibration` (digest of the sample set, size, seed). Metrics: how much
-is quantized (onnx/quantize/coverage.py), and how far the answers to the calibration samples are from before.
+The work is done by a module of onnx/quantize/, found by `quantize.scheme`; if the spec requests it, the candidate is
+first trained for INT8. Details of the output: `calibration` (digest of the sample set, size, seed). Metrics: how much
+is quantized (onnx/quantize/coverage.py), and how far the answers to the calibration samples are from those before.
 """
 
 import json
@@ -34,11 +34,11 @@ from slipstream.techniques import candidates
 log = logging.getLogger(__name__)
 
 CALIBRATION = "calibration.npz"
-"""The samples themselves (array `inputs`), for engines that quantize by themselves."""
+"""The samples themselves (array `inputs`), for engines that do their own quantization."""
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """What decides the result, beyond the candidate and the data."""
+    """Return what determines the result, in addition to the candidate and the data."""
     assert inputs.cell is not None, "quantize needs a cell"
     section: Quantize = spec.section("quantize", inputs.cell.recipe)
     trained = {"loss": user_code_digest(spec.model.loss), **toolchain(spec.model.framework)} if section.epochs else {}
@@ -77,7 +77,7 @@ def run(context: Context) -> StepOutput:
 
 
 def _trained(context: Context, candidate: Path) -> tuple[Path, dict[str, float]]:
-    """The candidate, trained for INT8 where the spec asks for that, and figures of the training."""
+    """Return the candidate, trained for INT8 if the spec requests it, and figures of the training."""
     section: Quantize = context.section
     if not section.epochs:
         return candidate, {}
@@ -90,15 +90,15 @@ def _trained(context: Context, candidate: Path) -> tuple[Path, dict[str, float]]
 
 
 def require_unquantized(candidate: Path) -> None:
-    """Raise ModelError when the candidate was quantized before it came here."""
+    """Raise ModelError if the candidate is already quantized."""
     if read_manifest(candidate).quantized:
         raise ModelError("the model is quantized already; leave `quantize` out, or start from the FP32 model")
 
 
 def draw(context: Context) -> tuple[npt.NDArray[Any], Calibration]:
-    """The calibration samples (N, …), and their identity; the full list is logged as calibration.json.
+    """Return the calibration samples (N, …), and their identity; the full list is logged as calibration.json.
 
-    Raises DataError when there are too few, when all are equal, or when the test split has one of them too.
+    Raise DataError if there are too few, if all are equal, or if the test split has one of them too.
     """
     data, spec = context.data, context.spec
     indices = data.calibration(context.section.samples, spec.seed)
@@ -118,14 +118,14 @@ def draw(context: Context) -> tuple[npt.NDArray[Any], Calibration]:
 
 
 def require_unseen(samples: list[str], data: Data) -> None:
-    """Raise DataError when a calibration sample, by digest, is in the test split: gates would be flattered."""
+    """Raise DataError if a calibration sample, by digest, is in the test split, which would bias the gates."""
     shared = set(samples) & {d.hex() for d in data.test.sample_digests()}
     if shared:
         raise DataError(f"calibration: {len(shared)} samples are also in the test split, such as {min(shared)}")
 
 
 def compare(before: onnx.ModelProto, after: onnx.ModelProto, samples: npt.NDArray[Any]) -> dict[str, float]:
-    """How far two models' answers to the samples are apart. Raises ModelError when the second is broken."""
+    """Return how far two models' answers to the samples are apart. Raise ModelError if the second is broken."""
     expected, actual = Session(before).answers(samples), Session(after).answers(samples)
     if (problem := explain_mismatch(expected, actual, QUANTIZED)) is not None:
         raise ModelError(

@@ -1,7 +1,7 @@
 """simplify: the candidate's ONNX with fewer nodes and the same answers, by onnxslim, one pass after the other.
 
-Engines optimize graphs as well, each in its own way and for itself; what is folded here is folded for all of them, and
-seen. Metrics: `nodes` and `bytes` before, after, and after each pass; `passes.json` has them as a table.
+Engines also optimize graphs, each in its own way; folding here serves all of them, and is visible. Metrics: `nodes` and
+`bytes` before, after, and after each pass; `passes.json` has them as a table.
 """
 
 import json
@@ -35,12 +35,12 @@ PASSES = (
 )
 """onnxslim's names, in the order in which one leaves work for the next."""
 ROUNDS = 3
-"""All passes are repeated while they still find something, so many times at most."""
+"""Maximum repetitions of all passes while they still change the graph."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a pass made of the graph."""
+    """Effect of a pass on the graph."""
 
     after: str
     nodes: int
@@ -52,7 +52,7 @@ class Row:
 
 
 def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
-    """What decides the result, beyond the candidate and the data."""
+    """Return what determines the result, in addition to the candidate and the data."""
     return {"versions": digests.versions("onnx", "onnxruntime", "onnxslim"), "passes": PASSES}
 
 
@@ -75,7 +75,8 @@ def run(context: Context) -> StepOutput:
 
 
 def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Row]]:
-    """The simplified model, and what each pass did; the first row is the model as it came. Raises ModelError."""
+    """Return the simplified model, and the effect of each pass; the first row is the original model. Raise
+    ModelError."""
     model = _bare(model)
     rows = [Row.of("before", model)]
     for number in range(1, ROUNDS + 1):
@@ -105,7 +106,7 @@ def require_same_answers(before: onnx.ModelProto, after: onnx.ModelProto, sample
 
 
 def _passed(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """The model after one of onnxslim's passes."""
+    """Return the model after one of onnxslim's passes."""
     import onnxslim
 
     try:
@@ -133,7 +134,7 @@ def _figures(row: Row) -> tuple[tuple[str, int], ...]:
 
 
 def _log_table(context: Context, rows: list[Row]) -> None:
-    """In the layout of MLflow's tables."""
+    """Log the rows in the layout of MLflow's tables."""
     path = context.workdir / "passes.json"
     data = [[row.after, row.nodes, row.size_bytes] for row in rows]
     path.write_text(json.dumps({"columns": ["pass", "nodes", "bytes"], "data": data}))

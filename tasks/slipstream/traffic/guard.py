@@ -79,7 +79,7 @@ class Tally:
 
     @property
     def challenger_errors(self) -> int:
-        """Return errors of the challenger, of any kind."""
+        """Errors of the challenger, of any kind."""
         return sum(b.errors for _, b in self.rows)
 
     def windows(self, *, certain: bool = False) -> Windows:

@@ -171,7 +171,7 @@ class Service:
         return deployment_mode
 
     def failure(self) -> str | None:
-        """Why the latest revision is not ready, if KServe reports a failure."""
+        """Return why the latest revision is not ready, if KServe reports a failure."""
         model = self.body.get("status", {}).get("modelStatus", {})
         info = model.get("lastFailureInfo", {})
         if model.get("transitionStatus") in ("InvalidSpec", "BlockedByFailedLoad"):
@@ -183,7 +183,7 @@ class Service:
         return None
 
     def conditions(self) -> str:
-        """All conditions in a line."""
+        """Return all conditions in a line."""
         entries = self.body.get("status", {}).get("conditions", [])
         texts = (f"{c['type']}={c['status']} {c.get('reason', '')} {c.get('message', '')}".strip() for c in entries)
         return "; ".join(texts) or "no conditions: is KServe's controller running?"

@@ -112,7 +112,7 @@ def metric_for(name: str) -> Metric:
 
 
 def identity(name: str) -> str | None:
-    """Digest of the code behind a metric of the user's or of another package; None for one of this package, whose code
+    """Return the digest of a metric's code if it is the user's or another package's; None for this package, whose code
     counts anyway."""
     if name not in METRICS:
         return user_code_digest(Call(function=name))
@@ -120,7 +120,7 @@ def identity(name: str) -> str | None:
 
 
 def batches(samples: int) -> int:
-    """How many times `record` reports progress."""
+    """Return how many times `record` reports progress."""
     return -(-samples // BATCH)
 
 

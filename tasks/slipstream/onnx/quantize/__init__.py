@@ -1,6 +1,6 @@
 """Quantization of a candidate's ONNX: one module for each family of number formats, found by name in plugins.py.
 
-Each has `quantize(model, request)`, which returns another model and leaves the given one as it was.
+Each has `quantize(model, request)`, which returns another model and leaves the given one unchanged.
 """
 
 import importlib
@@ -16,23 +16,23 @@ from slipstream.spec import Quantize
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted."""
+    """The requested quantization."""
 
     section: Quantize
     samples: npt.NDArray[Any]
-    """(N, …) calibration samples, for schemes that find ranges with them."""
+    """(N, …) calibration samples, for schemes that compute ranges from them."""
     on_sample: Callable[[int], None]
-    """Told how many samples have been seen."""
+    """Called with the number of samples seen."""
 
 
 class Scheme(Protocol):
     """A module of SCHEMES."""
 
     def quantize(self, model: Any, request: Request) -> Any:
-        """onnx.ModelProto to onnx.ModelProto. Raises ModelError."""
+        """Return the quantized onnx.ModelProto. Raise ModelError."""
         ...
 
 
 def scheme_for(name: str) -> Scheme:
-    """The module of a scheme."""
+    """Return the module of a scheme."""
     return cast(Scheme, importlib.import_module(SCHEMES[name].module))

@@ -1,4 +1,4 @@
-"""How much of a model is quantized: what the engines cannot speed up, or keep small, shows here first."""
+"""How much of a model is quantized: shows first what the engines cannot speed up, or keep small."""
 
 from collections.abc import Iterable
 
@@ -13,18 +13,18 @@ from slipstream.plugins import SCHEMES
 INTEGER = {"ConvInteger", "MatMulInteger", "DynamicQuantizeLSTM", "QLinearConv", "QLinearMatMul"}
 """Layers that compute with integers."""
 MOVES = {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
-"""Operators that hand on values as they are; engines move the quantization across them."""
+"""Operators that pass on values unchanged; engines move the quantization across them."""
 SMALL = {TensorProto.INT8: 8, TensorProto.UINT8: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4}
 """Types of quantized weights, and their bits."""
 LEAST_WEIGHT = 64
-"""Fewer values than this are a bias, a scale or a shape rather than a layer's weight."""
+"""Tensors with fewer values are a bias, a scale or a shape rather than a layer's weight."""
 
 
 def coverage(model: onnx.ModelProto) -> dict[str, float]:
-    """`layers` and how many of them compute in INT8 (`quantized_layers`, `quantized_share`); the share of the weights'
-    values that is stored in 8 bits or fewer (`compressed_share`), and in 4 (`int4_share`).
+    """Return `layers` and how many of them compute in INT8 (`quantized_layers`, `quantized_share`); the share of the
+    weights' values that is stored in 8 bits or fewer (`compressed_share`), and in 4 (`int4_share`).
 
-    A layer computes in INT8 when both of its factors were dequantized just before.
+    A layer computes in INT8 if both of its factors were dequantized just before.
     """
     makers = {name: node for node in model.graph.node for name in node.output}
 
@@ -41,7 +41,7 @@ def coverage(model: onnx.ModelProto) -> dict[str, float]:
 
 
 def require_quantized(model: onnx.ModelProto, scheme: str) -> dict[str, float]:
-    """The coverage. Raises ModelError when nothing was quantized that the scheme is for."""
+    """Return the coverage. Raise ModelError if nothing was quantized that the scheme is for."""
     figures = coverage(model)
     if not SCHEMES[scheme].activations:
         if figures["compressed_share"] == 0:

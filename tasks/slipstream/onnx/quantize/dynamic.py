@@ -1,7 +1,7 @@
 """INT8 whose activation ranges are computed for each input, by ONNX Runtime: no calibration, for transformers.
 
-ONNX has operators for it (DynamicQuantizeLinear, MatMulInteger), but only ONNX Runtime computes them in INT8:
-OpenVINO turns them back into FP32 with weights of full size.
+ONNX has operators for it (DynamicQuantizeLinear, MatMulInteger), but only ONNX Runtime computes them in INT8: OpenVINO
+converts them back to FP32 with full-size weights.
 """
 
 import tempfile
@@ -14,11 +14,11 @@ from slipstream.onnx import graph as onnx_graph
 from slipstream.onnx.quantize import Request
 
 PREPROCESSED = ("onnx.quant.pre_process", "onnxruntime.quant")
-"""Metadata that tells ONNX Runtime's quantizer that shapes are inferred; it warns on the root logger otherwise."""
+"""Metadata that marks shapes as inferred for ONNX Runtime's quantizer, which otherwise warns on the root logger."""
 
 
 def quantize(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
-    """The model with integer matrix products and convolutions. Raises ModelError."""
+    """Return the model with integer matrix products and convolutions. Raise ModelError."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     preprocessed = onnx_graph.infer_shapes(onnx_graph.copy_of(model))

@@ -2,7 +2,7 @@
 
 The result has Q/DQ nodes in the symmetric form that OpenVINO and ONNX Runtime run in INT8: all zero points are 0,
 weights are int8 with a scale for each output channel, biases stay in FP32. Activations that are never negative are
-uint8, which uses the whole range on a CPU; the engine `tensorrt`, which has no uint8, makes int8 of them.
+uint8, which uses the whole range on a CPU; the engine `tensorrt`, which has no uint8, converts them to int8.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from slipstream.onnx import graph as onnx_graph
 from slipstream.onnx.quantize import Request
 
 LARGEST = 1e9
-"""Greatest absolute value of a layer that is measured rather than a stand-in for infinity."""
+"""Largest absolute value of a layer that is measured rather than a stand-in for infinity."""
 
 
 def quantize(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
-    """The model with Q/DQ nodes. Raises ModelError."""
+    """Return the model with Q/DQ nodes. Raise ModelError."""
     nncf = _nncf()
     count = 0
 
@@ -55,8 +55,8 @@ def quantize(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
 
 
 def _nncf() -> Any:
-    # Imported here, since it takes seconds, and a step that is found unchanged needs only `settings`.
-    os.environ.setdefault("NNCF_CI", "1")  # otherwise NNCF reports its use to its makers
+    # Imported here, since it takes seconds, and a step whose result is reused needs only `settings`.
+    os.environ.setdefault("NNCF_CI", "1")  # otherwise NNCF sends usage data to its makers
     import nncf
 
     nncf.set_log_level(logging.ERROR)
@@ -64,12 +64,13 @@ def _nncf() -> Any:
 
 
 def _parameters(per_channel: bool) -> Any:
-    """Ranges are the least and the greatest value seen; no bias correction; half a range for the first layer.
+    """Return the parameters: ranges are the minimum and maximum seen; no bias correction; half a range for the first
+    layer.
 
-    A small ResNet on Fashion-MNIST, 89.09 % in FP32, measured with OpenVINO: NNCF's defaults (clipped ranges, fast
-    bias correction) 88.14 %, without bias correction 88.99 %, with plain ranges too 89.07 %; ONNX Runtime's own
-    quantizer 89.16 %, but 88.94 % when run by ONNX Runtime. CPUs without VNNI saturate where weights use the full
-    range, first of all in the first layer.
+    A small ResNet on Fashion-MNIST, 89.09 % in FP32, measured with OpenVINO: NNCF's defaults (clipped ranges, fast bias
+    correction) 88.14 %, without bias correction 88.99 %, with plain ranges too 89.07 %; ONNX Runtime's own quantizer
+    89.16 %, but 88.94 % when run by ONNX Runtime. CPUs without VNNI saturate where weights use the full range, first of
+    all in the first layer.
     """
     from nncf.quantization import advanced_parameters as advanced
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
@@ -83,10 +84,10 @@ def _parameters(per_channel: bool) -> Any:
 
 
 def require_ranges(model: onnx.ModelProto) -> None:
-    """Raise ModelError that names a layer whose range is infinite, or as good as that.
+    """Raise ModelError that names a layer whose range is infinite, or practically so.
 
-    An attention mask of -3.4e38 gives a scale of infinity, and with it a network that answers anything, without a
-    warning (Olive 0.13 made such a MiniLM: 53 % accuracy).
+    An attention mask of -3.4e38 gives a scale of infinity, and a network with arbitrary answers, without a warning
+    (Olive 0.13 made such a MiniLM: 53 % accuracy).
     """
     values = {t.name: t for t in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}

@@ -1,11 +1,12 @@
-"""INT8 or INT4 for weights alone: they are stored small and computed with in FP32.
+"""INT8 or INT4 for weights only: they are stored small and computed with in FP32.
 
 Weights become DequantizeLinear nodes with symmetric scales: one for each output channel in INT8, one for each block of
-consecutive values in INT4. Convolutions, embedding tables, and matrices whose inner dimension is no multiple of the
+consecutive values in INT4. Convolutions, embedding tables, and matrices whose inner dimension is not a multiple of the
 block stay in INT8 also in `int4-weights`.
 
-Own code, since NNCF 3.4 writes what neither ONNX Runtime nor OpenVINO loads: scales of rank four for convolutions, and
-blocks along the wrong axis for a transposed Gemm; ONNX Runtime's MatMulNBitsQuantizer knows MatMul and Gather only.
+This does not use NNCF 3.4, which writes models that neither ONNX Runtime nor OpenVINO loads: scales of rank four for
+convolutions, and blocks along the wrong axis for a transposed Gemm; ONNX Runtime's MatMulNBitsQuantizer supports only
+MatMul and Gather.
 """
 
 from collections.abc import Iterator
@@ -24,13 +25,13 @@ OPSET = 21
 """First opset with blocks and INT4 in DequantizeLinear."""
 INT8_MAX, INT4_MAX = 127, 7
 TINY = 1e-12
-"""Least scale: a channel may be all zeros."""
+"""Smallest scale: a channel may be all zeros."""
 Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight, and where its channels are."""
+    """A weight, and the axis of its channels."""
 
     name: str
     values: Array
@@ -41,7 +42,7 @@ class _Weight:
 
 
 def quantize(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
-    """The model with compressed weights. Raises ModelError when it cannot be converted to opset 21."""
+    """Return the model with compressed weights. Raise ModelError if it cannot be converted to opset 21."""
     model = onnx_graph.at_least(onnx_graph.copy_of(model), OPSET)
     block = request.section.block_size if SCHEMES[request.section.scheme].bits == 4 else None
     for weight in {w.name: w for w in _weights(model.graph)}.values():
@@ -50,7 +51,7 @@ def quantize(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
 
 
 def _weights(graph: onnx.GraphProto) -> Iterator[_Weight]:
-    """The FP32 weights of the graph's layers, and its embedding tables."""
+    """Return the FP32 weights of the graph's layers, and its embedding tables."""
     tensors = {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT}
     for node in graph.node:
         place = 0 if node.op_type == "Gather" else 1
@@ -74,7 +75,7 @@ def _weights(graph: onnx.GraphProto) -> Iterator[_Weight]:
 def _compressed(
     weight: _Weight, block: int | None, per_channel: bool
 ) -> tuple[onnx.TensorProto, onnx.TensorProto, dict[str, int]]:
-    """The weight in few bits, its scales, and the attributes of the node that multiplies them again."""
+    """Return the compressed weight, its scales, and the attributes of the node that dequantizes it."""
     name, inner = weight.name, weight.inner
     if block is not None and inner is not None and weight.values.shape[inner] % block == 0:
         numbers, scales = _in_blocks(weight.values, inner, block)
@@ -92,7 +93,7 @@ def _compressed(
 
 
 def _in_blocks(values: Array, axis: int, block: int) -> tuple[npt.NDArray[np.int8], Array]:
-    """Numbers from -7 to 7 of the weight's shape, and scales with 1/block of its size along the axis."""
+    """Return numbers from -7 to 7 of the weight's shape, and scales with 1/block of its size along the axis."""
     shape = values.shape
     cut = values.reshape(*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :])
     scales = _scale(np.abs(cut).max(axis + 1, keepdims=True), INT4_MAX)
@@ -110,7 +111,7 @@ def _rounded(values: Array, scales: Array, limit: int) -> npt.NDArray[np.int8]:
 
 
 def _packed(numbers: npt.NDArray[np.int8]) -> bytes:
-    """Two numbers a byte, the first in the lower half: ONNX's layout of INT4."""
+    """Return two numbers per byte, the first in the lower half: ONNX's layout of INT4."""
     flat = numbers.reshape(-1) & 0xF
     flat = np.append(flat, np.zeros(flat.size % 2, np.int8)).astype(np.uint8)
     return (flat[0::2] | (flat[1::2] << 4)).tobytes()
@@ -119,7 +120,7 @@ def _packed(numbers: npt.NDArray[np.int8]) -> bytes:
 def _replace(
     graph: onnx.GraphProto, name: str, small: onnx.TensorProto, scales: onnx.TensorProto, attributes: dict[str, int]
 ) -> None:
-    """Put a DequantizeLinear in the place of a weight, wherever it is used."""
+    """Replace a weight by a DequantizeLinear, wherever it is used."""
     (old,) = (t for t in graph.initializer if t.name == name)
     graph.initializer.remove(old)
     graph.initializer.extend([small, scales])

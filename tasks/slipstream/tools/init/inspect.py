@@ -22,7 +22,7 @@ from slipstream.tools.init.source import NPZ
 
 
 def onnx_file(question: Question) -> Facts:
-    """An ONNX file, or a folder with one and its weights."""
+    """Inspect an ONNX file, or a folder with one and its weights."""
     from slipstream.frameworks.onnx import FRAMEWORK
     from slipstream.onnx import graph as onnx_graph
 
@@ -43,7 +43,7 @@ def onnx_file(question: Question) -> Facts:
 
 
 def keras_file(question: Question) -> Facts:
-    """A .keras or .h5 file, or a SavedModel's folder."""
+    """Inspect a .keras or .h5 file, or a SavedModel's folder."""
     from slipstream.frameworks import keras_files
 
     path = Path(question.location)
