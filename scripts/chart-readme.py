@@ -19,14 +19,14 @@ HEAD = """\
 
 {description}.
 
-Made from `values.schema.json` by `scripts/chart-readme.py`; do not edit it by hand. How to install, upgrade, back up,
-scale and remove is in [docs/kubernetes.md](../../docs/kubernetes.md). Airflow is a release of its own, with
+Generated from `values.schema.json` by `scripts/chart-readme.py`; do not edit it by hand. To install, upgrade, back up,
+scale and remove, see [docs/kubernetes.md](../../docs/kubernetes.md). Airflow is a separate release, with
 [airflow-values.yaml](../airflow-values.yaml).
 
 - Chart {version}, slipstream {app}, Kubernetes {kubernetes}; every manifest is validated against 1.30 to 1.37.
-- Object names are fixed, so that one installation fits into a namespace.
-- Secrets are named, never given: there is no key that takes one.
-- Keys that are not listed here are refused.
+- Object names are fixed, so a namespace holds one installation.
+- Values name Secrets but never contain them.
+- Keys that are not listed here are errors.
 """
 
 
