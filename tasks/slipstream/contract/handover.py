@@ -9,20 +9,21 @@ from slipstream.contract.evidence import Race, Row
 
 
 class Checked(Details):
-    """What `check` saw."""
+    """Result of `check`."""
 
     data: dict[str, str]
     """Digest of each split."""
     classes: tuple[str, ...] = ()
-    """Names of the classes, where the data has them."""
+    """Names of the classes, if the data has them."""
     samples: dict[str, int] = Field(default_factory=dict)
     """Samples of each split."""
     hardware: dict[str, str] = Field(default_factory=dict)
     """The machine."""
     build_only: dict[str, str] = Field(default_factory=dict)
-    """Targets whose engines cannot be loaded here → why."""
+    """Reasons, by target, why its engines cannot be loaded here."""
     sample_size: str = ""
     """How many test samples the objective needs."""
+
 
 class Retrained(Details):
     """Origin of the baseline from `retrain`."""
