@@ -43,7 +43,7 @@ _CLASSES = {
     "Tokenizer": "data.tokens",
     "Training": "frameworks.training",
 }
-"""Public class → its module, which is imported at the first use: `import slipstream` loads nothing."""
+"""Module of each public class, imported at first use: `import slipstream` loads nothing."""
 
 __all__ = ["load", "optimize", "report", "rollback", "run", "status", *_CLASSES]  # noqa: PLE0604 (all are strings)
 
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
 
 
 def load(spec: Path | str) -> "Spec":
-    """Read and validate a spec: a path or an s3:// URI. Raises SpecError with a line for each problem."""
+    """Read and validate a spec: a path or an s3:// URI. Raise SpecError with a line for each problem."""
     from slipstream.spec import load as load_spec
 
     return load_spec(spec)
@@ -107,10 +107,10 @@ def report(run: str) -> "Report":
 
 
 def rollback(model: str, *, leave: str | None = None, reason: str = "") -> "RolledBack":
-    """Put the last good release of a registered model back; return which versions its aliases name now.
+    """Restore the last good release of a registered model; return which versions its aliases name now.
 
-    leave: version to leave; None is the champion, once: asked again, nothing changes. Raises RegistryError when there
-    is nothing to go back to, Unavailable.
+    leave: version to replace; None is the champion, once: a repetition changes nothing. Raise RegistryError if there is
+    nothing to return to, Unavailable.
     """
     from slipstream.home import Home
     from slipstream.steps.rollback import by_hand

@@ -1,4 +1,4 @@
-"""Stage 1 of a spec on this machine, one step after the other, without Airflow: for notebooks and for scripts.
+"""Stage 1 of a spec on this machine, one step after the other, without Airflow: for notebooks and scripts.
 
 The steps are those of the DAG, each a process of its environment; MLflow is the platform's, or the one that
 MLFLOW_TRACKING_URI names. Nothing is deployed: the release needs the stages that Airflow runs.
@@ -29,10 +29,10 @@ STAGES = ("optimize", "accuracy_validation", "report")
 
 
 def optimize(home: Home, spec: Spec) -> Report:
-    """Run the steps of stage 1 and return the run's report, also when no engine passed.
+    """Run the steps of stage 1 and return the run's report, even if no engine passed.
 
-    A step that fails leaves a gap, as in the DAG: what builds on it is left out, and the report says so. Raise
-    InputError when an environment is missing or the check refuses the spec, Unavailable where MLflow is missing.
+    A failed step leaves a gap, as in the DAG: steps that depend on it are omitted, and the report says so. Raise
+    InputError if an environment is missing or the check rejects the spec, Unavailable if MLflow is missing.
     """
     home.prepare()
     run = _Run.begin(home, spec)
@@ -52,7 +52,7 @@ def optimize(home: Home, spec: Spec) -> Report:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run: where its documents lie, and what its steps are told of the platform."""
+    """A run: the location of its documents, and the platform's variables for its steps."""
 
     home: Home
     spec: Spec
@@ -70,7 +70,7 @@ class _Run:
         return cls(home, spec, key, folder, variables)
 
     def step(self, task: flow.Task, upstream: tuple[StepOutput, ...]) -> StepOutput | None:
-        """The output of a step; None where it left none. Its log goes to this process's stderr."""
+        """Return the output of a step, or None if it left none. Its log goes to this process's stderr."""
         environment = self.spec.environment_of(task.step, task.cell.target if task.cell else None)
         program = self.home.require_python(environment, f"step {task.step}").with_name("slipstream")
         skip = [stage for stage in flow.STAGES if stage not in STAGES]

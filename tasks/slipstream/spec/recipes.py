@@ -1,4 +1,4 @@
-"""What a recipe is: techniques in order, each by its name, or as `{name: {key: value}}` with settings of its own."""
+"""Recipes: techniques in order, each by name, or as `{name: {key: value}}` with its own settings."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Discriminator, Tag, WithJsonSchema
 from slipstream.plugins import TECHNIQUES
 
 NAME_ONLY, WITH_SETTINGS = "<technique>", "<settings>"
-"""Parts of pydantic's locations that are no field of the spec."""
+"""Parts of pydantic's locations that are not fields of the spec."""
 
 if TYPE_CHECKING:
     Technique = str
@@ -39,11 +39,11 @@ Use = Annotated[Annotated[Technique, Tag(NAME_ONLY)] | Annotated[Settings, Tag(W
 
 
 def name_of(use: str | Mapping[str, Any]) -> str:
-    """Return the technique that it names."""
+    """Return the technique's name."""
     return use if isinstance(use, str) else next(iter(use))
 
 
 def changes_of(use: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings that it has of its own."""
+    """Return its own settings."""
     changes: Mapping[str, Any] = {} if isinstance(use, str) else use[name_of(use)]
     return changes

@@ -1,4 +1,4 @@
-"""`slipstream new`: a project to start from: spec, network, data, Makefile, README, CI file."""
+"""`slipstream new`: a new project: spec, network, data, Makefile, README, CI file."""
 
 import re
 from pathlib import Path
@@ -113,11 +113,11 @@ jobs:
       - run: slipstream validate $name.yaml
 """,
 }
-"""Path → text, both with `$name` of the spec and `$package` of its Python package."""
+"""Text by path, both with `$name` of the spec and `$package` of its Python package."""
 
 
 def new(folder: Path) -> list[Path]:
-    """Write a project into a folder of its name; return its files. Raise InputError where one of them is there."""
+    """Write a project into a folder of its name; return its files. Raise InputError if one of them exists."""
     name = folder.resolve().name
     if not re.fullmatch(NAME, name):
         raise InputError(f"{name!r} cannot be the name of a project, and of its spec: it must be {PATTERNS[NAME]}")

@@ -1,4 +1,4 @@
-"""`slipstream setup`: the virtual environments that specs need, in `.envs`, of the version that installs them."""
+"""`slipstream setup`: the virtual environments that specs need, in `.envs`, with the version that installs them."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ from slipstream.spec import Spec
 log = logging.getLogger(__name__)
 
 EXTRAS = {"airflow": "airflow,server"}
-"""Environment → extras of the wheel, where they are not the one of its name."""
+"""Extras of the wheel by environment, if they differ from its name."""
 PLATFORM = ("airflow", "serve")
-"""What every project needs: the scheduler with MLflow, and the model servers with Envoy."""
+"""Environments of every project: the scheduler with MLflow, and the model servers with Envoy."""
 INDEXES = {"tensorrt": "https://pypi.nvidia.com"}
-"""Environment → a further package index."""
+"""Additional package index by environment."""
 MARK = ".made-from"
-"""File in a finished environment: digest of what it was made from."""
+"""File in a finished environment: digest of its requirements."""
 
 
 def environments(specs: Iterable[Spec]) -> list[str]:
@@ -39,7 +39,7 @@ def environments(specs: Iterable[Spec]) -> list[str]:
 
 
 def make(home: Home, names: Iterable[str]) -> None:
-    """Install the environments that are not up to date. Raise InputError in a checkout, Unavailable when one fails."""
+    """Install the environments that are not up to date. Raise InputError in a checkout, Unavailable if one fails."""
     if checkout() is not None:
         raise InputError("this slipstream runs from its checkout, whose environments `make setup` installs")
     for name in names:
@@ -70,14 +70,14 @@ def _make(folder: Path, name: str) -> None:
 
 
 def _requirement(extras: str) -> str:
-    """This slipstream, as an installer takes it: the wheel that it was installed from, or its version of an index."""
+    """Return this slipstream as a requirement: the wheel that it was installed from, or its version in an index."""
     distribution = metadata.distribution("slipstream")
     origin = json.loads(distribution.read_text("direct_url.json") or "{}").get("url")
     return f"slipstream[{extras}] @ {origin}" if origin else f"slipstream[{extras}]=={distribution.version}"
 
 
 def _of_pip() -> dict[str, str]:
-    """pip's settings as uv's variables: uv does not read them."""
+    """Return pip's settings as uv's variables: uv does not read them."""
     variables = {}
     for setting, variable in (("find-links", "UV_FIND_LINKS"), ("index-url", "UV_DEFAULT_INDEX")):
         command = [sys.executable, "-m", "pip", "config", "get", f"global.{setting}"]

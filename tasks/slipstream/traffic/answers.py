@@ -93,9 +93,9 @@ class FromRecords:
 
 
 def room(controller: TrafficController, releases: Iterable[Release]) -> int | None:
-    """Requests whose answers the servers' logs hold at once, by the sizes of the last ones; None where no log tells.
+    """Return how many answers the servers' logs hold, by the sizes of the last ones; None if no log shows it.
 
-    Half of what a log keeps, since users' own requests are in it too.
+    Only half of a log counts, since users' own requests are in it too.
     """
     logs = [path for release in releases if (path := controller.answers(release)) is not None and path.exists()]
     sizes = [size for path in logs if (size := _last_line_bytes(path))]
@@ -103,7 +103,8 @@ def room(controller: TrafficController, releases: Iterable[Release]) -> int | No
 
 
 def _last_line_bytes(path: Path) -> int:
-    """Length of a log's last whole line; 0 without one. A longer line than is looked at counts as that long."""
+    """Return the length of a log's last whole line; 0 without one. A longer line than the examined part counts as that
+    long."""
     with path.open("rb") as log:
         log.seek(max(0, path.stat().st_size - LIMIT_BYTES // 8))
         lines = log.read().split(b"\n")[:-1]

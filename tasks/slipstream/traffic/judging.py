@@ -23,8 +23,8 @@ class Evidence:
 
     stage: Stage
     latest: dict[int, Pair] = field(default_factory=dict)
-    """Sample → the last pair of answers to it: a short split is asked again and again, and the same answer is no new
-    evidence. Not all pairs, since answers may be large."""
+    """Last pair of answers by sample: a short split is repeated, and the same answer is no new evidence. Not all pairs
+    are kept, since answers may be large."""
     champion_ms: list[float] = field(default_factory=list)
     challenger_ms: list[float] = field(default_factory=list)
     """Latencies inside the servers, on the same requests at the same time, in the order of the requests."""
