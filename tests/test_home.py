@@ -112,7 +112,8 @@ def test_a_wheel_brings_the_dags_along(tmp_path: Path) -> None:
         env=os.environ,
     )
     [wheel] = tmp_path.glob("*.whl")
-    shipped = {name.partition("/data/")[2] for name in zipfile.ZipFile(wheel).namelist() if "/data/" in name}
+    names = zipfile.ZipFile(wheel).namelist()
+    shipped = {name.partition(".data/data/")[2] for name in names if ".data/data/" in name}
     expected = {f"share/slipstream/{path.relative_to(ROOT)}" for path in (ROOT / "dags").rglob("*.py")}
     expected |= {f"share/slipstream/constraints/{name}/constraints.txt" for name in pins if name != "core"}
     assert shipped == expected
