@@ -7,11 +7,13 @@ are small; bytes are stored in the MLflow artifact store and are named here by U
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
 Answer = Literal["pass", "fail", "inconclusive"]
+Json: TypeAlias = dict[str, Any]
+"""A JSON object; its reader checks the values."""
 
 
 class Document(BaseModel):
@@ -104,17 +106,17 @@ class StepOutput(Document):
     artifact: Artifact | None = None
     metrics: dict[str, float] = {}
     verdicts: tuple[Verdict, ...] = ()
-    details: dict[str, Any] = {}
+    details: Json = {}
     """Small, step-specific facts, documented in the step's module."""
     signature: str = ""
     """By the platform's key over all other fields (signing.py), added when the output is recorded."""
 
-    def signed_part(self) -> dict[str, Any]:
+    def signed_part(self) -> Json:
         """Return the signed fields as JSON, so that reading the document back gives the same.
 
         Defaults are omitted: a field that a later version adds does not invalidate earlier signatures.
         """
-        part: dict[str, Any] = json.loads(self.model_dump_json(exclude_defaults=True, exclude={"signature"}))
+        part: Json = json.loads(self.model_dump_json(exclude_defaults=True, exclude={"signature"}))
         return part
 
 
@@ -127,7 +129,7 @@ class StepInput(Document):
     """MLflow parent run; `run_step` looks it up from the run key."""
     cell: Cell | None = None
     upstream: tuple[StepOutput, ...] = ()
-    params: dict[str, Any] = {}
+    params: Json = {}
     """Run-time choices, such as the registry version that started the run."""
 
     def output_of(self, step: str, cell: Cell | None = None) -> StepOutput | None:
@@ -135,12 +137,12 @@ class StepInput(Document):
         return next((o for o in self.upstream if o.step == step and o.cell == cell), None)
 
 
-def canonical(value: Any) -> str:
+def canonical(value: object) -> str:
     """Return JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """Return the sha256 of a JSON value."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 

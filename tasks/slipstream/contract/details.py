@@ -3,11 +3,11 @@
 Unknown fields are ignored: outputs of an earlier or later version stay readable.
 """
 
-from typing import Any, Self
+from typing import Self
 
 from pydantic import ConfigDict, ValidationError
 
-from slipstream.contract import Document, StepOutput
+from slipstream.contract import Document, Json, StepOutput
 from slipstream.errors import DataError
 
 
@@ -26,6 +26,6 @@ class Details(Document):
             where = ".".join(map(str, first["loc"]))
             raise DataError(f"output of step {output.step}: details.{where}: {first['msg']}") from error
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> Json:
         """Return the details as they are written."""
         return self.model_dump(mode="json")

@@ -1,9 +1,10 @@
 """Details of each step's output, in `StepOutput.details`: a class for each; that of `validate` is in evidence.py."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from slipstream.contract import Json
 from slipstream.contract.details import Details
 from slipstream.contract.evidence import Race, Row
 
@@ -151,7 +152,7 @@ class Observed(Details):
 
     skipped: str | None = None
     """Why nothing was tested or moved; None if something was."""
-    timeline: tuple[dict[str, Any], ...] = ()
+    timeline: tuple[Json, ...] = ()
     """A point for each window of requests."""
     notes: tuple[str, ...] = ()
     """Events that a reader of the verdicts should know."""
@@ -165,7 +166,7 @@ class Trial(Observed):
     champion_release: str = ""
     challenger: str | None = None
     """Version."""
-    figures: dict[str, Any] = Field(default_factory=dict)
+    figures: Json = Field(default_factory=dict)
     """Numbers behind the verdicts."""
 
 

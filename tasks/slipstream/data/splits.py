@@ -5,12 +5,12 @@ import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from slipstream import storage
+from slipstream.contract.arrays import Array
 from slipstream.data import tokens
 from slipstream.data.user_code import user_function
 from slipstream.errors import CodeError, DataError
@@ -31,8 +31,8 @@ class Split:
     (measure/metrics).
     """
 
-    inputs: npt.NDArray[Any]
-    labels: npt.NDArray[Any]
+    inputs: Array
+    labels: Array
 
     def __len__(self) -> int:
         return len(self.inputs)

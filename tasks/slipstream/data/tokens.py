@@ -6,11 +6,11 @@ batch, and the amount of padding must not change an answer: the network ignores 
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from slipstream.contract.arrays import Array
 from slipstream.errors import DataError
 
 PAD = 0
@@ -22,12 +22,12 @@ TOKENIZER = "tokenizer.json"
 """The tokenizer's file in an engine folder."""
 
 
-def is_token_ids(inputs: npt.NDArray[Any]) -> bool:
+def is_token_ids(inputs: Array) -> bool:
     """Return whether inputs are token ids: (N, T) int64. Pass ids of fixed meaning and number as int32."""
     return inputs.ndim == 2 and inputs.dtype == np.int64
 
 
-def sample_shape(inputs: npt.NDArray[Any]) -> tuple[int, ...]:
+def sample_shape(inputs: Array) -> tuple[int, ...]:
     """Return the shape of one sample of inputs (N, …), as in manifests: -1 where it varies between batches."""
     return (-1,) if is_token_ids(inputs) else inputs.shape[1:]
 
@@ -60,7 +60,7 @@ def length(batch: npt.NDArray[np.int64]) -> int:
     return int(used[-1]) + 1 if len(used) else 1
 
 
-def trim(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def trim(batch: Array) -> Array:
     """Return the batch without trailing columns that are all padding; other inputs are unchanged."""
     return batch[:, : length(batch)] if is_token_ids(batch) else batch
 
@@ -117,7 +117,7 @@ class Tokenizer:
         return str(self._tokenizer.decode(ids[ids != PAD].tolist()))
 
 
-def require_consistent(document: str | None, *inputs: npt.NDArray[Any]) -> None:
+def require_consistent(document: str | None, *inputs: Array) -> None:
     """Raise DataError unless a data set's token ids are valid, and its tokenizer, if any, can give such ids."""
     if not all(is_token_ids(ids) for ids in inputs):
         if document is not None:

@@ -7,13 +7,15 @@ with an object `ENGINE`, one entry in `plugins.ENGINES`, and a subclass of the c
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy.typing as npt
 from pydantic import ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from slipstream import digests
 from slipstream.contract import Document, Section
+from slipstream.contract.arrays import Array
 from slipstream.data import tokens
 from slipstream.engines import lengths, recorded
 from slipstream.engines.compatibility import Relation, differences
@@ -34,7 +36,7 @@ class Runner(Protocol):
     and docs/engines.md gives the evidence for each engine. Another batch size may round differently.
     """
 
-    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def run(self, batch: Array) -> Array:
         """Return (N, …) float32 outputs for inputs (N, …) in the candidate's dtype; N may vary from call to call."""
         ...
 
@@ -132,7 +134,7 @@ def _in_a_line(text: str | None) -> str:
     return " ".join(str(text).split()).rstrip(".")
 
 
-def _problem(error: Any) -> str:
+def _problem(error: ErrorDetails) -> str:
     where = ".".join(("options", *map(str, error["loc"])))
     if error["type"] == "extra_forbidden":
         return f"{where}: no such option; remove it or check its spelling"
@@ -177,7 +179,7 @@ def read_manifest(folder: Path) -> EngineManifest:
         raise EngineError(f"{folder}: not an engine folder: {error}") from error
 
 
-def require_batch(batch: npt.NDArray[Any], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+def require_batch(batch: Array, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
     """Raise DataError unless `batch` is (N, *shape) of `dtype` with N ≥ 1; NumPy would broadcast or cast silently.
 
     -1 in `shape` stands for any size of at least 1.
@@ -289,7 +291,7 @@ def size_bytes(folder: Path) -> int:
     return digests.folder_size(folder) - (evidence.stat().st_size if evidence.exists() else 0)
 
 
-def record_answers(folder: Path, runner: Runner, samples: npt.NDArray[Any]) -> None:
+def record_answers(folder: Path, runner: Runner, samples: Array) -> None:
     """Record a new engine's answers to the first of the samples (N, …), and add the file to its manifest."""
     path = recorded.record(folder, runner, samples)
     manifest = read_manifest(folder)

@@ -9,13 +9,13 @@ float32.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from slipstream import digests, hardware
+from slipstream.contract.arrays import Array
 from slipstream.engines.base import EngineManifest, Options, Runner, read_options, require_batch
 from slipstream.engines.compatibility import Relation
 from slipstream.engines.litert_file import SAVED_MODEL, arena_bytes, convert, open_interpreter
@@ -47,7 +47,7 @@ class LiteRTRunner:
         self._shape, self._dtype = tuple(map(int, port["shape_signature"][1:])), np.dtype(port["dtype"])
         self._planned: tuple[int, ...] = ()
 
-    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def run(self, batch: Array) -> Array:
         """Return (N, …) float32 outputs for inputs (N, …). Raise EngineError for a batch that the network does not
         accept."""
         require_batch(batch, self._shape, self._dtype)

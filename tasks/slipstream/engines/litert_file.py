@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+from slipstream.contract.arrays import Array
 from slipstream.errors import EngineError
 from slipstream.plugins import SCHEMES
 from slipstream.spec import Quantize, Target
@@ -43,7 +43,7 @@ def convert(candidate: Path, quantization: Quantize | None, target: Target) -> b
     return model
 
 
-def _samples(path: Path) -> Iterator[list[npt.NDArray[Any]]]:
+def _samples(path: Path) -> Iterator[list[Array]]:
     """Yield the representative data set: one sample with its batch dimension at a time."""
     with np.load(path, allow_pickle=False) as arrays:
         yield from ([sample[None]] for sample in arrays["inputs"])
@@ -101,7 +101,7 @@ def arena_bytes(model: bytes, length: int | None = None) -> int | None:
     return total
 
 
-def _spans(interpreter: Any) -> Iterator[tuple[int, int]]:
+def _spans(interpreter: Interpreter) -> Iterator[tuple[int, int]]:
     """Yield the first address, and the one after the last, of each tensor with memory; scalars do not report
     theirs."""
     for tensor in interpreter.get_tensor_details():
@@ -111,6 +111,6 @@ def _spans(interpreter: Any) -> Iterator[tuple[int, int]]:
                 yield data.ctypes.data, data.ctypes.data + data.nbytes
 
 
-def open_interpreter(model: bytes, *, xnnpack: bool = False, threads: int = 1) -> Any:
+def open_interpreter(model: bytes, *, xnnpack: bool = False, threads: int = 1) -> Interpreter:
     resolver = OpResolverType.BUILTIN if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     return Interpreter(model_content=model, num_threads=threads, experimental_op_resolver_type=resolver)

@@ -9,13 +9,12 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
 from slipstream import digests, hardware
+from slipstream.contract.arrays import Array
 from slipstream.engines.base import EngineManifest, Options, Runner, read_options, require_batch
 from slipstream.engines.compatibility import Relation
 from slipstream.errors import EngineError
@@ -50,7 +49,7 @@ class OnnxRuntimeRunner:
             )
         self._dtype = np.dtype(DTYPES[port.type])
 
-    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def run(self, batch: Array) -> Array:
         """Return (N, …) float32 outputs for inputs (N, …)."""
         require_batch(batch, self._shape, self._dtype)
         return np.asarray(self._session.run([OUTPUT], {INPUT: batch})[0], dtype=np.float32)

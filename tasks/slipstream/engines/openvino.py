@@ -6,15 +6,15 @@ it, and a comparison with "FP32" would be one with BF16.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-import numpy.typing as npt
 import openvino as ov
 from openvino._offline_transformations import apply_moc_transformations
 from pydantic import Field
 
 from slipstream import digests, hardware
+from slipstream.contract.arrays import Array
 from slipstream.engines import openvino_devices as devices
 from slipstream.engines import openvino_strides as strides
 from slipstream.engines.base import EngineManifest, Options, Runner, read_options, require_batch
@@ -84,7 +84,7 @@ class OpenVINORunner:
             compiled = ov.Core().compile_model(model, self._target.device, _properties(self._target))
         return compiled
 
-    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def run(self, batch: Array) -> Array:
         """Return (N, …) float32 outputs for inputs (N, …)."""
         require_batch(batch, self._shape, self._dtype)
         if self._single is not None and len(batch) == 1:
@@ -190,21 +190,21 @@ def _cannot(device: str, precision: str) -> str:
     return f"openvino: {lacking}; set the target's `precision` to f32"
 
 
-def _properties(target: Target) -> dict[str, Any]:
+def _properties(target: Target) -> dict[str, object]:
     """Return the compilation settings, for the device or, if it is virtual, for each device that it may use."""
     if devices.composed(target.device) is None:
         return _of_device(target.device, target)
     used = devices.candidates(target.device, ov.Core().available_devices)
-    properties: dict[str, Any] = {"DEVICE_PROPERTIES": {device: _of_device(device, target) for device in used}}
+    properties: dict[str, object] = {"DEVICE_PROPERTIES": {device: _of_device(device, target) for device in used}}
     if devices.composed(target.device) == "AUTO":
         # Otherwise AUTO answers from the CPU until another device is ready, and the measured device changes midway.
         properties["ENABLE_STARTUP_FALLBACK"] = False
     return properties
 
 
-def _of_device(device: str, target: Target) -> dict[str, Any]:
+def _of_device(device: str, target: Target) -> dict[str, object]:
     options = read_options(target, OpenVINOOptions)
-    properties: dict[str, Any] = {
+    properties: dict[str, object] = {
         "INFERENCE_PRECISION_HINT": target.precision,
         "PERFORMANCE_HINT": options.hint.upper(),
     }

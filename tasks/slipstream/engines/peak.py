@@ -2,12 +2,11 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slipstream.contract import Document
+from slipstream.contract.arrays import Array
 from slipstream.contract.ask import Unanswered, answer, ask
 from slipstream.engines.base import load_engine
 from slipstream.errors import EngineError, SlipstreamError
@@ -35,7 +34,7 @@ class Peak(Document):
     """Why the engine cannot be loaded, or does not answer."""
 
 
-def peak_memory_mib(folder: Path, inputs: NDArray[Any]) -> float | None:
+def peak_memory_mib(folder: Path, inputs: Array) -> float | None:
     """Return the most memory that loading the engine and its first requests add to an otherwise idle process.
 
     `inputs` are (N, ...) samples. The runtime's libraries count. Return None if the kernel does not report it. Raise

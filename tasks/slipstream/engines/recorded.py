@@ -8,11 +8,11 @@ one that was judged. The file is bounded, and not counted as part of the engine'
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from slipstream.contract.arrays import Array
 from slipstream.errors import EngineError
 from slipstream.onnx.agreement.bounds import Agreement, Bound, explain_mismatch, measure
 
@@ -27,17 +27,17 @@ MOST_BYTES = 2 * 2**20
 class Runs(Protocol):
     """A loaded engine (engines.base.Runner)."""
 
-    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def run(self, batch: Array) -> Array:
         """Return (N, …) outputs for inputs (N, …)."""
         ...
 
 
-def record(folder: Path, runner: Runs, samples: npt.NDArray[Any]) -> Path:
+def record(folder: Path, runner: Runs, samples: Array) -> Path:
     """Write the first of the samples (N, …) and the engine's answers. Return the file.
 
     Each sample is run alone, as most requests are: an engine may have another form for a batch of one.
     """
-    answers: list[npt.NDArray[Any]] = []
+    answers: list[Array] = []
     for i in range(min(SAMPLES, len(samples))):
         answers.append(runner.run(np.ascontiguousarray(samples[i : i + 1])))
         if (i + 2) * (samples[:1].nbytes + answers[0].nbytes) > MOST_BYTES:
@@ -47,7 +47,7 @@ def record(folder: Path, runner: Runs, samples: npt.NDArray[Any]) -> Path:
     return path
 
 
-def read(folder: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def read(folder: Path) -> tuple[Array, Array]:
     """Return samples (N, …) and answers (N, …). Raise EngineError if there are none."""
     try:
         with np.load(folder / FILE, allow_pickle=False) as stored:
@@ -59,7 +59,7 @@ def read(folder: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         ) from error
 
 
-def answer(runner: Runs, samples: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def answer(runner: Runs, samples: Array) -> Array:
     """Return (N, …) answers, with each sample run alone."""
     return np.concatenate([runner.run(samples[i : i + 1]) for i in range(len(samples))])
 

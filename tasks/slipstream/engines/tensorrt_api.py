@@ -13,7 +13,6 @@ Compared by introspection of the modules of `tensorrt` 11.4 and TensorRT for RTX
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 try:
     import tensorrt as trt
@@ -38,9 +37,9 @@ class Messages(trt.ILogger):  # type: ignore[misc]  # TensorRT has no type infor
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
-        self._kept: list[tuple[Any, str]] | None = None
+        self._kept: list[tuple[trt.ILogger.Severity, str]] | None = None
 
-    def log(self, severity: Any, msg: str) -> None:
+    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
         """Called by TensorRT."""
         if self._kept is not None:
             self._kept.append((severity, msg))
@@ -60,7 +59,7 @@ class Said:
     """Messages of TensorRT: (severity, text)."""
 
     def __init__(self) -> None:
-        self.lines: list[tuple[Any, str]] = []
+        self.lines: list[tuple[trt.ILogger.Severity, str]] = []
 
     def errors(self) -> str:
         """Return the distinct errors, without TensorRT's source locations and consequential errors."""

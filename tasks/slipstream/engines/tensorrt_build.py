@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 
@@ -84,7 +83,7 @@ def build_plan(
         return bytes(built), messages, figures
 
 
-def _network(builder: Any, model: onnx.ModelProto, messages: Said) -> Any:
+def _network(builder: trt.Builder, model: onnx.ModelProto, messages: Said) -> trt.INetworkDefinition:
     """Return the strongly typed network of a model. Raise EngineError."""
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if not RTX and MAJOR < 11 else 0
     network = builder.create_network(flags)
@@ -95,7 +94,7 @@ def _network(builder: Any, model: onnx.ModelProto, messages: Said) -> Any:
     return network
 
 
-def _problem(error: Any) -> str:
+def _problem(error: trt.ParserError) -> str:
     where = f"node {error.node_name() or error.node()} ({error.node_operator()})"
     text = str(error.desc()).partition("\n")[0].removeprefix("Assertion failed: ")
     code = str(error.code()).rpartition(".")[2]
@@ -104,7 +103,7 @@ def _problem(error: Any) -> str:
     return f"{where}: {text}"
 
 
-def _config(builder: Any, target: Target, options: TensorRTOptions) -> Any:
+def _config(builder: trt.Builder, target: Target, options: TensorRTOptions) -> trt.IBuilderConfig:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the layers can be told apart
     flags = {
@@ -133,7 +132,9 @@ def _config(builder: Any, target: Target, options: TensorRTOptions) -> Any:
     return config
 
 
-def _add_profile(builder: Any, config: Any, network: Any, shapes: Profile) -> None:
+def _add_profile(
+    builder: trt.Builder, config: trt.IBuilderConfig, network: trt.INetworkDefinition, shapes: Profile
+) -> None:
     if -1 not in tuple(network.get_input(0).shape):
         return  # the model itself fixes its batch
     optimization_profile = builder.create_optimization_profile()
@@ -143,7 +144,7 @@ def _add_profile(builder: Any, config: Any, network: Any, shapes: Profile) -> No
 
 
 @contextmanager
-def _timing_cache(config: Any, path: Path | None) -> Iterator[None]:
+def _timing_cache(config: trt.IBuilderConfig, path: Path | None) -> Iterator[None]:
     """Use a timing cache and write back what the build added. A file that this TensorRT does not accept is replaced."""
     if path is None:
         yield

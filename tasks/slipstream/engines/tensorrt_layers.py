@@ -8,9 +8,8 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from slipstream.contract import Document
+from slipstream.contract import Document, Json
 from slipstream.engines.base import LAYERS
 from slipstream.engines.tensorrt_api import MESSAGES, Said, trt
 
@@ -64,7 +63,7 @@ def from_builder(said: Said) -> list[Layer]:
     return [_from_line(match.groupdict("")) for line in tables[-1].splitlines() if (match := LINE.match(line))]
 
 
-def from_inspector(engine: Any) -> list[Layer]:
+def from_inspector(engine: trt.ICudaEngine) -> list[Layer]:
     """Return the layers of a loaded engine."""
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return from_json(text)
@@ -86,7 +85,7 @@ def write(folder: Path, plan: bytes, said: Said, *, loadable: bool) -> list[Laye
     return layers
 
 
-def table(layers: Iterable[Layer]) -> dict[str, list[Any]]:
+def table(layers: Iterable[Layer]) -> dict[str, list[str] | list[list[str]]]:
     """Return columns and rows in the form of MLflow's tables."""
     rows = [
         [layer.name, layer.type, layer.precision, ", ".join(layer.onnx), _joined(layer.inputs), _joined(layer.weights),
@@ -122,7 +121,7 @@ def _from_line(fields: dict[str, str]) -> Layer:
     )
 
 
-def _from_json(layer: dict[str, Any]) -> Layer:
+def _from_json(layer: Json) -> Layer:
     def precisions(part: str) -> tuple[str, ...]:
         return tuple(_precision(tensor) for tensor in layer.get(part, ()) if isinstance(tensor, dict))
 
@@ -137,7 +136,7 @@ def _from_json(layer: dict[str, Any]) -> Layer:
     )
 
 
-def _precision(tensor: dict[str, Any]) -> str:
+def _precision(tensor: Json) -> str:
     word = tensor.get("Datatype") or tensor.get("DataType")
     if word is not None:
         return PRECISIONS.get(word, str(word))

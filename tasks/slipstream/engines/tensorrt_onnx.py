@@ -11,14 +11,13 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.errors import EngineError
 from slipstream.onnx import graph as onnx_graph
 from slipstream.onnx.graph import DEQUANTIZE, QUANTIZE
@@ -58,7 +57,7 @@ def prepare(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
 def normalise(model: onnx.ModelProto) -> list[str]:
     """Rewrite, in place, the Q/DQ nodes that TensorRT does not accept; return their names. Raise EngineError for
     others."""
-    constants, kinds = onnx_graph.constants(model.graph), dict[str, npt.NDArray[Any]]()
+    constants, kinds = onnx_graph.constants(model.graph), dict[str, Array]()
     changed, added, nodes = [], list[onnx.TensorProto](), list[onnx.NodeProto]()
     makers = {name: node.op_type for node in model.graph.node for name in node.output}
     for node in model.graph.node:
@@ -94,12 +93,12 @@ def _clip(node: onnx.NodeProto, ends: tuple[float, float], added: list[onnx.Tens
 class _Scheme:
     """Scale and zero point of a Q/DQ node; `scale` is a scalar, or one for each channel."""
 
-    scale: npt.NDArray[np.float32]
-    zero: npt.NDArray[Any]
+    scale: Float32Array
+    zero: Array
 
     @classmethod
     def of(
-        cls, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], kinds: dict[str, npt.NDArray[Any]]
+        cls, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], kinds: dict[str, Array]
     ) -> "_Scheme | None":
         """Return None for a node whose type TensorRT accepts unchanged. `kinds` are the zero points of tensors so far.
 
@@ -125,7 +124,7 @@ class _Scheme:
         return self.zero.dtype == np.int8 and not self.zero.any()
 
     @property
-    def wider(self) -> npt.NDArray[np.float32]:
+    def wider(self) -> Float32Array:
         """Scale of int8 with zero point 0 that covers the same range."""
         least, most = RANGES[self.zero.dtype]
         zero = self.zero.astype(np.int32)
@@ -163,9 +162,7 @@ class _Scheme:
         return [numpy_helper.from_array(np.asarray(value), key) for key, value in new_constants]
 
 
-def _zero(
-    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], kinds: dict[str, npt.NDArray[Any]]
-) -> npt.NDArray[Any] | None:
+def _zero(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], kinds: dict[str, Array]) -> Array | None:
     """Return the zero point of a Q/DQ node, also if ONNX's default applies; None if it is not a constant."""
     if len(node.input) > 2 and node.input[2]:
         tensor = constants.get(node.input[2])
@@ -179,7 +176,7 @@ def _zero(
     return kinds.get(node.input[0])
 
 
-def _along(values: npt.NDArray[Any], axis: int, dimensions: int) -> npt.NDArray[Any]:
+def _along(values: Array, axis: int, dimensions: int) -> Array:
     """Return (C,) values shaped to broadcast along an axis; scalars are unchanged."""
     if values.size == 1:
         return values.reshape(())
@@ -238,7 +235,7 @@ def _hoist(graph: onnx.GraphProto) -> None:
             graph.node.remove(node)
 
 
-def _to_bfloat16(graph: onnx.GraphProto, originals: dict[str, npt.NDArray[Any]]) -> None:
+def _to_bfloat16(graph: onnx.GraphProto, originals: dict[str, Array]) -> None:
     """Change FLOAT16 to BFLOAT16, in place; `originals` are the float32 values of the initializers that have one."""
     for tensor in graph.initializer:
         _round(tensor, originals.get(tensor.name))
@@ -255,7 +252,7 @@ def _to_bfloat16(graph: onnx.GraphProto, originals: dict[str, npt.NDArray[Any]])
                 _to_bfloat16(inner, originals)
 
 
-def _round(tensor: onnx.TensorProto, original: npt.NDArray[Any] | None) -> None:
+def _round(tensor: onnx.TensorProto, original: Array | None) -> None:
     if tensor.data_type == TensorProto.FLOAT16:
         values = numpy_helper.to_array(tensor) if original is None else original
         tensor.CopyFrom(numpy_helper.from_array(values.astype(ml_dtypes.bfloat16), tensor.name))
@@ -273,7 +270,7 @@ def sparse_layers(model: onnx.ModelProto) -> tuple[int, int]:
     return sum(patterned), len(patterned)
 
 
-def _weights(model: onnx.ModelProto) -> Iterator[npt.NDArray[Any]]:
+def _weights(model: onnx.ModelProto) -> Iterator[Array]:
     """Yield the constant weights of the layers in SPARSE, input channels last."""
     constants = onnx_graph.constants(model.graph)
     makers = {name: node for node in model.graph.node for name in node.output}
@@ -290,7 +287,7 @@ def _weights(model: onnx.ModelProto) -> Iterator[npt.NDArray[Any]]:
                     yield np.moveaxis(weights, axis, -1)
 
 
-def _is_two_of_four(weights: npt.NDArray[Any]) -> bool:
+def _is_two_of_four(weights: Array) -> bool:
     channels = weights.shape[-1]
     if channels % 4:
         return False

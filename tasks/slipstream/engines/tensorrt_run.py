@@ -13,12 +13,11 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from cuda.bindings import runtime as cuda
 
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.engines.base import require_batch
 from slipstream.engines.tensorrt_api import MESSAGES, RTX, trt
 from slipstream.engines.tensorrt_options import TensorRTOptions
@@ -68,13 +67,13 @@ class TensorRTRunner:
         self._least, self._most = self._profile()
         self._stream = ask(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking), "a CUDA stream")
         self._resources.callback(cuda.cudaStreamDestroy, self._stream)
-        self._runtime_cache: Any = None
+        self._runtime_cache: trt.IRuntimeCache | None = None
         self._context = self._new_context()
         self._buffers = self._allocate()
         self._graphs: dict[Shape, _Graph | None] = {}
         self._graphed = set(usual_shapes(target, self._shape)) if options.cuda_graph else set()
 
-    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def run(self, batch: Array) -> Array:
         """Return (N, …) float32 outputs for inputs (N, …). Raise DataError for a shape outside the engine's profile."""
         require_batch(batch, _like(self._shape, batch.shape[1:]), self._dtype)
         least, most, shape = self._least[1:], self._most[1:], batch.shape[1:]
@@ -87,7 +86,7 @@ class TensorRTRunner:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _run_one(self, part: npt.NDArray[Any], size: int) -> npt.NDArray[np.float32]:
+    def _run_one(self, part: Array, size: int) -> Float32Array:
         shape = (size, *part.shape[1:])
         inputs = self._buffers.host_input(shape)
         np.copyto(inputs[: len(part)], part)
@@ -102,7 +101,7 @@ class TensorRTRunner:
         # A copy: the next answer is written into the same memory.
         return np.array(self._buffers.host_output(answer)[: len(part)], dtype=np.float32)
 
-    def _enqueue(self, context: Any, shape: Shape) -> Shape:
+    def _enqueue(self, context: trt.IExecutionContext, shape: Shape) -> Shape:
         """Enqueue copy in, network, copy out on the stream; return the shape of the answer."""
         if not context.set_input_shape(INPUT, shape):
             raise DataError(f"the engine does not take a batch of shape {shape}")
@@ -158,7 +157,7 @@ class TensorRTRunner:
         least, _, most = self._engine.get_tensor_profile_shape(INPUT, 0)
         return tuple(map(int, least)), tuple(map(int, most))
 
-    def _new_context(self) -> Any:
+    def _new_context(self) -> trt.IExecutionContext:
         """Return an execution context. TensorRT for RTX compiles its kernels for the GPU now, or finds them in the
         cache."""
         if not RTX:
@@ -202,8 +201,8 @@ class TensorRTRunner:
 class _Graph:
     """A captured run of one shape."""
 
-    executable: Any
-    context: Any
+    executable: cuda.cudaGraphExec_t
+    context: trt.IExecutionContext
     """Kept alive: the graph's kernels use its memory."""
     answer: Shape
 
@@ -216,19 +215,19 @@ class _Buffers:
     pinned_out: int
     device_in: int
     device_out: int
-    dtype: np.dtype[Any]
-    out: np.dtype[Any]
+    dtype: np.dtype[np.generic]
+    out: np.dtype[np.generic]
 
-    def host_input(self, shape: Shape) -> npt.NDArray[Any]:
+    def host_input(self, shape: Shape) -> Array:
         """Return the pinned input buffer's start, as an array."""
         return _view(self.pinned_in, shape, self.dtype)
 
-    def host_output(self, shape: Shape) -> npt.NDArray[Any]:
+    def host_output(self, shape: Shape) -> Array:
         """Return the pinned output buffer's start, as an array."""
         return _view(self.pinned_out, shape, self.out)
 
 
-def _view(address: int, shape: Shape, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def _view(address: int, shape: Shape, dtype: np.dtype[np.generic]) -> Array:
     size = math.prod(shape) * dtype.itemsize
     memory = (ctypes.c_uint8 * size).from_address(address)
     return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
@@ -241,7 +240,7 @@ def _like(shape: Shape, actual: Shape) -> Shape:
     return tuple(size if size > 0 else there for size, there in zip(shape, actual, strict=True))
 
 
-def _deserialize(plan: bytes) -> Any:
+def _deserialize(plan: bytes) -> trt.ICudaEngine:
     with MESSAGES.kept() as messages:
         engine = trt.Runtime(MESSAGES).deserialize_cuda_engine(plan)
     if engine is None:
@@ -249,7 +248,7 @@ def _deserialize(plan: bytes) -> Any:
     return engine
 
 
-def _made(context: Any) -> Any:
+def _made(context: trt.IExecutionContext | None) -> trt.IExecutionContext:
     if context is None:
         raise EngineError("tensorrt: no execution context: the GPU's memory does not suffice, or its driver is too old")
     return context

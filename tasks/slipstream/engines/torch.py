@@ -12,13 +12,13 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from slipstream import digests, hardware
+from slipstream.contract.arrays import Array
 from slipstream.engines.base import EngineManifest, Options, Runner, read_options, require_batch
 from slipstream.engines.compatibility import Relation
 from slipstream.errors import EngineError, ModelError
@@ -47,17 +47,17 @@ class TorchOptions(Options):
 class TorchRunner:
     """A callable on tensors. Threads are set for the whole process: PyTorch has no other way."""
 
-    def __init__(self, call: Callable[[Any], Any], manifest: CandidateManifest, threads: int) -> None:
+    def __init__(self, call: Callable[[torch.Tensor], torch.Tensor], manifest: CandidateManifest, threads: int) -> None:
         torch.set_num_threads(threads)
         self._call = call
         self._shape, self._dtype = manifest.input_shape, np.dtype(manifest.input_dtype)
 
-    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def run(self, batch: Array) -> Array:
         """Return (N, …) float32 outputs for inputs (N, …)."""
         require_batch(batch, self._shape, self._dtype)
         inputs = np.require(batch, requirements=["C", "W"])  # compiled code relies on the layout; PyTorch may write
         with torch.inference_mode():
-            outputs: npt.NDArray[Any] = self._call(torch.from_numpy(inputs)).float().numpy()
+            outputs: Array = self._call(torch.from_numpy(inputs)).float().numpy()
         return outputs
 
 
@@ -126,8 +126,8 @@ class Torch:
         )
 
 
-def _load(folder: Path, mode: str) -> Callable[[Any], Any]:
-    loaded: Callable[[Any], Any]
+def _load(folder: Path, mode: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    loaded: Callable[[torch.Tensor], torch.Tensor]
     if mode == "torchscript":
         loaded = torch.jit.load(folder / SCRIPT)
     elif mode == "aotinductor":
@@ -138,14 +138,14 @@ def _load(folder: Path, mode: str) -> Callable[[Any], Any]:
     return loaded
 
 
-def _script(network: Any, example: Any, folder: Path) -> None:
+def _script(network: torch.nn.Module, example: torch.Tensor, folder: Path) -> None:
     """Trace and freeze: weights become constants, so that operators can be fused."""
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.freeze(torch.jit.trace(network, example)).save(folder / SCRIPT)
 
 
-def _package(network: Any, example: Any, varying: list[int], folder: Path) -> None:
+def _package(network: torch.nn.Module, example: torch.Tensor, varying: list[int], folder: Path) -> None:
     """Export with the variable dimensions, and compile."""
     dimensions = {i: torch.export.Dim(f"d{i}", min=1) for i in varying}
     with torch.no_grad(), warnings.catch_warnings():
@@ -154,7 +154,7 @@ def _package(network: Any, example: Any, varying: list[int], folder: Path) -> No
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / PACKAGE))
 
 
-def _example(manifest: CandidateManifest) -> tuple[Any, list[int]]:
+def _example(manifest: CandidateManifest) -> tuple[torch.Tensor, list[int]]:
     """Return an input of two samples (ones, since token ids of 0 are padding), and its variable dimensions."""
     shape = [LENGTH if size == -1 else size for size in manifest.input_shape]
     varying = [0, *(i for i, size in enumerate(manifest.input_shape, start=1) if size == -1)]

@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 from slipstream.contract import Document
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.data.splits import Data, Split
 from slipstream.digests import versions
 from slipstream.errors import ModelError, SpecError
@@ -23,6 +21,10 @@ from slipstream.plugins import FRAMEWORKS
 from slipstream.spec import Call, Cluster, Optimizer, Prune, Quantize, Spec
 
 T = TypeVar("T")
+
+Network: TypeAlias = object
+"""A framework's own network, opaque outside that framework's modules: a `torch.nn.Module`, a `keras_files.Network`
+or an `onnx.Network`."""
 
 MANIFEST = "candidate.json"
 ONNX = "model.onnx"
@@ -57,7 +59,7 @@ class CandidateManifest(Document):
 class Eager(Protocol):
     """A candidate run by its own framework."""
 
-    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def run(self, batch: Array) -> Array:
         """Return (N, …) float32 outputs for inputs (N, …)."""
         ...
 
@@ -101,11 +103,11 @@ class Group:
         bounds = [len(samples) * rank // self.size for rank in (self.rank, self.rank + 1)]
         return samples[bounds[0] : bounds[1]]
 
-    def wrap(self, network: Any) -> Any:
+    def wrap(self, network: T) -> T:
         """Return the network, whose backward pass leaves the mean of all processes' gradients in each of them."""
         return network
 
-    def average_buffers(self, network: Any) -> None:
+    def average_buffers(self, network: Network) -> None:
         """Set floating-point buffers, such as batch norm's running statistics, to the mean over all processes."""
 
     def broadcast_file(self, path: Path) -> None:
@@ -162,7 +164,7 @@ class Schedule:
 class SoftTargets:
     """A teacher's answers for the training split, and their part in the loss (Hinton et al. 2015)."""
 
-    logits: npt.NDArray[np.float32]
+    logits: Float32Array
     """(N, …), in the order of the training split."""
     temperature: float
     weight: float
@@ -172,7 +174,7 @@ class SoftTargets:
 class Pruner(Protocol):
     """A network that loses channels, round by round."""
 
-    network: Any
+    network: Network
 
     def prune(self, sparsity: float, round_to: int) -> None:
         """Remove channels until the share `sparsity` of the original ones is gone; widths stay multiples."""
@@ -194,7 +196,7 @@ class Framework(Protocol):
         """Return the candidate, run by the framework itself in FP32: the familiar baseline."""
         ...
 
-    def load(self, candidate: Path) -> Any:
+    def load(self, candidate: Path) -> Network:
         """Return the trained network of a candidate folder. Raise ModelError if the weights do not fit."""
         ...
 
@@ -206,15 +208,15 @@ class Framework(Protocol):
         """
         ...
 
-    def load_weights(self, weights: Path, architecture: Call | None) -> Any:
+    def load_weights(self, weights: Path, architecture: Call | None) -> Network:
         """Return the network at `find_model`'s path. Raise ModelError if the weights do not fit the architecture."""
         ...
 
-    def save(self, network: Any, architecture: Call | None, samples: Split, folder: Path) -> "CandidateManifest":
+    def save(self, network: Network, architecture: Call | None, samples: Split, folder: Path) -> "CandidateManifest":
         """Write a candidate folder. `samples` are a few real ones on which its ONNX form must agree."""
         ...
 
-    def logits(self, network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def logits(self, network: Network, inputs: Array) -> Float32Array:
         """Return (N, classes) outputs for inputs (N, …)."""
         ...
 
@@ -222,15 +224,15 @@ class Framework(Protocol):
 class Trainer(Framework, Protocol):
     """A framework whose models can be trained: all but ONNX."""
 
-    def build(self, architecture: Call | None, seed: int) -> Any:
+    def build(self, architecture: Call | None, seed: int) -> Network:
         """Return the untrained network. Raise ModelError if the function does not return one, or is missing."""
         ...
 
-    def train(self, function: Call, job: Job) -> Any:
+    def train(self, function: Call, job: Job) -> Network:
         """Return the network that the user's train function trains on the data."""
         ...
 
-    def fit(self, network: Any, job: Job, schedule: Schedule, name: str, soft: SoftTargets | None = None) -> None:
+    def fit(self, network: Network, job: Job, schedule: Schedule, name: str, soft: SoftTargets | None = None) -> None:
         """Train in place on the training split, resuming from the checkpoint `name` if there is one."""
         ...
 
@@ -243,7 +245,7 @@ class Prunes(Trainer, Protocol):
         """Return a pruner for a candidate's network."""
         ...
 
-    def require_prunable(self, network: Any, samples: Split, prune: Prune) -> None:
+    def require_prunable(self, network: Network, samples: Split, prune: Prune) -> None:
         """Raise ModelError for a network that cannot be pruned as the section says; the network is unchanged."""
         ...
 
@@ -256,7 +258,7 @@ class Distributes(Trainer, Protocol):
         """Join the group that a launcher started this process for."""
         ...
 
-    def launch(self, workers: int, function: Callable[..., T], *arguments: Any) -> T:
+    def launch(self, workers: int, function: Callable[..., T], *arguments: object) -> T:
         """Call `function(group, *arguments)` in that many processes on this machine; return process 0's result.
 
         Raise the error of the process that failed first.
@@ -267,7 +269,7 @@ class Distributes(Trainer, Protocol):
 class Constrained(Protocol):
     """A network whose weights are constrained to be sparse, clustered or rounded, during and after training."""
 
-    network: Any
+    network: Network
 
     def finish(self) -> dict[str, float]:
         """Remove what only training needed; return measured `sparsity`, `unique_weights`, `parameters` of the result.

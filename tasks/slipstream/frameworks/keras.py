@@ -4,11 +4,11 @@ Images are (N, height, width, channels), as returned by the data function.
 """
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.data.splits import Split
 from slipstream.data.user_code import user_function
 from slipstream.errors import ModelError
@@ -23,6 +23,7 @@ from slipstream.frameworks.base import (
     SoftTargets,
     read_manifest,
 )
+from slipstream.frameworks.keras_files import Network
 from slipstream.frameworks.keras_runtime import keras, tf
 from slipstream.spec import Call, Cluster, Prune, Quantize
 
@@ -32,12 +33,12 @@ T = TypeVar("T")
 class KerasEager:
     """A candidate run by TensorFlow in FP32, as a graph, as in Keras's own `predict`."""
 
-    def __init__(self, network: Any, manifest: CandidateManifest) -> None:
+    def __init__(self, network: Network, manifest: CandidateManifest) -> None:
         shape = (None, *(None if size == -1 else size for size in manifest.input_shape))
         signature = [tf.TensorSpec(shape, manifest.input_dtype, name=INPUT)]
         self._run = tf.function(lambda batch: network(batch, training=False), input_signature=signature)
 
-    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def run(self, batch: Array) -> Array:
         """Return (N, …) float32 outputs for inputs (N, …)."""
         return np.asarray(self._run(tf.constant(batch)), np.float32)
 
@@ -55,7 +56,7 @@ class KerasFramework:
             _set_threads(threads)
         return KerasEager(self.load(candidate), read_manifest(candidate))
 
-    def build(self, architecture: Call | None, seed: int) -> Any:
+    def build(self, architecture: Call | None, seed: int) -> keras.Model:
         """Return the untrained network. Raise ModelError if the function does not return a Keras model, or is
         missing."""
         if architecture is None:
@@ -63,7 +64,7 @@ class KerasFramework:
         keras_training.seed_everything(seed)
         return _require_model(user_function(architecture)(**architecture.params), architecture)
 
-    def load(self, candidate: Path) -> Any:
+    def load(self, candidate: Path) -> Network:
         """Return the trained network of a candidate folder. Raise ModelError if its file cannot be read."""
         manifest = read_manifest(candidate)
         if manifest.quantized:
@@ -76,11 +77,11 @@ class KerasFramework:
         """Return the path of the one trained model in a folder, or the file. Raise ModelError."""
         return path if path.is_file() else keras_files.find(path)
 
-    def load_weights(self, weights: Path, architecture: Call | None) -> Any:
+    def load_weights(self, weights: Path, architecture: Call | None) -> Network:
         """Return the network of a .keras or .h5 file, or of a SavedModel's folder. Raise ModelError."""
         return keras_files.load(weights, architecture)
 
-    def save(self, network: Any, architecture: Call | None, samples: Split, folder: Path) -> CandidateManifest:
+    def save(self, network: Network, architecture: Call | None, samples: Split, folder: Path) -> CandidateManifest:
         """Write a candidate folder. Raise ModelError for NaN weights, or if ONNX Runtime and Keras disagree."""
         folder.mkdir(parents=True)
         inputs = samples.inputs[:8]
@@ -97,16 +98,16 @@ class KerasFramework:
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
         return manifest
 
-    def logits(self, network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def logits(self, network: Network, inputs: Array) -> Float32Array:
         """Return (N, …) outputs for inputs (N, …); their logarithm if the network answers probabilities."""
         return keras_training.logits(network, inputs)
 
-    def train(self, function: Call, job: Job) -> Any:
+    def train(self, function: Call, job: Job) -> keras.Model:
         """Return the network that the user's train function returns. Raise ModelError if it returns something else."""
         keras_training.seed_everything(job.seed)
         return _require_model(user_function(function)(keras_training.Training(job), **function.params), function)
 
-    def fit(self, network: Any, job: Job, schedule: Schedule, name: str, soft: SoftTargets | None = None) -> None:
+    def fit(self, network: Network, job: Job, schedule: Schedule, name: str, soft: SoftTargets | None = None) -> None:
         """Train in place, resuming from the checkpoint `name`."""
         keras_training.seed_everything(job.seed)
         keras_training.fit(network, job, schedule, name, soft=soft)
@@ -138,7 +139,7 @@ def _set_threads(threads: int) -> None:
         ) from error
 
 
-def _require_model(network: Any, call: Call) -> Any:
+def _require_model(network: object, call: Call) -> keras.Model:
     if isinstance(network, keras.Model):
         return network
     kind = type(network)

@@ -10,16 +10,22 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 
+from slipstream.contract.arrays import Array
 from slipstream.errors import ModelError
 from slipstream.frameworks.keras_runtime import keras
 from slipstream.frameworks.keras_training import outputs
 from slipstream.onnx.agreement.bounds import EXACT, explain_mismatch
+
+if TYPE_CHECKING:  # slow to import; `read` imports it for a file that needs it
+    import keras as keras_3
+
+Keras3Layer: TypeAlias = "keras_3.Layer"
+"""A layer of Keras 3; its models are layers too."""
 
 INSTEAD = "export the model with model.export() and name that folder, or name a function that builds it with tf.keras"
 """Alternatives that always work: a SavedModel gives answers, but cannot be trained; a Keras 2 network can."""
@@ -34,7 +40,7 @@ ADDED = {"MultiHeadAttention": {"query_shape": None, "key_shape": None, "value_s
 NAMED = 5
 
 
-def convert(path: Path) -> Any:
+def convert(path: Path) -> keras.Model:
     """Return the network of a .keras or .h5 file that Keras 3 wrote. Raise ModelError."""
     _require_plain(path)
     theirs = read(path)
@@ -45,7 +51,7 @@ def convert(path: Path) -> Any:
     return network
 
 
-def read(path: Path) -> Any:
+def read(path: Path) -> Keras3Layer:
     """Return the model as Keras 3 reads it. Raise ModelError."""
     import keras as keras_3
 
@@ -56,7 +62,7 @@ def read(path: Path) -> Any:
         raise ModelError(f"{path.name}: Keras 3 cannot read it: {type(error).__name__}: {reason}") from error
 
 
-def require_equal(path: Path, theirs: Any, network: Any, what: str) -> None:
+def require_equal(path: Path, theirs: Keras3Layer, network: keras.Model, what: str) -> None:
     """Raise ModelError unless both give the same answers to two random samples."""
     shape = [2, *(size or 8 for size in network.input_shape[1:])]
     dtype = network.inputs[0].dtype.as_numpy_dtype
@@ -66,7 +72,7 @@ def require_equal(path: Path, theirs: Any, network: Any, what: str) -> None:
         raise ModelError(f"{path.name}: {what}, with the same weights, it {problem}; {INSTEAD}")
 
 
-def _sample(theirs: Any, shape: list[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def _sample(theirs: Keras3Layer, shape: list[int], dtype: np.dtype[np.generic]) -> Array:
     """Return random inputs; ids that every embedding has, whatever their dtype."""
     rng = np.random.default_rng(0)
     ids = [layer.input_dim for layer in theirs._flatten_layers() if type(layer).__name__ == "Embedding"]
@@ -85,7 +91,7 @@ def _require_plain(path: Path) -> None:
         )
 
 
-def _config(path: Path) -> Any:
+def _config(path: Path) -> object:
     """Return the network's description. Raise ModelError for a file that contains only weights."""
     try:
         if zipfile.is_zipfile(path):
@@ -100,7 +106,7 @@ def _config(path: Path) -> Any:
         ) from None
 
 
-def _strangers(config: Any) -> Iterator[str]:
+def _strangers(config: object) -> Iterator[str]:
     """Yield third-party classes in a description."""
     if isinstance(config, Mapping):
         name, module = config.get("class_name"), config.get("module") or "keras"
@@ -124,9 +130,9 @@ class _Conversion:
 
     def __init__(self, file: str) -> None:
         self.file = file
-        self.made: dict[int, Any] = {}
+        self.made: dict[int, tuple[Keras3Layer, keras.layers.Layer]] = {}
 
-    def network(self, theirs: Any) -> Any:
+    def network(self, theirs: Keras3Layer) -> keras.Model:
         """Return a Keras 2 model with the layers, graph and weights of a Keras 3 model."""
         functional = getattr(theirs, "_functional", None) or theirs  # the content of a Sequential
         if not hasattr(functional, "_run_through_graph"):
@@ -135,14 +141,14 @@ class _Conversion:
         answers = functional._run_through_graph(inputs, operation_fn=self._layer, call_fn=self._call)
         return keras.Model(inputs if len(inputs) > 1 else inputs[0], answers, name=theirs.name)
 
-    def _layer(self, theirs: Any) -> Any:
+    def _layer(self, theirs: Keras3Layer) -> tuple[Keras3Layer, keras.layers.Layer]:
         """Return the counterpart of a layer, or of a model used as one, and its settings."""
         if id(theirs) not in self.made:
             nested = hasattr(theirs, "_run_through_graph") or hasattr(theirs, "_functional")
             self.made[id(theirs)] = (theirs, self.network(theirs) if nested else self._single(theirs))
         return self.made[id(theirs)]
 
-    def _call(self, pair: tuple[Any, Any], *arguments: Any, **keywords: Any) -> Any:
+    def _call(self, pair: tuple[Keras3Layer, keras.layers.Layer], *arguments: object, **keywords: object) -> object:
         """Call a counterpart in the graph, which creates its weights."""
         theirs, layer = pair
         used = {name: value for name, value in keywords.items() if value is not None}
@@ -158,7 +164,7 @@ class _Conversion:
             layer.set_weights(source_weights)
         return answer
 
-    def _single(self, theirs: Any) -> Any:
+    def _single(self, theirs: Keras3Layer) -> keras.layers.Layer:
         kind = type(theirs).__name__
         own = getattr(keras.layers, kind, None)
         if (
@@ -173,7 +179,7 @@ class _Conversion:
         except (TypeError, ValueError, KeyError) as error:
             raise self._refused(theirs, f"cannot be made in Keras 2 ({error})") from error
 
-    def _settings(self, theirs: Any, own: Any) -> dict[str, Any]:
+    def _settings(self, theirs: Keras3Layer, own: type[keras.layers.Layer]) -> dict[str, object]:
         """Return a layer's settings without those unknown to Keras 2, which must have their default value."""
         kind = type(theirs).__name__
         config = {RENAMED.get((kind, k), k): v for k, v in _plain(theirs.get_config()).items()}
@@ -185,13 +191,13 @@ class _Conversion:
                 raise self._refused(theirs, f"has {name}={value!r}, which Keras 2 does not know")
         return config | ADDED.get(kind, {})
 
-    def _refused(self, theirs: Any, why: str) -> ModelError:
+    def _refused(self, theirs: Keras3Layer, why: str) -> ModelError:
         return ModelError(f"{self.file}: layer {theirs.name!r} ({type(theirs).__name__}) {why}; {INSTEAD}")
 
 
-def _parameters(kind: Any) -> dict[str, Any]:
+def _parameters(kind: Any) -> dict[str, object]:
     """Return the parameters of a class and its bases, with their defaults."""
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, object] = {}
     for base in reversed(kind.__mro__[:-1]):
         for name, parameter in inspect.signature(base.__init__).parameters.items():
             defaults[name] = parameter.default

@@ -9,16 +9,15 @@ optimization: https://www.tensorflow.org/model_optimization/guide/combine/collab
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tensorflow_model_optimization as tfmot
 from tensorflow_model_optimization.python.core.clustering.keras.experimental import cluster as cluster_api
 
+from slipstream.contract.arrays import Array
 from slipstream.data.splits import Split
 from slipstream.errors import ModelError, SpecError
 from slipstream.frameworks import keras_files
@@ -40,12 +39,12 @@ BLOCK, ZEROS = 4, 2
 class Constrained:
     """See frameworks.base.Constrained."""
 
-    network: Any
+    network: keras.Model
     source: CandidateManifest
-    strip: Callable[[Any], Any]
-    require: Callable[[Any], None]
+    strip: Callable[[keras.Model], keras.Model]
+    require: Callable[[keras.Model], None]
     """Raises ModelError if the stripped network does not have the requested properties."""
-    write: Callable[[Any, npt.NDArray[Any], Path], None]
+    write: Callable[[keras.Model, Array, Path], None]
     section: Prune | Cluster | Quantize
 
     @property
@@ -80,7 +79,9 @@ class Constrained:
         return manifest
 
 
-def constrain(network: Any, source: CandidateManifest, section: Any, job: Job, schedule: Schedule) -> Constrained:
+def constrain(
+    network: keras.Model, source: CandidateManifest, section: Prune | Cluster | Quantize, job: Job, schedule: Schedule
+) -> Constrained:
     """Return the network of the candidate `source`, ready to be trained as a section of the spec says.
 
     The network is changed. Raise ModelError if it has no suitable layer, SpecError if the training is too short.
@@ -94,7 +95,7 @@ def constrain(network: Any, source: CandidateManifest, section: Any, job: Job, s
     return quantized(network, source, section)
 
 
-def sparse(network: Any, source: CandidateManifest, prune: Prune, steps: int) -> Constrained:
+def sparse(network: keras.Model, source: CandidateManifest, prune: Prune, steps: int) -> Constrained:
     """Constrain weights of smallest magnitude to zero: gradually (`magnitude`), or two of each four at once (`2:4`).
 
     `steps` are those of an epoch.
@@ -115,12 +116,12 @@ def sparse(network: Any, source: CandidateManifest, prune: Prune, steps: int) ->
     log.info(
         "pruning %d layers%s", len(pruned), f"; not {', '.join(unpruned)}: inputs come not in fours" if unpruned else ""
     )
-    options: dict[str, Any] = {"pruning_schedule": _decay(prune)}
+    options: dict[str, object] = {"pruning_schedule": _decay(prune)}
     if pattern:
         options = {"pruning_schedule": tfmot.sparsity.keras.ConstantSparsity(ZEROS / BLOCK, begin_step=0)}
         options["sparsity_m_by_n"] = (ZEROS, BLOCK)
 
-    def require(stripped: Any) -> None:
+    def require(stripped: keras.Model) -> None:
         pruned_kernels = {name: kernel for name, kernel in kernels(stripped) if name in pruned}
         _require_pattern(pruned_kernels) if pattern else _require_sparsity(pruned_kernels, prune.sparsity[1])
 
@@ -134,7 +135,7 @@ def sparse(network: Any, source: CandidateManifest, prune: Prune, steps: int) ->
     )
 
 
-def clustered(network: Any, source: CandidateManifest, cluster: Cluster) -> Constrained:
+def clustered(network: keras.Model, source: CandidateManifest, cluster: Cluster) -> Constrained:
     """Constrain each layer's weights to few distinct values, which are trained (Han et al. 2016).
 
     In a sparse network one of them is zero, and zeros stay where they are.
@@ -150,7 +151,7 @@ def clustered(network: Any, source: CandidateManifest, cluster: Cluster) -> Cons
         "preserve_sparsity": source.sparsity > 0,
     }
 
-    def require(stripped: Any) -> None:
+    def require(stripped: keras.Model) -> None:
         for name, kernel in kernels(stripped):
             if name in chosen and len(np.unique(kernel)) > cluster.clusters:
                 count = len(np.unique(kernel))
@@ -161,7 +162,7 @@ def clustered(network: Any, source: CandidateManifest, cluster: Cluster) -> Cons
     return Constrained(wrapped, source, tfmot.clustering.keras.strip_clustering, require, keras_files.write, cluster)
 
 
-def quantized(network: Any, source: CandidateManifest, quantize: Quantize) -> Constrained:
+def quantized(network: keras.Model, source: CandidateManifest, quantize: Quantize) -> Constrained:
     """Round weights and activations to INT8 in the forward pass (Jacob et al. 2018).
 
     The scheme also keeps zeros and clusters, if the candidate has them. INT8 has a scale for each output channel of a
@@ -187,7 +188,7 @@ def quantized(network: Any, source: CandidateManifest, quantize: Quantize) -> Co
             "training"
         ) from error
 
-    def require(stripped: Any) -> None:
+    def require(stripped: keras.Model) -> None:
         _require_kept(before, zeros(stripped), source)
         if keep_clusters and unique_by_channel(stripped) > values:
             count = unique_by_channel(stripped)
@@ -197,7 +198,7 @@ def quantized(network: Any, source: CandidateManifest, quantize: Quantize) -> Co
     return Constrained(wrapped, source, strip, require, write_quantized, quantize)
 
 
-def write_quantized(network: Any, samples: npt.NDArray[Any], folder: Path) -> None:
+def write_quantized(network: keras.Model, samples: Array, folder: Path) -> None:
     """Write `saved_model/` with the trained ranges, for LiteRT, and `model.onnx` with the trained weights only.
 
     tf2onnx writes Q/DQ nodes around activations, but rounds weights in place, which engines do not compute in INT8: the
@@ -247,10 +248,15 @@ def _drop_rounding(path: Path) -> None:
     onnx.save(model, path)
 
 
-def _wrap(network: Any, chosen: Callable[[Any], bool], wrapper: Callable[..., Any], options: dict[str, Any]) -> Any:
+def _wrap(
+    network: keras.Model,
+    chosen: Callable[[keras.layers.Layer], bool],
+    wrapper: Callable[..., keras.layers.Layer],
+    options: Mapping[str, object],
+) -> keras.Model:
     """Return the network with some of its layers wrapped, also in nested networks."""
 
-    def wrap(layer: Any) -> Any:
+    def wrap(layer: keras.layers.Layer) -> keras.layers.Layer:
         if isinstance(layer, keras.Model):
             return keras.models.clone_model(layer, clone_function=wrap)
         return wrapper(layer, **options) if compressible(layer) and chosen(layer) else layer
@@ -260,7 +266,7 @@ def _wrap(network: Any, chosen: Callable[[Any], bool], wrapper: Callable[..., An
         return wrap(network)
 
 
-def _decay(prune: Prune) -> Any:
+def _decay(prune: Prune) -> tfmot.sparsity.keras.PruningSchedule:
     """Return the sparsity of Zhu and Gupta (2017), equation 1, over training steps."""
     first, last = prune.sparsity
     return tfmot.sparsity.keras.PolynomialDecay(
@@ -268,7 +274,7 @@ def _decay(prune: Prune) -> Any:
     )
 
 
-def measure(network: Any, parameters: int) -> dict[str, float]:
+def measure(network: keras.Model, parameters: int) -> dict[str, float]:
     """Return `sparsity` (share of zeros in the weights of convolutions and dense layers), `unique_weights` (the largest
     number of distinct values in one of them), the same for one output channel, the candidate's `parameters`, and how
     many of them are not zero. The ranges that INT8 training adds are not parameters."""
@@ -283,27 +289,27 @@ def measure(network: Any, parameters: int) -> dict[str, float]:
     }
 
 
-def zeros(network: Any) -> dict[str, int]:
+def zeros(network: keras.Model) -> dict[str, int]:
     """Return the number of zero weights by layer."""
     return {name: int((kernel == 0).sum()) for name, kernel in kernels(network)}
 
 
-def unique(network: Any) -> int:
+def unique(network: keras.Model) -> int:
     """Return the largest number of distinct values in one layer's weights."""
     return max((len(np.unique(kernel)) for _, kernel in kernels(network)), default=0)
 
 
-def unique_by_channel(network: Any) -> int:
+def unique_by_channel(network: keras.Model) -> int:
     """Return the largest number of distinct values in one output channel of a layer's weights."""
     channels = (kernel[..., c] for _, kernel in kernels(network) for c in range(kernel.shape[-1]))
     return max((len(np.unique(channel)) for channel in channels), default=0)
 
 
-def _takes_pattern(kernel: npt.NDArray[Any]) -> bool:
+def _takes_pattern(kernel: Array) -> bool:
     return kernel.ndim in (2, 4) and kernel.shape[-2] % BLOCK == 0
 
 
-def _require_sparsity(pruned: dict[str, npt.NDArray[Any]], required: float) -> None:
+def _require_sparsity(pruned: dict[str, Array], required: float) -> None:
     for name, kernel in pruned.items():
         # At least one weight is kept, and its rounding counts in small layers.
         least = min(required - SLACK, required - 1 / kernel.size)
@@ -315,7 +321,7 @@ def _require_sparsity(pruned: dict[str, npt.NDArray[Any]], required: float) -> N
             )
 
 
-def _require_pattern(pruned: dict[str, npt.NDArray[Any]]) -> None:
+def _require_pattern(pruned: dict[str, Array]) -> None:
     for name, kernel in pruned.items():
         blocks = np.moveaxis(kernel, -2, -1).reshape(-1, BLOCK)
         full = int(((blocks == 0).sum(1) < ZEROS).sum())

@@ -9,13 +9,13 @@ import logging
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 from tf_keras.src.saving.serialization_lib import SafeModeScope
 
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.data.user_code import user_function
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import INPUT, ONNX, OUTPUT
@@ -50,10 +50,14 @@ class Served:
             )
         (self._name,) = inputs
 
-    def __call__(self, batch: Any, training: bool = False) -> Any:
+    def __call__(self, batch: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Return (N, …) outputs for inputs (N, …)."""
         (answer,) = self._function(**{self._name: batch}).values()
         return answer
+
+
+Network: TypeAlias = keras.Model | Served
+"""A network that Keras described, or a SavedModel that only answers."""
 
 
 def find(folder: Path) -> Path:
@@ -72,7 +76,7 @@ def find(folder: Path) -> Path:
     )
 
 
-def load(path: Path, architecture: Call | None) -> Any:
+def load(path: Path, architecture: Call | None) -> Network:
     """Return the network at `find`'s path. Code in it is never run: Lambda layers are rejected.
 
     Keras 3 files are converted. A file that contains only weights needs `architecture`. Raise ModelError.
@@ -88,7 +92,7 @@ def load(path: Path, architecture: Call | None) -> Any:
         raise ModelError(f"{path}: cannot be read as a Keras model: {type(error).__name__}: {error}") from error
 
 
-def _load(path: Path, architecture: Call | None) -> Any:
+def _load(path: Path, architecture: Call | None) -> Network:
     if path.is_dir():
         described = (path / "keras_metadata.pb").exists()
         return keras.models.load_model(path, compile=False) if described else Served(path)
@@ -114,7 +118,7 @@ def _written_by(path: Path) -> str:
         return str(file.attrs.get("keras_version", ""))
 
 
-def _built(path: Path, architecture: Call | None, why: str) -> Any:
+def _built(path: Path, architecture: Call | None, why: str) -> keras.Model:
     if architecture is None:
         raise ModelError(
             f"{path.name}: {why}, so the network must be built first: name the function that builds it, with layers "
@@ -123,7 +127,7 @@ def _built(path: Path, architecture: Call | None, why: str) -> Any:
     return user_function(architecture)(**architecture.params)
 
 
-def _from_keras_3(path: Path, architecture: Call | None) -> Any:
+def _from_keras_3(path: Path, architecture: Call | None) -> keras.Model:
     """Return the network of a Keras 3 file: converted, or built by `architecture` with the file's weights.
 
     Both list weights layer by layer. Equal answers to random inputs confirm that they belong together.
@@ -142,7 +146,7 @@ def _from_keras_3(path: Path, architecture: Call | None) -> Any:
     return network
 
 
-def write(network: Any, samples: npt.NDArray[Any], folder: Path) -> None:
+def write(network: Network, samples: Array, folder: Path) -> None:
     """Write `model.keras` if Keras described the network, `saved_model/` and `model.onnx` into a folder.
 
     Raise ModelError for NaN weights, and if ONNX Runtime answers the samples (N, …) differently.
@@ -158,7 +162,7 @@ def write(network: Any, samples: npt.NDArray[Any], folder: Path) -> None:
             raise ModelError(f"{ONNX}: ONNX Runtime and Keras differ on {size} real samples: it {problem}")
 
 
-def write_keras(network: Any, path: Path) -> None:
+def write_keras(network: keras.Model, path: Path) -> None:
     """Write a .keras file whose bytes depend only on its content: Keras adds the time of day."""
     aside = path.with_name(f"aside-{path.name}")
     network.save(aside, save_format="keras")
@@ -171,14 +175,14 @@ def write_keras(network: Any, path: Path) -> None:
     aside.unlink()
 
 
-def write_saved_model(network: Any, samples: npt.NDArray[Any], folder: Path) -> Any:
+def write_saved_model(network: Network, samples: Array, folder: Path) -> tf.types.experimental.PolymorphicFunction:
     """Write only the inference, from tensor `input` to tensor `output`, with a dynamic batch; return its
     tf.function."""
 
     @tf.function(  # type: ignore[untyped-decorator] # TensorFlow has no types
         input_signature=[tf.TensorSpec((None, *samples.shape[1:]), samples.dtype, name=INPUT)], autograph=False
     )
-    def serve(batch: Any) -> Any:
+    def serve(batch: tf.Tensor) -> dict[str, tf.Tensor]:
         return {OUTPUT: network(batch, training=False)}
 
     module = tf.Module()
@@ -191,7 +195,7 @@ def write_saved_model(network: Any, samples: npt.NDArray[Any], folder: Path) -> 
     return serve
 
 
-def write_onnx(serve: Any, path: Path) -> None:
+def write_onnx(serve: tf.types.experimental.PolymorphicFunction, path: Path) -> None:
     """Write FP32 ONNX through tf2onnx, with a dynamic batch. Raise ModelError for operators that ONNX does not have."""
     import onnx
     import tf2onnx
@@ -216,14 +220,14 @@ def _drop_captured(model: Any) -> None:
     model.graph.input.extend(inputs)
 
 
-def require_finite(network: Any) -> None:
+def require_finite(network: Network) -> None:
     """Raise ModelError that names the weights with NaN or infinity."""
     bad = [v.name for v in network.variables if v.dtype.is_floating and not np.isfinite(v.numpy()).all()]
     if bad:
         raise ModelError(f"the trained network: NaN or infinity in {', '.join(bad[:5])}; the training diverged")
 
 
-def kernels(network: Any) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+def kernels(network: keras.Model) -> Iterator[tuple[str, Float32Array]]:
     """Yield layer name and weight of each convolution and dense layer, which are pruned and clustered.
 
     Depthwise convolutions have few weights and are unchanged, as in tensorflow-model-optimization.
@@ -239,7 +243,7 @@ def kernels(network: Any) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
             yield inner.name, kernel.numpy()
 
 
-def compressible(layer: Any) -> bool:
+def compressible(layer: keras.layers.Layer) -> bool:
     """Return whether pruning and clustering apply to a layer's weight."""
     kinds = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D, keras.layers.Dense)
     spared = (

@@ -2,23 +2,22 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from slipstream.contract.arrays import Float32Array
 from slipstream.data.user_code import user_function
 from slipstream.frameworks.base import Job, SoftTargets
 from slipstream.frameworks.keras_runtime import keras, tf
 
-Loss = Callable[..., Any]
+Loss = Callable[..., tf.Tensor]
 """(outputs, labels) → mean loss; with soft targets (outputs, labels, teacher's outputs) → mean loss."""
 
 SMALLEST = 1e-7
 """Lower limit of probabilities before the logarithm, as in Keras's own losses."""
 
 
-def loss_of(network: Any, job: Job, given: Loss | None, soft: SoftTargets | None) -> Loss:
+def loss_of(network: keras.Model, job: Job, given: Loss | None, soft: SoftTargets | None) -> Loss:
     """Return a training's loss: the given one, the user's `model.loss`, or cross entropy; with soft targets, if any."""
     call = job.loss
     own: Loss | None = given if given is not None or call is None else partial(user_function(call), **call.params)
@@ -38,7 +37,7 @@ def distillation_loss(temperature: float, weight: float) -> Loss:
     (N, classes, …) for maps of classes, where both parts are means over all positions.
     """
 
-    def loss(logits: Any, labels: Any, teacher: Any) -> Any:
+    def loss(logits: tf.Tensor, labels: tf.Tensor, teacher: tf.Tensor) -> tf.Tensor:
         student, target = (tf.nn.log_softmax(classes_last(x) / temperature) for x in (logits, teacher))
         divergence = tf.reduce_mean(tf.reduce_sum(tf.exp(target) * (target - student), axis=-1))
         return weight * temperature**2 * divergence + (1 - weight) * cross_entropy(logits, labels)
@@ -46,7 +45,7 @@ def distillation_loss(temperature: float, weight: float) -> Loss:
     return loss
 
 
-def regression_loss(own: Loss, teacher: npt.NDArray[np.float32], weight: float) -> Loss:
+def regression_loss(own: Loss, teacher: Float32Array, weight: float) -> Loss:
     """Return weight · smooth L1 (outputs, teacher's outputs) + (1 − weight) · the user's loss of outputs and labels.
 
     All numbers along the last axis have equal weight: each is divided by its standard deviation over the teacher's
@@ -55,7 +54,7 @@ def regression_loss(own: Loss, teacher: npt.NDArray[np.float32], weight: float) 
     spread = teacher.std(axis=tuple(range(teacher.ndim - 1)), dtype=np.float64)
     scale = np.where(spread > 0, spread, 1.0).astype(np.float32)
 
-    def loss(outputs: Any, labels: Any, answers: Any) -> Any:
+    def loss(outputs: tf.Tensor, labels: tf.Tensor, answers: tf.Tensor) -> tf.Tensor:
         off = tf.abs(outputs - answers) / scale
         smooth = tf.where(off < 1, 0.5 * tf.square(off), off - 0.5)
         return weight * tf.reduce_mean(smooth) + (1 - weight) * own(outputs, labels)
@@ -63,7 +62,7 @@ def regression_loss(own: Loss, teacher: npt.NDArray[np.float32], weight: float) 
     return loss
 
 
-def cross_entropy(logits: Any, labels: Any) -> Any:
+def cross_entropy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     """Return the mean over samples of logits (N, classes), or over positions of maps (N, classes, …); -1 is ignored."""
     logits, labels = classes_last(logits), tf.cast(labels, tf.int64)
     judged = tf.cast(labels >= 0, logits.dtype)
@@ -71,18 +70,18 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
     return tf.reduce_sum(losses * judged) / tf.maximum(tf.reduce_sum(judged), 1)
 
 
-def classes_last(logits: Any) -> Any:
+def classes_last(logits: tf.Tensor) -> tf.Tensor:
     """Return logits (N, classes, …), the metrics' form, as (N, …, classes), TensorFlow's form; (N, classes) is
     unchanged."""
     return tf.transpose(logits, [0, *range(2, len(logits.shape)), 1])
 
 
-def logarithm(probabilities: Any) -> Any:
+def logarithm(probabilities: tf.Tensor) -> tf.Tensor:
     """Return logits that softmax maps to these probabilities."""
     return tf.math.log(tf.clip_by_value(probabilities, SMALLEST, 1.0))
 
 
-def ends_in_softmax(network: Any) -> bool:
+def ends_in_softmax(network: keras.Model) -> bool:
     """Return whether a network answers probabilities: its last layer is a softmax, or ends in one.
 
     Most Keras classifiers do, and losses here take logits.

@@ -3,13 +3,13 @@
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.errors import ModelError
 from slipstream.frameworks import training
 from slipstream.frameworks.base import Job, Schedule, SoftTargets
@@ -34,7 +34,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def load(self) -> dict[str, npt.NDArray[Any]] | None:
+    def load(self) -> dict[str, Array] | None:
         """Return the last saved state, or None at the first attempt. Nothing is unpickled."""
         if not self.path.exists():
             return None
@@ -69,7 +69,7 @@ class Training(training.Training):
         """Return a checkpoint for a custom loop."""
         return Checkpoint(self._job.folder / f"{name}.npz")
 
-    def _fit(self, network: Any, schedule: Schedule, name: str, loss: Loss | None) -> None:
+    def _fit(self, network: keras.Model, schedule: Schedule, name: str, loss: Loss | None) -> None:
         fit(network, self._job, schedule, name, loss=loss)
 
 
@@ -79,19 +79,19 @@ class OneCycle(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore
     def __init__(self, peak: float, steps: int) -> None:
         self.peak, self.steps = peak, steps
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
         """Return the rate of a step, from 0."""
         rise, position = RISE * self.steps - 1, tf.cast(step, tf.float32)
         up = _cosine(self.peak / START, self.peak, position / max(rise, 1))
         down = _cosine(self.peak, self.peak / END, (position - rise) / max(self.steps - 1 - rise, 1))
         return tf.where(position < rise, up, down)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, float]:
         """Return the settings, for Keras."""
         return {"peak": self.peak, "steps": self.steps}
 
 
-def _cosine(first: float, last: float, share: Any) -> Any:
+def _cosine(first: float, last: float, share: tf.Tensor) -> tf.Tensor:
     return last + (first - last) / 2 * (1 + tf.cos(math.pi * tf.clip_by_value(share, 0.0, 1.0)))
 
 
@@ -108,7 +108,7 @@ def steps_per_epoch(samples: int, schedule: Schedule, seed: int) -> int:
 
 
 def fit(
-    network: Any,
+    network: keras.Model,
     job: Job,
     schedule: Schedule,
     name: str,
@@ -125,7 +125,9 @@ def fit(
 class _Loop:
     """Network, optimizer and data of one `fit`."""
 
-    def __init__(self, network: Any, job: Job, schedule: Schedule, loss: Loss, soft: SoftTargets | None) -> None:
+    def __init__(
+        self, network: keras.Model, job: Job, schedule: Schedule, loss: Loss, soft: SoftTargets | None
+    ) -> None:
         self.network, self.job, self.schedule, self.loss = network, job, schedule, loss
         split = job.data.train
         self.metric = metric_for(job.metric)
@@ -139,7 +141,7 @@ class _Loop:
         self.optimizer.build(network.trainable_variables)
         self.step = tf.function(self._step, reduce_retracing=True)
 
-    def _step(self, inputs: Any, *targets: Any) -> Any:
+    def _step(self, inputs: tf.Tensor, *targets: tf.Tensor) -> tf.Tensor:
         """Do one step on a batch; return its loss."""
         with tf.GradientTape() as tape:
             loss = self.loss(self.network(inputs, training=True), *targets)
@@ -189,7 +191,7 @@ class _Loop:
         arrays = {f"{part}-{i}": v.numpy() for part, variables in parts.items() for i, v in enumerate(variables)}
         return {"epochs_done": np.int64(epochs_done), **arrays}
 
-    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> int:
+    def restore(self, state: Mapping[str, Array]) -> int:
         """Continue from a state; return the number of completed epochs."""
         for part, variables in (("network", self.variables), ("optimizer", list(self.optimizer.variables))):
             for i, variable in enumerate(variables):
@@ -197,7 +199,7 @@ class _Loop:
         return int(state["epochs_done"])
 
 
-def _optimizer(schedule: Schedule, steps: int) -> Any:
+def _optimizer(schedule: Schedule, steps: int) -> keras.optimizers.Optimizer:
     rate = OneCycle(schedule.learning_rate, steps)
     if schedule.optimizer == "adamw":
         return keras.optimizers.AdamW(rate, weight_decay=DECOUPLED_WEIGHT_DECAY)
@@ -205,7 +207,7 @@ def _optimizer(schedule: Schedule, steps: int) -> Any:
     return keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
 
 
-def _pruning(network: Any) -> Any:
+def _pruning(network: keras.Model) -> keras.callbacks.Callback:
     """Return the callback that counts the steps of pruning's schedule; no effect if the network is not being pruned."""
     if TFMOT not in sys.modules:  # takes seconds to import, and has been where a network is wrapped for pruning
         return keras.callbacks.Callback()
@@ -217,7 +219,7 @@ def _pruning(network: Any) -> Any:
     return callback
 
 
-def _generators(network: Any) -> list[Any]:
+def _generators(network: keras.Model) -> list[tf.random.Generator]:
     """Return the random generators of a network's layers, in order.
 
     Keras does not include them in the variables, and has no public access to them.
@@ -227,7 +229,7 @@ def _generators(network: Any) -> list[Any]:
     return [generator for generator in generators if generator is not None]
 
 
-def logits(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def logits(network: keras.Model, inputs: Array) -> Float32Array:
     """Return (N, …) float32 outputs for inputs (N, …); the logarithm if the network answers probabilities.
 
     Class scores can then be used as logits: their order is the same, and softmax gives the probabilities.
@@ -236,13 +238,13 @@ def logits(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return np.asarray(logarithm(answer)) if ends_in_softmax(network) else answer
 
 
-def outputs(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def outputs(network: Callable[..., tf.Tensor], inputs: Array) -> Float32Array:
     """Return (N, …) float32 outputs for inputs (N, …) in inference mode."""
     batches = (tf.constant(inputs[i : i + BATCH]) for i in range(0, len(inputs), BATCH))
     return np.concatenate([np.asarray(network(batch, training=False), np.float32) for batch in batches])
 
 
-def require_keras(network: Any) -> None:
+def require_keras(network: object) -> None:
     """Raise ModelError for a SavedModel without Keras's description, which can only answer."""
     if not isinstance(network, keras.Model):
         raise ModelError(

@@ -7,12 +7,11 @@ in onnx_graph.py. It cannot be trained, so this is a Framework, but not a Traine
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.data.splits import Split
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import MANIFEST, ONNX, CandidateManifest
@@ -97,13 +96,13 @@ class OnnxFramework:
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
         return manifest
 
-    def logits(self, network: Network, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def logits(self, network: Network, inputs: Array) -> Float32Array:
         """Return (N, …) outputs for inputs (N, …)."""
         _require_input(network.model, inputs)
         return Session(network.model).answers(inputs)
 
 
-def _require_input(model: onnx.ModelProto, inputs: npt.NDArray[Any]) -> None:
+def _require_input(model: onnx.ModelProto, inputs: Array) -> None:
     """Raise ModelError if the model does not take the data."""
     port = model.graph.input[0]
     shape, dtype = onnx_graph.dimensions(port)[1:], onnx_graph.dtype(port)
@@ -119,7 +118,7 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(("N", *map(str, shape)))
 
 
-def _tried(network: Network, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _tried(network: Network, inputs: Array) -> Float32Array:
     """Return the model's answers to samples, (N, …); each must be the same alone and among others, and as before."""
     mend = "export the model again with a dynamic first dimension (dynamic_axes or dynamic_shapes)"
     try:
@@ -134,7 +133,7 @@ def _tried(network: Network, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32
     return answers
 
 
-def _require_as_before(network: Network, fixed: onnx.ModelProto, inputs: npt.NDArray[Any]) -> None:
+def _require_as_before(network: Network, fixed: onnx.ModelProto, inputs: Array) -> None:
     """Raise ModelError unless samples are answered as by the model with the fixed batch size."""
     full = -(-len(inputs) // network.batch) * network.batch
     repeated = np.resize(inputs, (full, *inputs.shape[1:]))  # as many as fill the last batch
@@ -143,7 +142,7 @@ def _require_as_before(network: Network, fixed: onnx.ModelProto, inputs: npt.NDA
     log.info("the batch of %d is dynamic now; %d samples are answered as before", network.batch, len(inputs))
 
 
-def _output_shape(model: onnx.ModelProto, outputs: npt.NDArray[Any]) -> tuple[int, ...]:
+def _output_shape(model: onnx.ModelProto, outputs: Array) -> tuple[int, ...]:
     """Return the shape of an answer; -1 where it varies, which is possible only if the input's does."""
     if -1 not in onnx_graph.dimensions(model.graph.input[0])[1:]:
         return outputs.shape[1:]

@@ -8,14 +8,13 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import safetensors
 import safetensors.torch
 import torch
 
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.data import tokens
 from slipstream.data.splits import Split
 from slipstream.data.user_code import user_function
@@ -51,17 +50,17 @@ RUNNING = ("running_mean", "running_var")
 class TorchEager:
     """A candidate run by PyTorch in FP32."""
 
-    def __init__(self, network: Any, threads: int | None) -> None:
+    def __init__(self, network: torch.nn.Module, threads: int | None) -> None:
         self._network = network.eval()
         if threads is not None:
             torch.set_num_threads(threads)
 
-    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def run(self, batch: Array) -> Array:
         """Return (N, …) float32 outputs for inputs (N, …)."""
         if not batch.flags.writeable:  # PyTorch shares memory and warns that it could write
             batch = batch.copy()
         with torch.inference_mode():
-            outputs: npt.NDArray[Any] = self._network(torch.from_numpy(batch)).float().numpy()
+            outputs: Array = self._network(torch.from_numpy(batch)).float().numpy()
         return outputs
 
 
@@ -72,14 +71,14 @@ class TorchFramework:
         """Return the candidate in FP32. `threads` applies to the whole process: PyTorch has no other way."""
         return TorchEager(self.load(candidate), threads)
 
-    def build(self, architecture: Call | None, seed: int) -> Any:
+    def build(self, architecture: Call | None, seed: int) -> torch.nn.Module:
         """Return the untrained network. Raise ModelError if the function does not return a torch.nn.Module."""
         assert architecture is not None, "the spec refuses a torch model without an architecture"
         torch_training.seed_everything(seed)
         network = user_function(architecture)(**architecture.params)
         return _require_module(network, architecture)
 
-    def load(self, candidate: Path) -> Any:
+    def load(self, candidate: Path) -> torch.nn.Module:
         """Return the trained network. Raise ModelError if the weights do not fit the architecture."""
         manifest = read_manifest(candidate)
         if manifest.architecture is None or manifest.quantized:
@@ -100,28 +99,32 @@ class TorchFramework:
             f"with safetensors.torch.save_file(model.state_dict(), '{WEIGHTS}') and that file as the model"
         )
 
-    def load_weights(self, weights: Path, architecture: Call | None) -> Any:
+    def load_weights(self, weights: Path, architecture: Call | None) -> torch.nn.Module:
         """Return a network with weights from a safetensors file. Raise ModelError if they do not fit."""
         assert architecture is not None, "the spec refuses a torch model without an architecture"
         network = self.build(architecture, seed=0)
         load_state(network, weights, architecture)
         return network.eval()
 
-    def save(self, network: Any, architecture: Call | None, samples: Split, folder: Path) -> CandidateManifest:
+    def save(
+        self, network: torch.nn.Module, architecture: Call | None, samples: Split, folder: Path
+    ) -> CandidateManifest:
         """Write a candidate folder. Raise ModelError for NaN weights, or if ONNX Runtime and PyTorch disagree."""
         return save(network, architecture, samples, folder)
 
-    def logits(self, network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def logits(self, network: torch.nn.Module, inputs: Array) -> Float32Array:
         """Return (N, classes) outputs for inputs (N, …)."""
         return torch_training.logits(network, inputs)
 
-    def train(self, function: Call, job: Job) -> Any:
+    def train(self, function: Call, job: Job) -> torch.nn.Module:
         """Return the network that the user's train function returns. Raise ModelError if it returns something else."""
         torch_training.seed_everything(job.seed)
         network = user_function(function)(torch_training.Training(job), **function.params)
         return _require_module(network, function)
 
-    def fit(self, network: Any, job: Job, schedule: Schedule, name: str, soft: SoftTargets | None = None) -> None:
+    def fit(
+        self, network: torch.nn.Module, job: Job, schedule: Schedule, name: str, soft: SoftTargets | None = None
+    ) -> None:
         """Train in place, resuming from the checkpoint `name`."""
         torch_training.seed_everything(job.seed)
         torch_training.fit(network, job, schedule, name, soft=soft)
@@ -130,7 +133,7 @@ class TorchFramework:
         """Return a pruner for a candidate's network."""
         return CandidatePruner(self, candidate)
 
-    def require_prunable(self, network: Any, samples: Split, prune: Prune) -> None:
+    def require_prunable(self, network: torch.nn.Module, samples: Split, prune: Prune) -> None:
         """See Trainer."""
         sample = torch_pruner.sample_of(tokens.sample_shape(samples.inputs), str(samples.inputs.dtype))
         torch_pruner.require_prunable(network, sample, prune.sparsity[1], prune.round_to)
@@ -139,7 +142,7 @@ class TorchFramework:
         """Join the group that a launcher started this process for."""
         return torch_distributed.join(place)
 
-    def launch(self, workers: int, function: Callable[..., T], *arguments: Any) -> T:
+    def launch(self, workers: int, function: Callable[..., T], *arguments: object) -> T:
         """Call `function(group, *arguments)` in that many processes; return process 0's result."""
         return torch_distributed.launch(workers, function, *arguments)
 
@@ -165,7 +168,7 @@ class CandidatePruner(torch_pruner.ChannelPruner):
 
 
 def save(
-    network: Any, architecture: Call | None, samples: Split, folder: Path, *, sparsity: float = 0.0
+    network: torch.nn.Module, architecture: Call | None, samples: Split, folder: Path, *, sparsity: float = 0.0
 ) -> CandidateManifest:
     """Write weights, ONNX form and manifest into `folder`, which is created. Raise ModelError."""
     network = network.eval().to(memory_format=torch.contiguous_format)
@@ -190,7 +193,7 @@ def save(
     return manifest
 
 
-def load_state(network: Any, path: Path, architecture: Call) -> None:
+def load_state(network: torch.nn.Module, path: Path, architecture: Call) -> None:
     """Load a safetensors file strictly. Raise ModelError that names missing, unexpected or misshapen weights."""
     try:
         state = safetensors.torch.load_file(path)
@@ -221,7 +224,7 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
 
 
-def _require_sound(network: Any, state: Mapping[str, Any], where: str) -> None:
+def _require_sound(network: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
     """Raise ModelError for NaN, and for infinity in trained values: elsewhere it may be a mask."""
     trained = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     trained |= {name for name in state if name.endswith(RUNNING)}
@@ -231,13 +234,13 @@ def _require_sound(network: Any, state: Mapping[str, Any], where: str) -> None:
         raise ModelError(f"{where}: NaN or infinity in {_list(bad)}; the training diverged, so nothing is built on it")
 
 
-def _require_module(network: Any, call: Call) -> Any:
+def _require_module(network: object, call: Call) -> torch.nn.Module:
     if not isinstance(network, torch.nn.Module):
         raise ModelError(f"{call.function} returned {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
-def _export(network: Any, inputs: npt.NDArray[Any], path: Path) -> None:
+def _export(network: torch.nn.Module, inputs: Array, path: Path) -> None:
     """Write FP32 ONNX with a dynamic batch, and a dynamic length if inputs are token ids.
 
     This uses the TorchScript exporter: 0.6 s, compared with 10 for dynamo=True (and the same bytes for the same

@@ -4,24 +4,23 @@ The exporter names a node after the modules that it came from, so a module's out
 its scope. Batch norm is folded into the convolution before it; the ONNX then has one tensor for both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy.typing as npt
 import torch
 
+from slipstream.contract.arrays import Array
 from slipstream.data import tokens
 from slipstream.errors import ModelError
 from slipstream.frameworks import torch_training
 from slipstream.onnx.agreement.bounds import EXACT, explain_mismatch
 from slipstream.onnx.agreement.reference import reference, tensors
 
-Outputs = list[tuple[str, Any, npt.NDArray[Any]]]
+Outputs = list[tuple[str, torch.nn.Module, Array]]
 """Name, module and output of each module, in the order in which they finished: parts before the whole."""
 
 
-def require(network: Any, path: Path, inputs: npt.NDArray[Any]) -> None:
+def require(network: torch.nn.Module, path: Path, inputs: Array) -> None:
     """Raise ModelError, naming the first module that diverges, unless the ONNX file gives the same answers to
     `inputs`."""
     # What was frozen at export for one batch size or length shows only with another.
@@ -36,7 +35,7 @@ def require(network: Any, path: Path, inputs: npt.NDArray[Any]) -> None:
             )
 
 
-def first_departure(network: Any, path: Path, samples: npt.NDArray[Any]) -> str:
+def first_departure(network: torch.nn.Module, path: Path, samples: Array) -> str:
     """Return a sentence naming the first module whose output equals no tensor of its scope in the ONNX."""
     values = tensors(path, samples)
     outputs = module_outputs(network, samples)
@@ -57,12 +56,12 @@ def first_departure(network: Any, path: Path, samples: npt.NDArray[Any]) -> str:
     return f"none of the {compared} modules that have a tensor of their own in the ONNX departs"
 
 
-def module_outputs(network: Any, samples: npt.NDArray[Any]) -> Outputs:
+def module_outputs(network: torch.nn.Module, samples: Array) -> Outputs:
     """Return outputs of the modules that are called once and answer one tensor, for samples (N, …)."""
     outputs: Outputs = []
 
-    def record(name: str) -> Any:
-        def hook(module: Any, _: Any, output: Any) -> None:
+    def record(name: str) -> Callable[[torch.nn.Module, object, object], None]:
+        def hook(module: torch.nn.Module, _: object, output: object) -> None:
             if isinstance(output, torch.Tensor):
                 outputs.append((name, module, output.detach().float().numpy()))
 
@@ -92,7 +91,7 @@ def last_tensors(path: Path) -> dict[str, str]:
     return by_scope
 
 
-def _scopes(network: Any, name: str = "", scope: str = "", label: str = "") -> Iterator[tuple[str, str]]:
+def _scopes(network: torch.nn.Module, name: str = "", scope: str = "", label: str = "") -> Iterator[tuple[str, str]]:
     """Yield the exporter's scope in the ONNX by PyTorch's module name.
 
     A child of a sequence or a list is called after both (`layer1.0`); a list is not a scope.

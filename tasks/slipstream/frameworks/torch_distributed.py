@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import distributed
@@ -58,7 +58,7 @@ parameter was unused."""
 class TorchGroup(Group):
     """A group of processes joined by torch.distributed."""
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
+    def __init__(self, store: distributed.Store, rank: int, size: int) -> None:
         super().__init__(rank, size)
         self._store = store
         backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
@@ -76,7 +76,7 @@ class TorchGroup(Group):
         distributed.all_reduce(total)
         return float(total)
 
-    def wrap(self, network: Any) -> Any:
+    def wrap(self, network: torch.nn.Module) -> torch.nn.Module:
         """See Group. Weights and buffers of process 0 are copied to the others first.
 
         Unused parameters are detected in each pass, since a network may skip some; a single process supports that too.
@@ -89,7 +89,7 @@ class TorchGroup(Group):
             find_unused_parameters=True,
         )
 
-    def average_buffers(self, network: Any) -> None:
+    def average_buffers(self, network: torch.nn.Module) -> None:
         """See Group."""
         for buffer in network.buffers():
             if buffer.is_floating_point():
@@ -159,7 +159,7 @@ class TorchGroup(Group):
         return {"kind": SlipstreamError.__name__, "said": message}
 
 
-def device() -> Any:
+def device() -> torch.device:
     """Return where this process trains: its own GPU, or the processors. Raise SpecError if a GPU would be shared."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -180,7 +180,7 @@ def join(place: Place) -> TorchGroup:
     return TorchGroup(store, rank, size)
 
 
-def launch(workers: int, function: Callable[..., T], *arguments: Any) -> T:
+def launch(workers: int, function: Callable[..., T], *arguments: object) -> T:
     """Call `function(group, *arguments)` in that many processes on this machine; return process 0's result.
 
     If one fails, all end, and its error is raised here. A signal to this process ends them, and then this one.
@@ -212,7 +212,7 @@ def launch(workers: int, function: Callable[..., T], *arguments: Any) -> T:
     return result
 
 
-def _member(store: str, parent: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+def _member(store: str, parent: int, function: Callable[..., T], arguments: tuple[object, ...]) -> T:
     """Run one of the processes that `launch` starts. Exit with the code of the error that ended the group."""
     _die_with(parent)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

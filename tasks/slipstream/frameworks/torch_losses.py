@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from slipstream.contract.arrays import Float32Array
 from slipstream.data.user_code import user_function
 from slipstream.frameworks.base import Job, SoftTargets
 
-Loss = Callable[..., Any]
+Loss = Callable[..., torch.Tensor]
 """(outputs, labels) → mean loss; with soft targets (outputs, labels, teacher's outputs) → mean loss."""
 
 
@@ -23,7 +22,7 @@ def distillation_loss(temperature: float, weight: float) -> Loss:
     (N, classes, …) for maps of classes, where both parts are means over all positions.
     """
 
-    def loss(logits: Any, labels: Any, teacher: Any) -> Any:
+    def loss(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         soft = functional.kl_div(
             functional.log_softmax(logits / temperature, dim=1),
             functional.log_softmax(teacher / temperature, dim=1),
@@ -35,7 +34,7 @@ def distillation_loss(temperature: float, weight: float) -> Loss:
     return loss
 
 
-def regression_loss(own: Loss, teacher: npt.NDArray[np.float32], weight: float) -> Loss:
+def regression_loss(own: Loss, teacher: Float32Array, weight: float) -> Loss:
     """Return weight · smooth L1 (outputs, teacher's outputs) + (1 − weight) · the user's loss of outputs and labels.
 
     Without knowing what outputs mean, a student can still regress on the teacher's (Ba and Caruana 2014). All numbers
@@ -45,14 +44,14 @@ def regression_loss(own: Loss, teacher: npt.NDArray[np.float32], weight: float) 
     spread = teacher.std(axis=tuple(range(teacher.ndim - 1)), dtype=np.float64)
     scale = torch.from_numpy(np.where(spread > 0, spread, 1.0).astype(np.float32))
 
-    def loss(outputs: Any, labels: Any, teacher: Any) -> Any:
+    def loss(outputs: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         unit = scale.to(outputs.device)
         return weight * functional.smooth_l1_loss(outputs / unit, teacher / unit) + (1 - weight) * own(outputs, labels)
 
     return loss
 
 
-def cross_entropy(outputs: Any, labels: Any) -> Any:
+def cross_entropy(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the mean over samples, or over the positions of maps; the label -1 is ignored."""
     return functional.cross_entropy(outputs, labels, ignore_index=-1)
 

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch_pruning
@@ -20,7 +19,7 @@ TOKENS = 16
 ATTENTION = ("Bmm", "Softmax", "ScaledDotProduct")
 """Parts of the names of autograd's operations in attention."""
 PRUNABLE = (torch.nn.Conv2d, torch.nn.Linear)
-Removal = list[Any]
+Removal = list[str | bool | list[int]]
 """[module name, whether output channels, indices]: one entry of torch-pruning's history."""
 
 
@@ -36,7 +35,9 @@ class ChannelPruner:
     too.
     """
 
-    def __init__(self, network: Any, sample: Any, whole: dict[str, int], history: list[Removal]) -> None:
+    def __init__(
+        self, network: torch.nn.Module, sample: torch.Tensor, whole: dict[str, int], history: list[Removal]
+    ) -> None:
         self.network = network
         self._sample = sample
         self._whole = whole
@@ -75,7 +76,7 @@ class ChannelPruner:
         }
 
 
-def sample_of(shape: tuple[int, ...], dtype: str) -> Any:
+def sample_of(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     """Return two samples to trace a network with, (2, …) in the data's dtype; `shape` is of one, with -1 where it
     varies.
 
@@ -86,7 +87,7 @@ def sample_of(shape: tuple[int, ...], dtype: str) -> Any:
     return torch.zeros(2, *sizes, dtype=kind) if kind.is_floating_point else torch.ones(2, *sizes, dtype=kind)
 
 
-def require_prunable(network: Any, sample: Any, sparsity: float, round_to: int) -> None:
+def require_prunable(network: torch.nn.Module, sample: torch.Tensor, sparsity: float, round_to: int) -> None:
     """Raise ModelError unless channels can be removed from the network, which is unchanged."""
     tried = ChannelPruner(copy.deepcopy(network), sample, {}, [])
     tried.prune(sparsity, round_to)
@@ -98,7 +99,7 @@ def require_prunable(network: Any, sample: Any, sparsity: float, round_to: int) 
         )
 
 
-def widths(network: Any, sample: Any) -> dict[str, int]:
+def widths(network: torch.nn.Module, sample: torch.Tensor) -> dict[str, int]:
     """Return output channels of each convolution and linear layer except the last ones, whose channels are the
     classes."""
     outputs = _output_layers(_graph(network, sample))
@@ -109,7 +110,7 @@ def widths(network: Any, sample: Any) -> dict[str, int]:
     }
 
 
-def replay(network: Any, candidate: Path, sample: Any) -> None:
+def replay(network: torch.nn.Module, candidate: Path, sample: torch.Tensor) -> None:
     """Remove from an original network what was removed from the candidate's."""
     history = read_history(candidate)
     if not history:
@@ -147,7 +148,7 @@ def _target(start: int, sparsity: float, round_to: int) -> int:
     return min(max(nearest, round_to), start)
 
 
-def _roots(network: Any, sample: Any, targets: dict[str, int]) -> list[str]:
+def _roots(network: torch.nn.Module, sample: torch.Tensor, targets: dict[str, int]) -> list[str]:
     """Return the first layer of each group of coupled layers that can be cut to its target."""
     graph = _graph(network, sample)
     names = {module: name for name, module in network.named_modules()}
@@ -163,14 +164,16 @@ def _roots(network: Any, sample: Any, targets: dict[str, int]) -> list[str]:
     return roots
 
 
-def _runs_with(network: Any, sample: Any, roots: list[str], targets: dict[str, int]) -> bool:
+def _runs_with(network: torch.nn.Module, sample: torch.Tensor, roots: list[str], targets: dict[str, int]) -> bool:
     """Return whether the network still runs when these layers are cut."""
     tried = copy.deepcopy(network)
     _cut(tried, sample, roots, targets)
     return _problem(tried, sample) is None
 
 
-def _cut(network: Any, sample: Any, roots: Collection[str], targets: dict[str, int]) -> list[Removal]:
+def _cut(
+    network: torch.nn.Module, sample: torch.Tensor, roots: Collection[str], targets: dict[str, int]
+) -> list[Removal]:
     """Cut these layers, and those coupled to them, to their targets; return what was removed."""
     graph = _graph(network, sample)
     importance_of = torch_pruning.importance.GroupMagnitudeImportance(p=2)
@@ -190,7 +193,7 @@ def _cut(network: Any, sample: Any, roots: Collection[str], targets: dict[str, i
     return removals
 
 
-def _problem(network: Any, sample: Any) -> str | None:
+def _problem(network: torch.nn.Module, sample: torch.Tensor) -> str | None:
     """Return why the network does not run, or None if it does."""
     try:
         with torch.inference_mode():
@@ -200,7 +203,7 @@ def _problem(network: Any, sample: Any) -> str | None:
     return None
 
 
-def _graph(network: Any, sample: Any) -> Any:
+def _graph(network: torch.nn.Module, sample: torch.Tensor) -> torch_pruning.DependencyGraph:
     network.eval()
     try:
         return torch_pruning.DependencyGraph().build_dependency(network, example_inputs=sample)
@@ -211,7 +214,7 @@ def _graph(network: Any, sample: Any) -> Any:
         ) from error
 
 
-def _output_layers(graph: Any) -> list[Any]:
+def _output_layers(graph: torch_pruning.DependencyGraph) -> list[torch.nn.Module]:
     """Return layers whose channels reach the network's output without another layer between: the classifier."""
     pending, layers = [node for node in graph.module2node.values() if not node.outputs], []
     while pending:
@@ -223,13 +226,13 @@ def _output_layers(graph: Any) -> list[Any]:
     return layers
 
 
-def _is_grouped(group: Any) -> bool:
+def _is_grouped(group: torch_pruning.Group) -> bool:
     """Return whether a grouped (but not depthwise) convolution takes part: its groups must stay equal."""
     modules = [dep.target.module for dep, _ in group]
     return any(isinstance(m, torch.nn.Conv2d) and m.groups not in (1, m.out_channels) for m in modules)
 
 
-def _is_attention(group: Any) -> bool:
+def _is_attention(group: torch_pruning.Group) -> bool:
     """Return whether products of activations or a softmax take part: their channels are heads, which must stay
     equal."""
     kinds = torch_pruning.ops.OPTYPE

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.data import tokens
 from slipstream.data.splits import Split
 from slipstream.errors import ModelError, SpecError
@@ -82,7 +82,7 @@ class Training(training.Training):
         """Return a checkpoint for a custom loop."""
         return Checkpoint(self._job.folder / f"{name}.pt", self._job.group)
 
-    def _fit(self, network: Any, schedule: Schedule, name: str, loss: Loss | None) -> None:
+    def _fit(self, network: torch.nn.Module, schedule: Schedule, name: str, loss: Loss | None) -> None:
         fit(network, self._job, schedule, name, loss=loss)
 
 
@@ -94,7 +94,7 @@ def seed_everything(seed: int) -> None:
 
 
 def fit(
-    network: Any,
+    network: torch.nn.Module,
     job: Job,
     schedule: Schedule,
     name: str,
@@ -118,7 +118,9 @@ class _Loop:
     process.
     """
 
-    def __init__(self, network: Any, job: Job, schedule: Schedule, loss: Loss, soft: SoftTargets | None) -> None:
+    def __init__(
+        self, network: torch.nn.Module, job: Job, schedule: Schedule, loss: Loss, soft: SoftTargets | None
+    ) -> None:
         self.network, self.job, self.schedule, self.loss = network, job, schedule, loss
         self.group, self.device = job.group, torch_distributed.device()
         split: Split = job.data.train
@@ -174,7 +176,7 @@ class _Loop:
         elif self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _batch(self, indices: Any, epoch: int) -> float:
+    def _batch(self, indices: torch.Tensor, epoch: int) -> float:
         """Do one step on this process's part of a batch; return its loss, weighted by its share."""
         mine = self.group.part(indices)
         share = len(mine) / len(indices)
@@ -203,7 +205,7 @@ class _Loop:
         total = self._score(mine) * len(mine) if len(mine) else 0.0
         return self.group.add(total) / len(self.held_out) * 100
 
-    def _score(self, indices: Any) -> float:
+    def _score(self, indices: torch.Tensor) -> float:
         answers, labels = logits(self.network, self.tensors[0][indices].numpy()), self.labels[indices.numpy()]
         self.metric.check(answers, labels, "the network in training", ModelError)
         return value(self.metric, self.metric.evaluate(answers, labels))
@@ -231,7 +233,7 @@ class _Loop:
         return int(state["epochs_done"])
 
 
-def _optimizer(network: Any, schedule: Schedule) -> Any:
+def _optimizer(network: torch.nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     """Return the optimizer of all parameters that are trained."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     if schedule.optimizer == "adamw":
@@ -239,7 +241,7 @@ def _optimizer(network: Any, schedule: Schedule) -> Any:
     return torch.optim.SGD(parameters, schedule.learning_rate, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
 
 
-def _answer(answer: Any) -> torch.Tensor:
+def _answer(answer: object) -> torch.Tensor:
     """Return a network's answer in float32. Raise ModelError if it is not a single tensor."""
     if not isinstance(answer, torch.Tensor):
         raise ModelError(
@@ -249,7 +251,7 @@ def _answer(answer: Any) -> torch.Tensor:
     return answer.float().cpu()
 
 
-def logits(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def logits(network: torch.nn.Module, inputs: Array) -> Float32Array:
     """Return (N, classes) float32 outputs for inputs (N, …), in evaluation mode.
 
     Images are processed in channels_last, which the network's weights keep afterwards.
@@ -263,7 +265,7 @@ def logits(network: Any, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     with torch.inference_mode():
         parts = (inputs[i : i + size] for i in range(0, len(inputs), size))
         batches = (torch.tensor(tokens.trim(part)).to(place, memory_format=layout) for part in parts)
-        outputs: npt.NDArray[np.float32] = torch.cat([_answer(network(b)) for b in batches]).numpy()
+        outputs: Float32Array = torch.cat([_answer(network(b)) for b in batches]).numpy()
     return outputs
 
 
@@ -272,13 +274,13 @@ EVALUATION_BYTES, EVALUATION_BATCH = 4 * 2**20, 128
 images a second with batches of 128 in channels_last as with 512 in NCHW (2 cores, AVX-512, busy machine)."""
 
 
-def _evaluation_batch(inputs: npt.NDArray[Any]) -> int:
+def _evaluation_batch(inputs: Array) -> int:
     """Return the samples of a batch: 128, or fewer if a sample is large."""
     sample_bytes = max(inputs[:1].nbytes, 1)
     return int(np.clip(EVALUATION_BYTES // sample_bytes, 1, EVALUATION_BATCH))
 
 
-def _trim(inputs: Any) -> Any:
+def _trim(inputs: torch.Tensor) -> torch.Tensor:
     """Return a batch without columns that are all padding, if it is token ids (N, T)."""
     if inputs.ndim != 2 or inputs.dtype != torch.int64:
         return inputs

@@ -6,14 +6,14 @@ A framework supplies a `Loop`, its network with optimizer and data, and a checkp
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from slipstream.data.splits import Data
 from slipstream.errors import DataError
-from slipstream.frameworks.base import Job, Schedule
+from slipstream.frameworks.base import Job, Network, Schedule
 from slipstream.measure.metrics.base import Metric
 from slipstream.spec import Optimizer
 
@@ -26,6 +26,8 @@ DECOUPLED_WEIGHT_DECAY = 0.01
 """AdamW's own default; in SGD the decay is part of the gradient, and therefore has another size."""
 
 Loss = Callable[..., Any]
+State: TypeAlias = Any
+"""State of a training under way; only the loop that wrote it reads it."""
 
 
 def hold_out(samples: int, seed: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
@@ -56,7 +58,7 @@ class Training:
 
     def fit(
         self,
-        network: Any,
+        network: Network,
         *,
         epochs: int,
         learning_rate: float = 0.1,
@@ -79,7 +81,7 @@ class Training:
         """Record figures of an epoch in MLflow."""
         self._job.progress.metrics(figures, step=epoch)
 
-    def _fit(self, network: Any, schedule: Schedule, name: str, loss: Loss | None) -> None:
+    def _fit(self, network: Network, schedule: Schedule, name: str, loss: Loss | None) -> None:
         raise NotImplementedError
 
 
@@ -88,11 +90,11 @@ class Checkpoint(Protocol):
 
     path: Path
 
-    def load(self) -> Any:
+    def load(self) -> State | None:
         """Return the last saved state, or None at the first attempt."""
         ...
 
-    def save(self, state: Any) -> None:
+    def save(self, state: State) -> None:
         """Replace the state."""
         ...
 
@@ -118,11 +120,11 @@ class Loop(Protocol):
         """Return the rate after the last batch."""
         ...
 
-    def state(self, epochs_done: int) -> Any:
+    def state(self, epochs_done: int) -> State:
         """Return everything that determines how training continues."""
         ...
 
-    def restore(self, state: Any) -> int:
+    def restore(self, state: State) -> int:
         """Continue from a state; return the number of completed epochs."""
         ...
 

@@ -102,7 +102,7 @@ def watch(ordinal: int | None) -> Iterator[Usage]:
         thread.join()
 
 
-def _sample(handle: Any, usage: Usage, stop: threading.Event) -> None:
+def _sample(handle: object, usage: Usage, stop: threading.Event) -> None:
     import pynvml
 
     while not stop.wait(EVERY_S):
@@ -110,13 +110,13 @@ def _sample(handle: Any, usage: Usage, stop: threading.Event) -> None:
         usage.utilization.append(float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu))
 
 
-def _memory_mib(handle: Any) -> float:
+def _memory_mib(handle: object) -> float:
     import pynvml
 
     return float(pynvml.nvmlDeviceGetMemoryInfo(handle).used) / MIB
 
 
-def _handle(ordinal: int) -> Any | None:
+def _handle(ordinal: int) -> object:
     """Return NVML's handle of a GPU; None if there is no such GPU or no NVML."""
     try:
         import pynvml

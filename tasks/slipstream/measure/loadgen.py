@@ -9,15 +9,21 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from slipstream.errors import SlipstreamError
 
+if TYPE_CHECKING:  # not in every environment; imported when a test runs
+    import mlperf_loadgen
+
 Issue = Callable[[int], object]
 """Runs one request on the sample with this index, and returns when it is answered."""
+Settings: TypeAlias = "mlperf_loadgen.TestSettings"
+Queries: TypeAlias = "list[mlperf_loadgen.QuerySample]"
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ def server(
     return _test(loadgen, issue, samples, settings)
 
 
-def _settings(loadgen: Any, scenario: Any, duration_ms: int, min_queries: int, seed: int) -> Any:
+def _settings(
+    loadgen: ModuleType, scenario: "mlperf_loadgen.TestScenario", duration_ms: int, min_queries: int, seed: int
+) -> Settings:
     settings = loadgen.TestSettings()
     settings.scenario = scenario
     settings.mode = loadgen.TestMode.PerformanceOnly
@@ -75,11 +83,11 @@ def _settings(loadgen: Any, scenario: Any, duration_ms: int, min_queries: int, s
     return settings
 
 
-def _test(loadgen: Any, issue: Issue, samples: int, settings: Any) -> Block:
+def _test(loadgen: ModuleType, issue: Issue, samples: int, settings: Settings) -> Block:
     """Run one test. An exception in `issue` is raised here, not in LoadGen's C++ frames, which would not survive it."""
     failures: list[Exception] = []
 
-    def answer(queries: list[Any]) -> None:
+    def answer(queries: Queries) -> None:
         for query in queries:
             if not failures:  # after a failure the remaining queries are answered empty, so that the test ends
                 try:
@@ -95,7 +103,9 @@ def _test(loadgen: Any, issue: Issue, samples: int, settings: Any) -> Block:
         return _read(Path(folder))
 
 
-def _start(loadgen: Any, answer: Callable[[list[Any]], None], samples: int, settings: Any, folder: str) -> None:
+def _start(
+    loadgen: ModuleType, answer: Callable[[Queries], None], samples: int, settings: Settings, folder: str
+) -> None:
     logs = loadgen.LogSettings()
     output = loadgen.LogOutputSettings()
     output.outdir = folder

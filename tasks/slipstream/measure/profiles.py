@@ -9,11 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from slipstream.contract.arrays import Array
 from slipstream.engines.base import load_engine
 from slipstream.errors import EngineError
 from slipstream.spec import Target
@@ -51,7 +50,7 @@ def require_tool(target: Target) -> None:
         )
 
 
-def record(tool: str, engine: Path, samples: npt.NDArray[Any], folder: Path, requests: int = REQUESTS) -> Path:
+def record(tool: str, engine: Path, samples: Array, folder: Path, requests: int = REQUESTS) -> Path:
     """Profile an engine folder on samples (N, …); the profile is written to `folder`. Raise EngineError."""
     folder.mkdir(parents=True, exist_ok=True)
     name, command = COMMANDS[tool]

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slipstream.contract.arrays import Array
 from slipstream.errors import EngineError, ModelError
-from slipstream.measure.metrics.base import Array, Metric, drop, record, value, worst_class
+from slipstream.measure.metrics.base import Metric, drop, record, value, worst_class
 
 CONFIDENCE = 0.95
 

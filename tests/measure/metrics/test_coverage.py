@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from slipstream.contract.arrays import Array
 from slipstream.measure import stats
-from slipstream.measure.metrics.base import Array, Metric, drop, metric_for, value
+from slipstream.measure.metrics.base import Metric, drop, metric_for, value
 
 CONFIDENCE, POPULATION = 0.95, 8000
 

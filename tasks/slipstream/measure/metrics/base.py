@@ -7,12 +7,13 @@ from all of them at once (mAP), and a model answers every sample only once.
 
 import importlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from slipstream import digests
+from slipstream.contract.arrays import Array
 from slipstream.data.splits import Split
 from slipstream.data.user_code import user_code_digest
 from slipstream.errors import EngineError, InputError
@@ -23,8 +24,7 @@ from slipstream.spec import Call
 
 BATCH = 250
 
-Array = npt.NDArray[Any]
-Records = npt.NDArray[Any]
+Records: TypeAlias = Array
 """(N,) data that a metric needs of each sample's answer: a number, or several in a structured dtype; never an
 object."""
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from slipstream.contract.arrays import Array
 from slipstream.errors import DataError, EngineError, InputError, SpecError
-from slipstream.measure.metrics.base import Array, Mean, Records, counted_from_one, finite, require_finite
+from slipstream.measure.metrics.base import Mean, Records, counted_from_one, finite, require_finite
 from slipstream.measure.stats import Floats
 
 PREDICTION = np.dtype([("label", np.int32), ("answer", np.int32)])

@@ -9,15 +9,19 @@ sample's objects are -1.
 import contextlib
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from slipstream.contract.arrays import Array
 from slipstream.errors import DataError, EngineError, InputError
-from slipstream.measure.metrics.base import Array, Records, counted_from_one, finite, require_finite
+from slipstream.measure.metrics.base import Records, counted_from_one, finite, require_finite
 from slipstream.measure.metrics.classification import mean_over_classes
 from slipstream.measure.stats import Floats
+
+if TYPE_CHECKING:  # imported only where boxes are matched
+    from pycocotools.coco import COCO
 
 BOX = 4
 """Numbers of a box, before the scores of its classes."""
@@ -168,7 +172,7 @@ def _nothing() -> Detections:
     return Detections(np.empty((0, BOX)), np.empty(0), np.empty(0, np.intp))
 
 
-def _record(classes: int) -> np.dtype[Any]:
+def _record(classes: int) -> np.dtype[np.void]:
     return np.dtype(
         [
             ("class", np.int16, DETECTIONS),
@@ -199,12 +203,12 @@ def _matched(predictions: list[Detections], labels: Array, classes: int) -> list
     return hits
 
 
-def _truth(labels: Array, classes: int) -> Any:
+def _truth(labels: Array, classes: int) -> "COCO":
     objects = [(i, int(row[0]), row[1:]) for i, sample in enumerate(labels) for row in sample if row[0] >= 0]
     return _coco(len(labels), classes, [_annotation(i, c, box) for i, c, box in objects])
 
 
-def _answers(predictions: list[Detections], classes: int) -> Any:
+def _answers(predictions: list[Detections], classes: int) -> "COCO":
     boxes = [
         _annotation(i, int(c), box) | {"score": float(score)}
         for i, d in enumerate(predictions)
@@ -213,7 +217,7 @@ def _answers(predictions: list[Detections], classes: int) -> Any:
     return _coco(len(predictions), classes, boxes)
 
 
-def _annotation(sample: int, label: int, box: Array) -> dict[str, Any]:
+def _annotation(sample: int, label: int, box: Array) -> dict[str, object]:
     """Return a box in COCO's form: corner, width and height."""
     x1, y1, x2, y2 = (float(v) for v in box)
     width, height = max(x2 - x1, 0.0), max(y2 - y1, 0.0)
@@ -226,7 +230,7 @@ def _annotation(sample: int, label: int, box: Array) -> dict[str, Any]:
     }
 
 
-def _coco(samples: int, classes: int, boxes: list[dict[str, Any]]) -> Any:
+def _coco(samples: int, classes: int, boxes: list[dict[str, object]]) -> "COCO":
     """Return a COCO data set. Numbers start at 1, since a match with number 0 counts as none."""
     from pycocotools.coco import COCO
 

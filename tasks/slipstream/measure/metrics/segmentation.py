@@ -3,8 +3,9 @@
 import numpy as np
 import numpy.typing as npt
 
+from slipstream.contract.arrays import Array
 from slipstream.errors import DataError, EngineError, InputError
-from slipstream.measure.metrics.base import Array, Records, finite, require_finite
+from slipstream.measure.metrics.base import Records, finite, require_finite
 from slipstream.measure.metrics.classification import mean_over_classes
 from slipstream.measure.stats import Floats
 

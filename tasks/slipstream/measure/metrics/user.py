@@ -6,9 +6,10 @@ an environment without the framework: the module must import there.
 
 import numpy as np
 
+from slipstream.contract.arrays import Array
 from slipstream.data.user_code import user_function
 from slipstream.errors import CodeError, EngineError, InputError, SpecError
-from slipstream.measure.metrics.base import Array, Mean, Records, finite, require_finite
+from slipstream.measure.metrics.base import Mean, Records, finite, require_finite
 from slipstream.plugins import short_name
 from slipstream.spec import Call
 

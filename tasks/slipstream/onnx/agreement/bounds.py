@@ -8,9 +8,8 @@ signal to quantization noise ratio (SQNR) in another unit: 20 dB are 0.1.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.floating]
+from slipstream.contract.arrays import FloatArray
 
 FLOOR = 8 * 2.0**-23
 """A difference that is rounding whatever the answers are, about 1e-6: eight units in the last place of FP32 at 1.
@@ -87,7 +86,7 @@ class Agreement:
         return figures if self.labels is None else figures | {"agreement": self.labels}
 
 
-def measure(expected: Array, got: Array) -> Agreement:
+def measure(expected: FloatArray, got: FloatArray) -> Agreement:
     """Compare finite answers of the same shape (N, …), N ≥ 1."""
     exact, difference = expected.astype(np.float64), np.abs(got.astype(np.float64) - expected)
     scores = expected.ndim == 2 and expected.shape[1] > 1
@@ -99,7 +98,7 @@ def measure(expected: Array, got: Array) -> Agreement:
     )
 
 
-def explain_mismatch(expected: Array, got: Array, bound: Bound) -> str | None:
+def explain_mismatch(expected: FloatArray, got: FloatArray, bound: Bound) -> str | None:
     """Return why two forms of a model do not agree, as a phrase to follow its name; None if they do."""
     if got.shape != expected.shape:
         return f"answers {got.shape} instead of {expected.shape}"

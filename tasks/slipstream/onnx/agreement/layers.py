@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from slipstream.contract.arrays import Array, FloatArray
 from slipstream.engines.base import engine_for
 from slipstream.errors import EngineError, ModelError
 from slipstream.frameworks.base import INPUT, MANIFEST, ONNX, OUTPUT, read_manifest
@@ -22,11 +22,14 @@ from slipstream.onnx.agreement.bounds import Bound, explain_mismatch
 from slipstream.onnx.agreement.reference import tensors
 from slipstream.spec import Target
 
+if TYPE_CHECKING:  # imported only after a failure
+    import onnx
+
 SAMPLES = 8
 """Number of samples on which layers are compared: the values of all tensors are held at once."""
 
 
-def first_departure(candidate: Path, target: Target, samples: npt.NDArray[Any], bound: Bound) -> str:
+def first_departure(candidate: Path, target: Target, samples: Array, bound: Bound) -> str:
     """Return a sentence that names the first node whose inputs agree and whose output does not.
 
     `samples` are (N, …). The sentence says so if the node cannot be determined: the engine is not built from ONNX, or
@@ -42,18 +45,18 @@ def first_departure(candidate: Path, target: Target, samples: npt.NDArray[Any], 
 class _Search:
     """One search, which remembers its comparisons."""
 
-    model: Any
+    model: "onnx.ModelProto"
     candidate: Path
     target: Target
-    samples: npt.NDArray[Any]
+    samples: Array
     bound: Bound
-    values: Mapping[str, npt.NDArray[np.floating]]
+    values: Mapping[str, FloatArray]
     """The reference's tensors in topological order."""
     found: dict[str, str | None] = field(default_factory=dict)
     """Differences by tensor; None if it agrees."""
 
     @classmethod
-    def of(cls, candidate: Path, target: Target, samples: npt.NDArray[Any], bound: Bound) -> "_Search":
+    def of(cls, candidate: Path, target: Target, samples: Array, bound: Bound) -> "_Search":
         import onnx
 
         model = onnx.load(candidate / ONNX)
@@ -95,7 +98,7 @@ class _Search:
                 bad = middle
         return before[bad] if bad < len(before) else departing
 
-    def _before(self, tensor: str, makers: Mapping[str, Any]) -> list[str]:
+    def _before(self, tensor: str, makers: Mapping[str, "onnx.NodeProto"]) -> list[str]:
         """Return the tensors that this one is computed from, in topological order."""
         ancestors, todo = set(), [tensor]
         while todo:
@@ -112,7 +115,7 @@ class _Search:
             self.found[tensor] = explain_mismatch(self.values[tensor], self._answer(tensor), bound)
         return self.found[tensor]
 
-    def _answer(self, tensor: str) -> npt.NDArray[Any]:
+    def _answer(self, tensor: str) -> Array:
         """Return the engine's value of a tensor (N, …)."""
         engine = engine_for(self.target.engine)
         with tempfile.TemporaryDirectory() as folder:

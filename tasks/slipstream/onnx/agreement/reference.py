@@ -3,17 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from slipstream.contract.arrays import Array, Float32Array, FloatArray
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import INPUT
 from slipstream.onnx.session import Session
 
+if TYPE_CHECKING:
+    import onnx
 
-def reference(path: Path, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+
+def reference(path: Path, samples: Array) -> Float32Array:
     """Return (N, …) outputs. Raise ModelError if it cannot be run, or answers NaN or infinity."""
     with _naming(path):
         answers = Session(path).run(samples)
@@ -22,7 +25,7 @@ def reference(path: Path, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return answers
 
 
-def tensors(path: Path, samples: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.floating]]:
+def tensors(path: Path, samples: Array) -> dict[str, FloatArray]:
     """Return every floating-point tensor with a row for each of the samples (N, …), by name, in the graph's order.
 
     The order is topological, as ONNX demands. Raise ModelError.
@@ -42,7 +45,7 @@ def tensors(path: Path, samples: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.f
     }
 
 
-def _depending(graph: Any, source: str) -> dict[str, None]:
+def _depending(graph: "onnx.GraphProto", source: str) -> dict[str, None]:
     """Return names of the tensors that depend on `source`, in order, without constants and what is folded from them."""
     dependents = {source: None}
     for node in graph.node:

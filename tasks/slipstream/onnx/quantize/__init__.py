@@ -6,12 +6,14 @@ Each has `quantize(model, request)`, which returns another model and leaves the 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-import numpy.typing as npt
-
+from slipstream.contract.arrays import Array
 from slipstream.plugins import SCHEMES
 from slipstream.spec import Quantize
+
+if TYPE_CHECKING:
+    import onnx
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Request:
     """The requested quantization."""
 
     section: Quantize
-    samples: npt.NDArray[Any]
+    samples: Array
     """(N, …) calibration samples, for schemes that compute ranges from them."""
     on_sample: Callable[[int], None]
     """Called with the number of samples seen."""
@@ -28,8 +30,8 @@ class Request:
 class Scheme(Protocol):
     """A module of SCHEMES."""
 
-    def quantize(self, model: Any, request: Request) -> Any:
-        """Return the quantized onnx.ModelProto. Raise ModelError."""
+    def quantize(self, model: "onnx.ModelProto", request: Request) -> "onnx.ModelProto":
+        """Return the quantized model. Raise ModelError."""
         ...
 
 

@@ -12,10 +12,10 @@ import os
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from slipstream.contract.arrays import Array
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import INPUT
 from slipstream.onnx import graph as onnx_graph
@@ -30,7 +30,7 @@ def quantize(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
     nncf = _nncf()
     count = 0
 
-    def feed(sample: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    def feed(sample: Array) -> dict[str, Array]:
         nonlocal count
         count += 1
         request.on_sample(count)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from slipstream.contract.arrays import Float32Array
 from slipstream.onnx import graph as onnx_graph
 from slipstream.onnx.quantize import Request
 from slipstream.plugins import SCHEMES
@@ -26,7 +27,6 @@ OPSET = 21
 INT8_MAX, INT4_MAX = 127, 7
 TINY = 1e-12
 """Smallest scale: a channel may be all zeros."""
-Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Weight:
     """A weight, and the axis of its channels."""
 
     name: str
-    values: Array
+    values: Float32Array
     channels: int
     """Axis of the output channels; of the rows, for a table."""
     inner: int | None
@@ -92,7 +92,7 @@ def _compressed(
     return small, numpy_helper.from_array(flat, f"{name}_scale"), attributes
 
 
-def _in_blocks(values: Array, axis: int, block: int) -> tuple[npt.NDArray[np.int8], Array]:
+def _in_blocks(values: Float32Array, axis: int, block: int) -> tuple[npt.NDArray[np.int8], Float32Array]:
     """Return numbers from -7 to 7 of the weight's shape, and scales with 1/block of its size along the axis."""
     shape = values.shape
     cut = values.reshape(*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :])
@@ -100,12 +100,12 @@ def _in_blocks(values: Array, axis: int, block: int) -> tuple[npt.NDArray[np.int
     return _rounded(cut, scales, INT4_MAX).reshape(shape), scales.squeeze(axis + 1)
 
 
-def _scale(largest: npt.NDArray[np.floating] | np.floating, steps: int) -> Array:
-    scales: Array = np.maximum(np.asarray(largest, np.float32) / np.float32(steps), np.float32(TINY))
+def _scale(largest: npt.NDArray[np.floating] | np.floating, steps: int) -> Float32Array:
+    scales: Float32Array = np.maximum(np.asarray(largest, np.float32) / np.float32(steps), np.float32(TINY))
     return scales
 
 
-def _rounded(values: Array, scales: Array, limit: int) -> npt.NDArray[np.int8]:
+def _rounded(values: Float32Array, scales: Float32Array, limit: int) -> npt.NDArray[np.int8]:
     numbers: npt.NDArray[np.int8] = np.clip(np.rint(values / scales), -limit, limit).astype(np.int8)
     return numbers
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from slipstream.contract.arrays import Array
 from slipstream.contract.ask import answer
 from slipstream.data.user_code import user_function
 from slipstream.errors import DataError, ModelError, SlipstreamError
-from slipstream.frameworks.base import trainer_for
+from slipstream.frameworks.base import Network, trainer_for
 from slipstream.spec import Call
 from slipstream.tools.init.facts import Facts, Question, Reply
 from slipstream.tools.init.source import NPZ
@@ -75,6 +75,7 @@ def _dimensions(shape: Any) -> tuple[int, ...]:
 def function(question: Question) -> Facts:
     """Return facts of a function that builds a network, with its weights; its shapes are known only with data."""
     call, trainer = Call(function=question.location), trainer_for(question.framework)
+    network: Any  # either framework's own
     if question.weights is None:
         network = trainer.build(call, seed=0)
     else:
@@ -89,7 +90,7 @@ def function(question: Question) -> Facts:
     return facts if question.data is None else _tried(facts, network, question.data)
 
 
-def _tried(facts: Facts, network: Any, data: str) -> Facts:
+def _tried(facts: Facts, network: Network, data: str) -> Facts:
     """Return the facts, with the shapes that the network has on two samples of the data."""
     inputs = _samples(data)
     try:
@@ -103,10 +104,10 @@ def _tried(facts: Facts, network: Any, data: str) -> Facts:
     return facts.model_copy(update=shapes)
 
 
-def _samples(data: str) -> npt.NDArray[Any]:
+def _samples(data: str) -> Array:
     """Return two inputs of the training split. Raise DataError."""
     if not data.endswith(NPZ):
-        inputs: npt.NDArray[Any] = user_function(Call(function=data))().train.inputs[:2]
+        inputs: Array = user_function(Call(function=data))().train.inputs[:2]
         return inputs
     try:
         with np.load(data, allow_pickle=False) as arrays:
