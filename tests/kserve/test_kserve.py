@@ -13,13 +13,13 @@ from tests.kserve.kserve_stand_in import KServeStandIn
 from tests.traffic.conftest import TOY_SERVER
 from tests.traffic.contract import A, B, TrafficContract, engine, load, shares
 
-from slipstream.contract import Release
+from slipstream.contract import Json, Release
 from slipstream.errors import InputError, RegistryError, Unavailable
 from slipstream.home import Home
 from slipstream.traffic import kserve
 from slipstream.traffic.base import Endpoint, Routes, TrafficController
 from slipstream.traffic.kserve import KServeController
-from slipstream.traffic.kserve_api import ACCESS, PLURAL, Api, Json
+from slipstream.traffic.kserve_api import ACCESS, PLURAL, Api
 from slipstream.traffic.kserve_objects import Service
 
 C = Release(model="net", name="v3")

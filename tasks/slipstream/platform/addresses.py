@@ -6,7 +6,7 @@ import json
 import secrets
 import socket
 from collections.abc import MutableMapping
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import model_validator
@@ -47,7 +47,7 @@ class Addresses(Document):
 
     @model_validator(mode="before")
     @classmethod
-    def _moved(cls, document: Any) -> Any:
+    def _moved(cls, document: object) -> object:
         """Accept a home that was created when Envoy's admin interface had a port."""
         return {k: v for k, v in document.items() if k != "envoy_admin"} if isinstance(document, dict) else document
 

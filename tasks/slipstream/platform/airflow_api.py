@@ -3,10 +3,10 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 
+from slipstream.contract import Json
 from slipstream.errors import InputError, Unavailable
 from slipstream.home import Home
 from slipstream.plan import flow
@@ -55,7 +55,7 @@ class AirflowApi:
         secrets = addresses.load_secrets(home)
         return cls(addresses.load(home).airflow, secrets.airflow_user, secrets.airflow_password)
 
-    def dag(self, dag_id: str) -> dict[str, Any] | None:
+    def dag(self, dag_id: str) -> Json | None:
         """Return a DAG's details, or None if Airflow does not know it."""
         answer = self._ask("GET", f"/dags/{dag_id}", fine=(404,))
         return None if answer.status_code == httpx.codes.NOT_FOUND else dict(answer.json())
@@ -96,7 +96,7 @@ class AirflowApi:
         """Unpause a DAG, if it is paused."""
         self._ask("PATCH", f"/dags/{dag_id}", {"is_paused": False})
 
-    def trigger(self, dag_id: str, run_id: str, conf: Mapping[str, Any]) -> bool:
+    def trigger(self, dag_id: str, run_id: str, conf: Mapping[str, object]) -> bool:
         """Start a run; return False if a run with this id was started before. Raise InputError for a refused conf."""
         body = {"dag_run_id": run_id, "logical_date": None, "conf": dict(conf)}
         answer = self._ask("POST", f"/dags/{dag_id}/dagRuns", body, fine=(400, 409, 422))
@@ -106,7 +106,7 @@ class AirflowApi:
             raise InputError(f"Airflow refuses the run {run_id} of {dag_id}: {answer.json().get('detail')}")
         return True
 
-    def run(self, dag_id: str, run_id: str) -> dict[str, Any] | None:
+    def run(self, dag_id: str, run_id: str) -> Json | None:
         """Return a run's details, or None if there is no such run."""
         answer = self._ask("GET", f"/dags/{dag_id}/dagRuns/{run_id}", fine=(404,))
         return None if answer.status_code == httpx.codes.NOT_FOUND else dict(answer.json())
@@ -119,7 +119,7 @@ class AirflowApi:
 
     def tasks(self, dag_id: str, run_id: str) -> list[TaskInstance]:
         """Return all task instances of a run."""
-        entries: list[dict[str, Any]] = []
+        entries: list[Json] = []
         while True:
             query = f"limit=100&offset={len(entries)}"
             page = self._ask("GET", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances?{query}").json()
@@ -136,7 +136,7 @@ class AirflowApi:
         return str(raised[-1][0]["exc_value"]) if raised else ""
 
     def _ask(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, fine: tuple[int, ...] = ()
+        self, method: str, path: str, body: Mapping[str, object] | None = None, fine: tuple[int, ...] = ()
     ) -> httpx.Response:
         """Send one request, logged in; repeat it with a new token if the old one has expired."""
         try:
@@ -150,7 +150,7 @@ class AirflowApi:
             raise Unavailable(f"Airflow at {self._client.base_url} does not answer {method} {path}: {error}") from error
 
 
-def _task(entry: Mapping[str, Any]) -> TaskInstance:
+def _task(entry: Json) -> TaskInstance:
     return TaskInstance(
         id=entry["task_id"],
         state=entry["state"],

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import httpx
 
@@ -72,7 +71,7 @@ class _Probe:
     home: Home
     addresses: Addresses
     client: httpx.Client
-    airflow_health: Mapping[str, Any]
+    airflow_health: Mapping[str, object]
     ejected: Mapping[str, str]
     """What happens to the requests of each model server's program that Envoy has ejected."""
 
@@ -140,7 +139,7 @@ def _answers(client: httpx.Client, url: str) -> bool:
         return False
 
 
-def _airflow_health(addresses: Addresses) -> Mapping[str, Any]:
+def _airflow_health(addresses: Addresses) -> Mapping[str, object]:
     try:
         answer = httpx.get(f"{addresses.airflow}/api/v2/monitor/health", timeout=10).json()
     except (httpx.HTTPError, ValueError):

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -46,6 +46,6 @@ def read(registry: Registry, prefix: str, kind: type[R]) -> list[R]:
     return records
 
 
-def _signed(registry: Registry, tag: str, record: Record) -> dict[str, Any]:
+def _signed(registry: Registry, tag: str, record: Record) -> dict[str, object]:
     part = json.loads(record.model_dump_json(exclude_defaults=True, exclude={"signature"}))
     return {"model": registry.model, "tag": tag, "record": part}

@@ -132,7 +132,7 @@ class Report(Document):
     """sha256 of each split."""
     hardware: dict[str, str]
     sample: Sample | None = None
-    facts: dict[str, Any]
+    facts: dict[str, object]
     """Other results of select and rollout, such as the champion that was compared with."""
 
     def table(self) -> Any:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -42,28 +44,28 @@ STYLE = {
 WIDTH_IN = 10.0
 
 
-def draw(report: Report) -> dict[str, Any]:
+def draw(report: Report) -> dict[str, Figure]:
     """Return a figure by name for each plot that has something to draw."""
     with matplotlib.rc_context(STYLE):
         drawn = {"pareto": pareto(report), "latency": latency(report), "timeline": timeline(report)}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def svg(figure: Any) -> str:
+def svg(figure: Figure) -> str:
     """Return a figure as SVG text; the same figure gives the same text."""
     with matplotlib.rc_context(STYLE), io.StringIO() as out:
         figure.savefig(out, format="svg", metadata={"Date": None})
         return out.getvalue()
 
 
-def png(figure: Any) -> bytes:
+def png(figure: Figure) -> bytes:
     """Return a figure as PNG at twice its size on a page, on the light theme's background."""
     with io.BytesIO() as out:
         figure.savefig(out, format="png", dpi=200, facecolor=LIGHT["paper"])
         return out.getvalue()
 
 
-def _axes(height_in: float, rows: int = 1, ratios: Sequence[float] = (1,)) -> tuple[Any, Any]:
+def _axes(height_in: float, rows: int = 1, ratios: Sequence[float] = (1,)) -> tuple[Figure, Any]:
     figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
     return figure, figure.subplots(rows, 1, sharex=True, gridspec_kw={"height_ratios": list(ratios)})
 
@@ -72,7 +74,7 @@ TICKS = ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5
 """Where a decade of a logarithmic axis may have its ticks, sparsest first."""
 
 
-def _plain_log_ticks(axis: Any) -> None:
+def _plain_log_ticks(axis: Axis) -> None:
     """Use 1, 2, 5 … 10 instead of powers of ten, or more on an axis so short that it would show fewer than three."""
     low, high = axis.get_view_interval()
     places = [LogLocator(subs=subs) for subs in TICKS]
@@ -99,7 +101,7 @@ def target_of(cell: str) -> str:
     return cell.partition("@")[2]
 
 
-def pareto(report: Report) -> Any | None:
+def pareto(report: Report) -> Figure | None:
     """Draw quality against the time per request in the run in which all engines took turns, which decides the release.
 
     Return None without such a run: no engine passed. Vertical bars are the confidence bounds of the drop, horizontal
@@ -132,7 +134,7 @@ def _place(row: Row) -> tuple[float, float]:
     return row.standing.ms, row.evidence.engine_quality
 
 
-def _limits(axes: Any, report: Report, rows: Sequence[Row]) -> None:
+def _limits(axes: Axes, report: Report, rows: Sequence[Row]) -> None:
     floor = max(r.evidence.baseline_quality for r in rows if r.evidence) - report.objective.max_drop
     axes.axhline(floor, color=LIGHT["bad"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
@@ -148,7 +150,7 @@ def _limits(axes: Any, report: Report, rows: Sequence[Row]) -> None:
     )
 
 
-def _frontier(axes: Any, passed: Sequence[Row]) -> None:
+def _frontier(axes: Axes, passed: Sequence[Row]) -> None:
     """Return steps along the engines that no other passing engine beats on both axes."""
     best: list[tuple[float, float]] = []
     for x, y in sorted((_place(r) for r in passed), key=lambda p: (p[0], -p[1])):
@@ -159,7 +161,7 @@ def _frontier(axes: Any, passed: Sequence[Row]) -> None:
         axes.plot(xs, ys, drawstyle="steps-post", color=LIGHT["good"], linewidth=1.3, alpha=0.7, zorder=1)
 
 
-def _engine_point(axes: Any, row: Row, colour: str) -> None:
+def _engine_point(axes: Axes, row: Row, colour: str) -> None:
     assert row.evidence is not None
     x, y = _place(row)
     drop = row.evidence.drop_pp
@@ -188,8 +190,8 @@ def _engine_point(axes: Any, row: Row, colour: str) -> None:
         axes.plot(x, y, marker="o", markersize=15, markerfacecolor="none", color=LIGHT["good"], markeredgewidth=1.7)
 
 
-def _legend(axes: Any, palette: dict[str, str], rows: Sequence[Row]) -> None:
-    def mark(label: str, colour: str, marker: str = "o", fill: str | None = None, size: float = 7) -> Any:
+def _legend(axes: Axes, palette: dict[str, str], rows: Sequence[Row]) -> None:
+    def mark(label: str, colour: str, marker: str = "o", fill: str | None = None, size: float = 7) -> Line2D:
         return Line2D([], [], linestyle="", marker=marker, color=colour, label=label, markersize=size,
                       markerfacecolor=colour if fill is None else fill, markeredgewidth=1.4)  # fmt: skip
 
@@ -204,7 +206,7 @@ def _legend(axes: Any, palette: dict[str, str], rows: Sequence[Row]) -> None:
                 handletextpad=0.3, columnspacing=1.4, borderaxespad=0.2)  # fmt: skip
 
 
-def _labels(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
+def _labels(figure: Figure, axes: Axes, rows: Sequence[Row]) -> None:
     """Put recipe names next to the points, each at the first of eight positions in the plot where it covers nothing."""
     figure.canvas.draw()
     x_min, x_max = axes.bbox.x0, axes.bbox.x1
@@ -238,7 +240,7 @@ def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def latency(report: Report) -> Any | None:
+def latency(report: Report) -> Figure | None:
     """Draw one line for each engine: p5 to p95 thin, the middle half thick, the median as a dot, p99 as a tick."""
     lines = _latency_lines(report)
     if not lines:
@@ -288,7 +290,7 @@ def _latency_lines(report: Report) -> list[tuple[str, Latency, str, bool]]:
     return sorted(lines, key=lambda line: line[1].p50_ms)
 
 
-def timeline(report: Report) -> Any | None:
+def timeline(report: Report) -> Figure | None:
     """Draw above, who answers the traffic; below, the latency that clients saw and the errors."""
     points = report.timeline
     if not points:
@@ -307,7 +309,7 @@ def timeline(report: Report) -> Any | None:
     return figure
 
 
-def _phases(axes: Any, points: Sequence[TimelinePoint], end: float) -> None:
+def _phases(axes: Axes, points: Sequence[TimelinePoint], end: float) -> None:
     """Draw names of the phases above the plot, with a line where each begins."""
     starts = [p for i, p in enumerate(points) if i == 0 or points[i - 1].phase != p.phase]
     finishes = [p.at_s for p in starts[1:]] + [end]
@@ -320,7 +322,7 @@ def _phases(axes: Any, points: Sequence[TimelinePoint], end: float) -> None:
     axes.annotate("challenger", (0.994, 0.06), xycoords="axes fraction", fontsize=8.5, ha="right")
 
 
-def _latency_and_errors(axes: Any, points: Sequence[TimelinePoint]) -> None:
+def _latency_and_errors(axes: Axes, points: Sequence[TimelinePoint]) -> None:
     for name, colour, series in (
         ("p99", LIGHT["second"], [(p.at_s, p.p99_ms) for p in points if p.p99_ms is not None]),
         ("p50", LIGHT["accent"], [(p.at_s, p.p50_ms) for p in points if p.p50_ms is not None]),

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict, combine
+from slipstream.contract import Artifact, Cell, Json, StepInput, StepOutput, Verdict, combine
 from slipstream.contract.details import Details
 from slipstream.contract.handover import Checked
 from slipstream.data import splits
@@ -142,7 +142,7 @@ class Context:
 class StepModule(Protocol):
     """The functions of a step's module."""
 
-    def settings(self, spec: Spec, inputs: StepInput) -> dict[str, Any]:
+    def settings(self, spec: Spec, inputs: StepInput) -> Json:
         """Return everything that determines the result, except code, data and upstream digests, which are added to
         it."""
         ...
@@ -156,7 +156,7 @@ class TrainingModule(StepModule, Protocol):
     """Additional functions of a step that trains: `run` calls `context.train_on_all(train)`; settings have
     `workers`."""
 
-    def train(self, context: Context) -> Any:
+    def train(self, context: Context) -> object:
         """Do the part of every process of the group, process 0 included."""
         ...
 

@@ -6,7 +6,7 @@ Process 0 runs the step. The others wait until it trains, and then call the modu
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from slipstream import log_lines
 from slipstream.contract import StepInput, StepOutput
@@ -26,9 +26,9 @@ T = TypeVar("T")
 class NullStepRun(StepRun):
     """The MLflow run for all processes but the first, which alone records."""
 
-    def params(self, values: Mapping[str, Any]) -> None: ...
+    def params(self, values: Mapping[str, object]) -> None: ...
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None: ...
-    def tags(self, values: Mapping[str, Any]) -> None: ...
+    def tags(self, values: Mapping[str, object]) -> None: ...
     def progress(self, done: int, total: int, unit: str = "", **figures: float) -> None: ...
 
 

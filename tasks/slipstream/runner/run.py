@@ -2,12 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from slipstream import digests
-from slipstream.contract import Cell, StepInput, StepOutput, combine, digest
+from slipstream.contract import Cell, Json, StepInput, StepOutput, combine, digest
 from slipstream.contract.handover import Checked
 from slipstream.errors import EXIT_RETRY, InputError, SlipstreamError
 from slipstream.frameworks.base import ALONE, Group, group_of
@@ -21,7 +19,7 @@ from slipstream.store.tracking import Tracking
 log = logging.getLogger(__name__)
 
 
-def identity(step: str, settings: Mapping[str, Any], inputs: StepInput) -> str:
+def identity(step: str, settings: Json, inputs: StepInput) -> str:
     """Return the digest of everything that determines the result: settings, code, upstream artifacts and the data set.
 
     The recipe name is excluded, so recipes with a common prefix share cached steps.
@@ -84,7 +82,7 @@ def _led(group: Group, step: str, spec: Spec, inputs: StepInput) -> StepOutput:
         return output
 
 
-def _recorded(module: StepModule, settings: Mapping[str, Any], context: Context) -> StepOutput:
+def _recorded(module: StepModule, settings: Json, context: Context) -> StepOutput:
     """Return the output of a step's work, recorded in MLflow; a failure is recorded there too."""
     tracking, run, cached = context.tracking, context.run, STEPS[context.step].cached
     try:

@@ -11,10 +11,10 @@ import logging
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from slipstream.contract.arrays import Array, Float32Array
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ MOST_LISTED = 1000
 """Maximum numbers of an answer that are written as a list, for readers and simple tools."""
 
 
-def _written(output: npt.NDArray[Any]) -> Any:
+def _written(output: Array) -> object:
     if output.size <= MOST_LISTED:
         return np.round(output.astype(np.float64), DECIMALS).tolist()
     return {"shape": list(output.shape), "float32": base64.b64encode(output.astype("<f4").tobytes()).decode()}
 
 
-def read_output(entry: Any) -> npt.NDArray[np.float32]:
+def read_output(entry: object) -> Float32Array:
     """Return the outputs of a line, (N, …)."""
     if isinstance(entry, dict):
         return np.frombuffer(base64.b64decode(entry["float32"]), "<f4").reshape(entry["shape"])
@@ -56,7 +56,7 @@ class AnswerLog:
         # Line buffered: a reader sees whole lines at once, and a line costs one write to the page cache.
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
 
-    def write(self, request_id: str, latency_ms: float, output: npt.NDArray[Any]) -> None:
+    def write(self, request_id: str, latency_ms: float, output: Array) -> None:
         """Append one answer."""
         line = {
             "id": request_id,

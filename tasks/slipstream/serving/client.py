@@ -1,13 +1,13 @@
 """The client's side of the Open Inference Protocol (V2) over JSON: request bodies, answers, one call."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import httpx
 import numpy as np
-import numpy.typing as npt
 
+from slipstream.contract import Json
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.errors import DataError, Unavailable
 from slipstream.frameworks.base import INPUT, OUTPUT
 
@@ -43,7 +43,7 @@ def infer_path(model: str) -> str:
     return f"/v2/models/{model}/infer"
 
 
-def body(batch: npt.NDArray[Any]) -> bytes:
+def body(batch: Array) -> bytes:
     """Return the JSON body for one batch, (N, …) in the model's dtype. Raise DataError for another dtype."""
     datatype = DATATYPES.get(batch.dtype.name)
     if datatype is None:
@@ -66,7 +66,7 @@ def server_ms(response: httpx.Response) -> float | None:
         return None
 
 
-def outputs(response: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+def outputs(response: Json) -> Float32Array:
     """Return the (N, …) float32 outputs in a decoded answer. Raise Unavailable if it is not an answer."""
     try:
         tensor = next(t for t in response["outputs"] if t["name"] == OUTPUT)
@@ -75,7 +75,7 @@ def outputs(response: Mapping[str, Any]) -> npt.NDArray[np.float32]:
         raise Unavailable(f"the model server's answer has no tensor {OUTPUT!r}: {str(response)[:200]}") from error
 
 
-def infer(client: httpx.Client, model: str, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def infer(client: httpx.Client, model: str, batch: Array) -> Float32Array:
     """Request one batch; `client` has the model's base URL. Raise Unavailable, or DataError if it is refused."""
     headers = {"content-type": "application/json"}
     try:

@@ -7,7 +7,7 @@ clients that only hold connections would then shut out all others, including the
 
 import asyncio
 import resource
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -27,7 +27,7 @@ class Bounded(HttpToolsProtocol):  # type: ignore[misc]  # uvicorn is not in the
     idle: ClassVar[dict["Bounded", None]] = {}
     """Connections without a whole request, longest first."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._deadline: asyncio.TimerHandle | None = None
         self._header_bytes = 0

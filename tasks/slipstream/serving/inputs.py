@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from slipstream.contract import Json
+from slipstream.contract.arrays import Array
 from slipstream.data.tokens import TOKENIZER, Tokenizer
 from slipstream.engines.base import EngineManifest
 from slipstream.frameworks.base import INPUT
@@ -36,7 +37,7 @@ class Inputs:
         has_tokenizer = TOKENIZER in manifest.files
         self._tokenizer = Tokenizer((folder / TOKENIZER).read_text(encoding="utf-8")) if has_tokenizer else None
 
-    def types(self) -> list[dict[str, Any]]:
+    def types(self) -> list[Json]:
         """Return the tensors that a request may contain, for the protocol's metadata; a request has one of them."""
         tensors = [{"name": INPUT, "datatype": self._datatype, "shape": self._shape}]
         return tensors + ([{"name": TEXT, "datatype": BYTES, "shape": [-1]}] if self._tokenizer is not None else [])
@@ -48,7 +49,7 @@ class Inputs:
             return MOST_BYTES
         return min(MOST_BYTES, self.most_samples * math.prod(sizes) * NUMBER_BYTES + ENVELOPE_BYTES)
 
-    def batch(self, tensor: Tensor) -> npt.NDArray[Any]:
+    def batch(self, tensor: Tensor) -> Array:
         """Return the tensor, as (N, …) in the engine's dtype. Raise BadRequest."""
         for kind in self.types():
             same = (tensor.name, tensor.datatype) == (kind["name"], kind["datatype"])
@@ -66,7 +67,7 @@ class Inputs:
                 "times the target's greatest batch (`batch` in the spec); send the others in further requests"
             )
 
-    def _values(self, tensor: Tensor) -> npt.NDArray[Any]:
+    def _values(self, tensor: Tensor) -> Array:
         if self._longest and tensor.shape[1] > BATCHES * self._longest and self._shape[1] == -1:
             raise BadRequest(f"inputs[0].shape: {tensor.shape[1]} tokens, but the target's greatest is {self._longest}")
         batch = np.ascontiguousarray(tensor.values(), dtype=self._dtype)

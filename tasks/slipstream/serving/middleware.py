@@ -7,10 +7,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import numpy.typing as npt
 from fastapi.responses import JSONResponse
 from prometheus_client import Counter
 
+from slipstream.contract.arrays import Array
 from slipstream.serving.answers import AnswerLog
 from slipstream.serving.client import RELEASE, SERVER_MS
 
@@ -34,7 +34,7 @@ class Answer:
     """The answer to a request, passed from the model to the middleware that logs it."""
 
     request_id: str = ""
-    output: npt.NDArray[Any] | None = None
+    output: Array | None = None
 
 
 ANSWER: ContextVar[Answer] = ContextVar("answer")

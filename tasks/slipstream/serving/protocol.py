@@ -12,9 +12,10 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 
+from slipstream.contract import Json
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.frameworks.base import OUTPUT
 from slipstream.serving.client import DATATYPES
 
@@ -28,8 +29,6 @@ MOST_SHOWN = 200
 DTYPES = {datatype: np.dtype(name) for name, datatype in DATATYPES.items()}
 KINDS: dict[str, set[type]] = {"b": {bool}, "f": {int, float}}
 """Types of JSON values by kind of dtype; those of integers are int."""
-
-Json = dict[str, Any]
 
 
 class BadRequest(ValueError):
@@ -46,7 +45,7 @@ class Tensor:
     data: list[Any] | memoryview
     """Values as nested or flat lists, or raw bytes."""
 
-    def values(self) -> npt.NDArray[Any]:
+    def values(self) -> Array:
         """Return the tensor in its datatype. Raise BadRequest."""
         dtype = DTYPES[self.datatype]
         if isinstance(self.data, memoryview):
@@ -115,7 +114,7 @@ def decode(body: bytes, headers: Mapping[str, str]) -> Request:
     )
 
 
-def encode(model: str, request_id: str, output: npt.NDArray[np.float32], binary: bool) -> tuple[bytes, dict[str, str]]:
+def encode(model: str, request_id: str, output: Float32Array, binary: bool) -> tuple[bytes, dict[str, str]]:
     """Return the body of an answer, and its headers."""
     tensor: Json = {"name": OUTPUT, "shape": list(output.shape), "datatype": "FP32"}
     document = {"id": request_id, "model_name": model, "model_version": None, "outputs": [tensor]}
@@ -145,7 +144,7 @@ def _document(body: bytes, length: str | None) -> Json:
     return document
 
 
-def _tensor(entry: Any, raw: memoryview | None) -> Tensor:
+def _tensor(entry: object, raw: memoryview | None) -> Tensor:
     where = "not an Open Inference Protocol V2 request: inputs[0]"
     if not isinstance(entry, dict):
         raise BadRequest(f"{where} is not an object")
@@ -182,7 +181,7 @@ def _requested(document: Json, binary: bool) -> bool:
     return _flag(parameters, "binary_data", "outputs[0].parameters") if "binary_data" in parameters else binary
 
 
-def _list(document: Json, key: str) -> list[Any]:
+def _list(document: Json, key: str) -> list[object]:
     value = document.get(key)
     if not isinstance(value, list):
         raise BadRequest(f"not an Open Inference Protocol V2 request: {key} is not a list")
@@ -233,7 +232,7 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Return a client's input, shortened for an error."""
     if isinstance(value, str | list | dict):
         value = str(value[:MOST_SHOWN]) if not isinstance(value, dict) else f"an object of {len(value)} keys"

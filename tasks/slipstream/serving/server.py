@@ -29,10 +29,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import uvloop
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -41,6 +39,8 @@ from kserve.model_server import app
 from starlette.requests import ClientDisconnect
 
 from slipstream import digests
+from slipstream.contract import Json
+from slipstream.contract.arrays import Array
 from slipstream.engines.base import EngineManifest, Runner, load_engine, read_manifest
 from slipstream.errors import DataError, EngineError, SlipstreamError
 from slipstream.frameworks.base import OUTPUT
@@ -101,15 +101,15 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
         self.ready = True
         return True
 
-    def get_input_types(self) -> list[dict[str, Any]]:
+    def get_input_types(self) -> list[Json]:
         """Return input tensors for the protocol's metadata."""
         return self._inputs.types()
 
-    def get_output_types(self) -> list[dict[str, Any]]:
+    def get_output_types(self) -> list[Json]:
         """Return the output tensor for the protocol's metadata."""
         return [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, *self._manifest.output_shape]}]
 
-    async def answer(self, request: protocol.Request, batch: npt.NDArray[Any], request_id: str) -> Response:
+    async def answer(self, request: protocol.Request, batch: Array, request_id: str) -> Response:
         """Run the engine and encode its output. Raise BadRequest, Refused."""
         try:
             output = await self._run(batch)
@@ -122,14 +122,14 @@ class EngineModel(Model):  # type: ignore[misc]  # kserve has no type informatio
         content, headers = protocol.encode(self.name, request_id, output, request.binary)
         return Response(content, headers=headers)
 
-    async def _run(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    async def _run(self, batch: Array) -> Array:
         """Return the outputs of a batch (N, …). Other requests run between any two of the target's largest batches."""
         most = self._manifest.target.batch[-1]
         if len(batch) <= most:
             return await self._one(batch)
         return np.concatenate([await self._one(batch[n : n + most]) for n in range(0, len(batch), most)])
 
-    async def _one(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    async def _one(self, batch: Array) -> Array:
         await self._take_turn()  # a runner serves one thread at a time
         try:
             if self._ms_per_value * batch.size <= INLINE_MS:
@@ -213,8 +213,8 @@ class Server(ModelServer):  # type: ignore[misc]  # kserve has no type informati
         finally:
             held.release()
 
-    async def _decoded(self, body: bytes, request: Request) -> tuple[protocol.Request, npt.NDArray[Any]]:
-        def decode() -> tuple[protocol.Request, npt.NDArray[Any]]:
+    async def _decoded(self, body: bytes, request: Request) -> tuple[protocol.Request, Array]:
+        def decode() -> tuple[protocol.Request, Array]:
             decoded = protocol.decode(body, request.headers)
             return decoded, self._inputs.batch(decoded.tensor)
 

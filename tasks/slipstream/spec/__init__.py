@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import yaml
 from pydantic import Field, ValidationError, create_model, model_validator
 
-from slipstream.contract import Section
+from slipstream.contract import Json, Section
 from slipstream.errors import SpecError
 from slipstream.plugins import BASELINE, ENGINES, FRAMEWORKS, SELECT, STEPS, TECHNIQUES, environment_of, techniques_of
 from slipstream.spec.document import MAX_BYTES, decode, read
@@ -332,6 +332,6 @@ def dump(spec: Spec) -> str:
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> Json:
     """Return the JSON Schema of the spec, for editors and for the generated docs."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from slipstream.spec.document import shortened, shown
 from slipstream.spec.fields import PATTERNS
@@ -34,14 +35,14 @@ def explain(error: ValidationError, source: str, model: type[BaseModel]) -> str:
     return "\n".join(lines)
 
 
-def _line(source: str, error: Mapping[str, Any], model: type[BaseModel]) -> str:
+def _line(source: str, error: ErrorDetails, model: type[BaseModel]) -> str:
     loc = [str(part) for part in error["loc"] if part not in INTERNAL]
     field = ".".join(shortened(part if part.isprintable() else repr(part), 60) for part in loc)
     message = _message(error, loc, model)
     return shortened(f"{source}: {field}: {message}" if field else f"{source}: {message}", len(source) + 500)
 
 
-def _message(error: Mapping[str, Any], loc: list[str], model: type[BaseModel]) -> str:
+def _message(error: ErrorDetails, loc: list[str], model: type[BaseModel]) -> str:
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(loc[-1][:60], _keys(model, loc[:-1]), n=1)

@@ -11,13 +11,12 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from slipstream import digests
-from slipstream.contract import StepInput, StepOutput
+from slipstream.contract import Json, StepInput, StepOutput
+from slipstream.contract.arrays import Array
 from slipstream.contract.handover import Built
 from slipstream.data.splits import Data
 from slipstream.data.tokens import Tokenizer
@@ -49,7 +48,7 @@ SAMPLES = 64
 """Samples of the training split on which the engine is compared; the test split is reserved for the gates."""
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return the target, and what its engine's bytes depend on: versions and hardware. Raise EngineError."""
     target = _target(spec, inputs)
     engine = engine_for(target.engine)
@@ -107,7 +106,7 @@ def _log_layers(context: Context, folder: Path) -> int:
     return len(json.loads(path.read_text())["data"])
 
 
-def check(candidate: Path, folder: Path, samples: npt.NDArray[Any]) -> dict[str, float]:
+def check(candidate: Path, folder: Path, samples: Array) -> dict[str, float]:
     """Load the engine as the server will, and compare its answers to samples (N, …) with ONNX Runtime's.
 
     Its answers to some of them are recorded in its folder. Raise EngineError, naming the first layer that diverges, if

@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from mlflow import MlflowClient
 
 from slipstream import hardware
-from slipstream.contract import StepInput, StepOutput
+from slipstream.contract import Json, StepInput, StepOutput
+from slipstream.contract.arrays import Array
 from slipstream.contract.handover import Checked
 from slipstream.data.splits import Data
 from slipstream.data.user_code import told, user_function
@@ -25,7 +24,7 @@ from slipstream.errors import (
     SpecError,
     Unavailable,
 )
-from slipstream.frameworks.base import Framework, framework_for, prunes, trainer_for
+from slipstream.frameworks.base import Framework, Network, framework_for, prunes, trainer_for
 from slipstream.measure.metrics.base import BATCH, metric_for
 from slipstream.plugins import METRICS, TECHNIQUES
 from slipstream.runner.context import Context
@@ -37,7 +36,7 @@ from slipstream.steps.retrain import from_file, require_version, version_to_load
 log = logging.getLogger(__name__)
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return what determines the result: the whole spec. The result is never reused."""
     return {"spec": spec.model_dump(mode="json"), "run": inputs.run_key}
 
@@ -127,7 +126,7 @@ def _networks_and_data(spec: Spec, context: Context, buildable: Mapping[str, Tar
         return
     data_problems = [*split_checks.problems(spec, loaded), *text_checks.data(spec, loaded), *_labels(spec, loaded)]
     yield from data_problems
-    answers: list[npt.NDArray[Any]] = []
+    answers: list[Array] = []
     if any(isinstance(p, DataError) for p in data_problems):  # the networks' answers are meaningless then
         return
     yield from _networks(spec, context, framework, buildable, answers)
@@ -149,14 +148,14 @@ def _networks(
     context: Context,
     framework: Framework,
     buildable: Mapping[str, Target],
-    answers: list[npt.NDArray[Any]],
+    answers: list[Array],
 ) -> Iterator[SlipstreamError]:
     """Yield errors of networks that do not accept the data, and of engines that do not support the networks.
 
     The answers of networks without a problem are added to `answers`.
     """
     loaded = context.data
-    networks: dict[str, tuple[str, Call | None, Callable[[], Any]]] = {}
+    networks: dict[str, tuple[str, Call | None, Callable[[], Network]]] = {}
     for field, call in spec.functions.items():
         if field == "model.architecture" or field.endswith("distill.student"):
             build = partial(trainer_for(spec.model.framework).build, call, spec.seed)
@@ -177,7 +176,7 @@ def _networks(
 
 
 def _pruning(
-    spec: Spec, field: str, architecture: Call | None, network: Any, loaded: Data
+    spec: Spec, field: str, architecture: Call | None, network: Network, loaded: Data
 ) -> Iterator[SlipstreamError]:
     """Yield why channels cannot be removed from a network that some recipe prunes, before it is trained."""
     for recipe in spec.recipes:
@@ -193,8 +192,8 @@ def _pruning(
 
 
 def _network(
-    spec: Spec, framework: Framework, where: tuple[str, str], make: Callable[[], Any], loaded: Data
-) -> tuple[Any, list[SlipstreamError]]:
+    spec: Spec, framework: Framework, where: tuple[str, str], make: Callable[[], Network], loaded: Data
+) -> tuple[Network, list[SlipstreamError]]:
     """Return a network, and its problem: it cannot be built, does not accept the data, or its output is invalid.
 
     `where` is the field that names it, and its name there.
@@ -222,7 +221,7 @@ def _network(
     return network, problems
 
 
-def _answers(spec: Spec, what: str, outputs: npt.NDArray[Any], loaded: Data) -> Iterator[SlipstreamError]:
+def _answers(spec: Spec, what: str, outputs: Array, loaded: Data) -> Iterator[SlipstreamError]:
     """Yield what is wrong with a network's answers (2, …): they do not fit the data's labels, as the metric sees them,
     or no loss accepts both."""
     metric = metric_for(spec.objective.metric)
@@ -249,7 +248,7 @@ def _answers(spec: Spec, what: str, outputs: npt.NDArray[Any], loaded: Data) -> 
         )
 
 
-def _are_classes(outputs: npt.NDArray[Any], labels: npt.NDArray[Any]) -> bool:
+def _are_classes(outputs: Array, labels: Array) -> bool:
     """Return whether labels are classes of outputs (N, classes), or maps of them for outputs (N, classes, …)."""
     fits = outputs.ndim >= 2 and labels.shape == (len(outputs), *outputs.shape[2:])
     return fits and bool(np.issubdtype(labels.dtype, np.integer))

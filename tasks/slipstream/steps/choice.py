@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from slipstream.contract.evidence import Race, Row, Standing
 from slipstream.measure import race as races
@@ -36,7 +35,7 @@ class Choice:
         raced = [c for c in cells if self.race is not None and c in self.race.rounds_ms]
         return min(raced or cells, key=self._rank(raced), default=None)
 
-    def _rank(self, raced: Sequence[str]) -> Callable[[str], tuple[Any, ...]]:
+    def _rank(self, raced: Sequence[str]) -> Callable[[str], tuple[float | str, ...]]:
         places = races.standings(self.race, raced, self.confidence) if self.race is not None and raced else {}
 
         def speed(cell: str) -> tuple[float, ...]:
@@ -46,7 +45,7 @@ class Choice:
             ratio = evidence.speedup_reference if evidence else None
             return (0.0 if ratio is None else -ratio.estimate,)
 
-        def rank(cell: str) -> tuple[Any, ...]:
+        def rank(cell: str) -> tuple[float | str, ...]:
             evidence = self.rows[cell].evidence
             assert evidence is not None, "a row that passed has evidence"
             size = evidence.size_bytes

@@ -10,12 +10,11 @@ import logging
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from mlflow.entities import Metric, Param, RunTag
 
-from slipstream.contract import StepInput, StepOutput
+from slipstream.contract import Json, StepInput, StepOutput
 from slipstream.contract.handover import Reported
 from slipstream.data.splits import Data
 from slipstream.data.tokens import Tokenizer
@@ -32,7 +31,7 @@ from slipstream.store import tracking
 log = logging.getLogger(__name__)
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return no settings: a report depends only on the run itself."""
     return {"run_key": inputs.run_key}
 

@@ -7,7 +7,6 @@ registered model), `origin` (`trained`, `file` or `registry`).
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -15,13 +14,21 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from slipstream import storage
-from slipstream.contract import Artifact, StepInput, StepOutput
+from slipstream.contract import Artifact, Json, StepInput, StepOutput
 from slipstream.contract.handover import Retrained
 from slipstream.data.user_code import user_code_digest
 from slipstream.digests import file as file_digest
 from slipstream.digests import folder as folder_digest
 from slipstream.errors import DataError, ModelError
-from slipstream.frameworks.base import MANIFEST, Framework, framework_for, read_manifest, toolchain, trainer_for
+from slipstream.frameworks.base import (
+    MANIFEST,
+    Framework,
+    Network,
+    framework_for,
+    read_manifest,
+    toolchain,
+    trainer_for,
+)
 from slipstream.home import Home
 from slipstream.runner.context import Context, workers
 from slipstream.spec import Model, Spec
@@ -36,7 +43,7 @@ FILE_SHA256 = "slipstream.file_sha256"
 """Tag of a version that was registered from a file: the digest of that file, or folder."""
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return what determines the result: the user's code and the seed, or the version to start from."""
     version = version_to_load(spec, inputs, connected())
     return {
@@ -48,7 +55,7 @@ def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
     } | (_anew(spec) if version is None else {})
 
 
-def _anew(spec: Spec) -> dict[str, Any]:
+def _anew(spec: Spec) -> Json:
     """Return the settings of a run that makes a version: the file's content, or the training."""
     if spec.model.file is not None:
         return {"file": _digest(given_file(spec.model))}
@@ -119,7 +126,7 @@ def given_file(model: Model) -> Path:
         raise ModelError(f"model.file: {error}") from error
 
 
-def from_file(spec: Spec, framework: Framework) -> Any:
+def from_file(spec: Spec, framework: Framework) -> Network:
     """Return the network in the file or folder that `model.file` names. Raise ModelError."""
     path = given_file(spec.model)
     try:
@@ -146,14 +153,14 @@ def require_version(client: MlflowClient, name: str, version: str) -> ModelVersi
             ) from error
 
 
-def train(context: Context) -> Any:
+def train(context: Context) -> Network:
     """Return the network that the user's train function trains; every process of the group calls it."""
     function = context.spec.model.train
     assert function is not None
     return trainer_for(context.spec.model.framework).train(function, context.job)
 
 
-def _train(context: Context) -> Any:
+def _train(context: Context) -> Network:
     function = context.spec.model.train
     assert function is not None
     context.run.params({"train": function.function, **function.params, "seed": context.spec.seed})
@@ -161,7 +168,7 @@ def _train(context: Context) -> Any:
     return context.train_on_all(train)
 
 
-def _load(context: Context, framework: Framework, version: str) -> Any:
+def _load(context: Context, framework: Framework, version: str) -> Network:
     """Return the network of a registered version. Raise ModelError unless it was logged as weights."""
     name = context.spec.model.name
     model_version = require_version(context.tracking.client, name, version)

@@ -7,12 +7,11 @@ restored as well, name it (`--from VERSION`, or the form's field).
 
 import getpass
 import logging
-from typing import Any
 
 from mlflow import MlflowClient
 
 from slipstream import traffic
-from slipstream.contract import StepInput, StepOutput
+from slipstream.contract import Json, StepInput, StepOutput
 from slipstream.contract.handover import RolledBack
 from slipstream.errors import RegistryError, Superseded, Unavailable
 from slipstream.home import Home
@@ -31,7 +30,7 @@ ATTEMPTS = 5
 """Two requests at the same moment supersede each other at most this often."""
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return what determines the result."""
     return {"model": spec.model.name, "run": inputs.run_key}
 

@@ -22,10 +22,10 @@ Details: `handover.Rollout`.
 
 import logging
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from slipstream import traffic
-from slipstream.contract import Release, StepInput, StepOutput, Verdict, combine
+from slipstream.contract import Json, Release, StepInput, StepOutput, Verdict, combine
 from slipstream.contract.handover import Rollout
 from slipstream.errors import GateFailed, SlipstreamError, Superseded
 from slipstream.plugins import TRIAL
@@ -44,7 +44,7 @@ from slipstream.traffic.termination import sigterm_as_exit
 log = logging.getLogger(__name__)
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return what determines the result."""
     return {
         "rollout": spec.rollout.model_dump(mode="json"),

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -54,7 +53,7 @@ class Subject:
     artifact: Artifact
     what: str
     """Its name in errors."""
-    facts: Mapping[str, Any]
+    facts: Mapping[str, object]
     load: Callable[[], Runs]
     error: type[InputError] = EngineError
 

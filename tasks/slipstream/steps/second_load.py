@@ -6,14 +6,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from slipstream import errors
 from slipstream.contract import Document
+from slipstream.contract.arrays import Array
 from slipstream.contract.ask import Unanswered, answer, ask
 from slipstream.data.splits import Data, load
 from slipstream.errors import CodeError, DataError, SlipstreamError, Unavailable
@@ -48,9 +47,7 @@ class Reply(Document):
     said: str = ""
 
 
-def problems(
-    home: Home, spec: Spec, loaded: Data, answers: npt.NDArray[Any] | None, workdir: Path
-) -> Iterator[SlipstreamError]:
+def problems(home: Home, spec: Spec, loaded: Data, answers: Array | None, workdir: Path) -> Iterator[SlipstreamError]:
     """Yield problems of a later step's load of data set and metric: in another process, and without a framework.
 
     `answers` are a network's (N, …) to the first N training samples, for a metric of the user's. Raise Unavailable.

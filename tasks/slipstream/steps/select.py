@@ -10,10 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from slipstream import traffic
-from slipstream.contract import Artifact, StepInput, StepOutput, Verdict
+from slipstream.contract import Artifact, Json, StepInput, StepOutput, Verdict
 from slipstream.contract.evidence import Row, judged, row_of, settled
 from slipstream.contract.handover import Selection
 from slipstream.errors import DataError, GateFailed
@@ -30,7 +29,7 @@ from slipstream.steps.choice import Choice
 from slipstream.store.registry import CHALLENGER, SHA256, Registry
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return what determines the result."""
     return {"prefer": spec.objective.prefer, "cells": expected_cells(spec, inputs), "run": inputs.run_key}
 

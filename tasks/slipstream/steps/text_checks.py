@@ -1,16 +1,15 @@
 """Checks of text data in the step `check`: do ids, tokenizer, lengths, recipes and networks fit together?"""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from slipstream.contract.arrays import Array
 from slipstream.data import tokens
 from slipstream.data.splits import Data
 from slipstream.engines.lengths import require_varying
 from slipstream.errors import DataError, EngineError, ModelError, SlipstreamError, SpecError
-from slipstream.frameworks.base import Framework
+from slipstream.frameworks.base import Framework, Network
 from slipstream.spec import Spec
 
 TOLERANCE = 1e-3
@@ -44,7 +43,7 @@ def data(spec: Spec, loaded: Data) -> Iterator[SlipstreamError]:
         )
 
 
-def network(framework: Framework, what: str, made: Any, loaded: Data) -> Iterator[ModelError]:
+def network(framework: Framework, what: str, made: Network, loaded: Data) -> Iterator[ModelError]:
     """Yield problems of a network with the highest token id, and with padding."""
     if not tokens.is_token_ids(loaded.train.inputs):
         return
@@ -60,7 +59,7 @@ def network(framework: Framework, what: str, made: Any, loaded: Data) -> Iterato
         )
 
 
-def token_ids(framework: Framework, what: str, made: Any, loaded: Data) -> Iterator[ModelError]:
+def token_ids(framework: Framework, what: str, made: Network, loaded: Data) -> Iterator[ModelError]:
     """Yield a token id of the data or of the tokenizer for which the network has no embedding."""
     if not tokens.is_token_ids(loaded.train.inputs):
         return
@@ -78,7 +77,7 @@ def token_ids(framework: Framework, what: str, made: Any, loaded: Data) -> Itera
             return
 
 
-def padding_matters(framework: Framework, made: Any, inputs: npt.NDArray[Any]) -> float:
+def padding_matters(framework: Framework, made: Network, inputs: Array) -> float:
     """Return the largest change of a short text's answers when batched with a long one, as a share of the largest."""
     by_length = np.argsort(tokens.lengths(inputs[:1000]), kind="stable")
     short, beside = inputs[by_length[:1]], inputs[by_length[[0, -1]]]

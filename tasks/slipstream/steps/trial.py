@@ -7,10 +7,8 @@ settled first; a rejected engine is not tested again.
 Details: `handover.Trial`.
 """
 
-from typing import Any
-
 from slipstream import traffic
-from slipstream.contract import StepInput, StepOutput, combine
+from slipstream.contract import Json, StepInput, StepOutput, combine
 from slipstream.contract.handover import Trial
 from slipstream.errors import Superseded
 from slipstream.release import moves, rejections, settle
@@ -26,7 +24,7 @@ from slipstream.traffic.guarded import Stage, put_back_if_possible
 from slipstream.traffic.termination import sigterm_as_exit
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return what determines the result."""
     return {
         "small_scale_test": spec.small_scale_test.model_dump(mode="json"),

@@ -9,12 +9,11 @@ run with an undecided latency measures only the latency again.
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from slipstream import digests, hardware
-from slipstream.contract import Artifact, Cell, StepInput, StepOutput, Verdict
+from slipstream.contract import Artifact, Cell, Json, StepInput, StepOutput, Verdict
 from slipstream.contract.evidence import EngineEvidence, Interval, Latency, Validated
 from slipstream.data.splits import Data, Split
 from slipstream.engines.base import Runner, engine_for, gpu_of, load_engine, size_bytes, why_not_loadable
@@ -42,7 +41,7 @@ ENGINE, REFERENCE, EAGER = "engine", "reference", "eager"
 """Subjects of the interleaved run; the baseline's own cell has no reference."""
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return objective, target, seed, machine and versions; the preference among passing engines does not matter
     here."""
     assert inputs.cell is not None and inputs.cell.target is not None

@@ -8,7 +8,6 @@ and tags of the registered model record what was begun (release/moves.py) and wh
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -156,7 +155,7 @@ class Registry:
         )
         return artifact
 
-    def _signed(self, version: str, artifact: Artifact) -> dict[str, Any]:
+    def _signed(self, version: str, artifact: Artifact) -> dict[str, object]:
         """Return what the signature covers, including the version, so that no other version's engine passes for this
         one's."""
         described = artifact.model_dump(mode="json", exclude_defaults=True)

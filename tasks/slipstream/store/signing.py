@@ -13,7 +13,6 @@ import secrets
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from slipstream.contract import StepOutput, canonical
 from slipstream.errors import DataError, InputError
@@ -30,12 +29,12 @@ VERSION_ARTIFACT = "version-artifact"
 MODEL_RECORD = "model-record"
 
 
-def sign(purpose: str, document: Any) -> str:
+def sign(purpose: str, document: object) -> str:
     """Return the signature of a JSON document for a purpose, in hexadecimal. Raise InputError for an unusable key."""
     return _signature(_keys()[0], purpose, document)
 
 
-def verify(purpose: str, document: Any, signature: str) -> bool:
+def verify(purpose: str, document: object, signature: str) -> bool:
     """Return whether `signature` was made by `sign` for this document and purpose; compared in constant time."""
     encoded = signature.encode()  # compare_digest rejects text beyond ASCII
     return any(hmac.compare_digest(_signature(key, purpose, document).encode(), encoded) for key in _keys())
@@ -62,7 +61,7 @@ def key_file(home: Home) -> Path:
     return home.root / FILE
 
 
-def _signature(key: bytes, purpose: str, document: Any) -> str:
+def _signature(key: bytes, purpose: str, document: object) -> str:
     return hmac.new(key, f"{purpose}\0{canonical(document)}".encode(), hashlib.sha256).hexdigest()
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlflow
 from mlflow import MlflowClient
@@ -72,7 +72,7 @@ class StepRun:
     experiment_id: str
     _last_beat: float = field(default=0.0, repr=False)
 
-    def params(self, values: Mapping[str, Any]) -> None:
+    def params(self, values: Mapping[str, object]) -> None:
         """Log parameters; values are cut at MLflow's limit of 6,000 characters."""
         self.client.log_batch(self.run_id, params=[Param(k, str(v)[:6000]) for k, v in values.items()])
 
@@ -81,7 +81,7 @@ class StepRun:
         now = int(time.time() * 1000)
         self.client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
 
-    def tags(self, values: Mapping[str, Any]) -> None:
+    def tags(self, values: Mapping[str, object]) -> None:
         """Set tags."""
         self.client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in values.items()])
 
@@ -151,7 +151,7 @@ class StepRun:
         name: str,
         signature: "ModelSignature",
         parents: Iterable[str] = (),
-        metadata: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, object] | None = None,
     ) -> Artifact:
         """Log a candidate or engine folder as an MLflow model. The folder's name becomes part of the path.
 

@@ -4,12 +4,12 @@ import logging
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from slipstream.contract import Artifact, StepInput, StepOutput
+from slipstream.contract import Artifact, Json, StepInput, StepOutput
+from slipstream.contract.arrays import Array, Float32Array
 from slipstream.data.splits import Split
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import (
@@ -31,6 +31,9 @@ from slipstream.spec import Cluster, Prune, Quantize, Spec
 from slipstream.store.signature import signature
 from slipstream.store.tracking import fetch
 
+if TYPE_CHECKING:  # techniques load it where they need it
+    import onnx
+
 _log = logging.getLogger(__name__)
 
 
@@ -41,10 +44,10 @@ def fresh_folder(context: Context, name: str = "candidate") -> Path:
     return folder
 
 
-def settings_of(technique: str, spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings_of(technique: str, spec: Spec, inputs: StepInput) -> Json:
     """Return the settings of a technique in the recipe of a step, as JSON."""
     assert inputs.cell is not None, f"{technique} needs a cell"
-    settings: dict[str, Any] = spec.section(technique, inputs.cell.recipe).model_dump(mode="json")
+    settings: Json = spec.section(technique, inputs.cell.recipe).model_dump(mode="json")
     return settings
 
 
@@ -55,7 +58,7 @@ def source_of(context: Context) -> StepOutput:
     return context.upstream(before[-1] if before else RETRAIN)
 
 
-def write_onnx(context: Context, source: Path, model: Any, **changes: Any) -> Path:
+def write_onnx(context: Context, source: Path, model: "onnx.ModelProto", **changes: object) -> Path:
     """Return a candidate folder with another ONNX form of the candidate in `source`; `changes` are of its manifest.
 
     The framework can no longer load it, so its files are dropped, except for those that engines convert from.
@@ -86,7 +89,7 @@ def log(context: Context, folder: Path, name: str, parents: Iterable[str | None]
     )
 
 
-def quality(spec: Spec, answers: npt.NDArray[Any], split: Split) -> dict[str, float]:
+def quality(spec: Spec, answers: Array, split: Split) -> dict[str, float]:
     """Return the spec's metric of answers (N, …) in percent, such as `test_top1`, for information: gates judge engines.
 
     Raise ModelError for invalid answers.
@@ -116,7 +119,7 @@ def train_constrained(
     return constrained, figures
 
 
-def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> npt.NDArray[np.float32]:
+def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> Float32Array:
     """Return (N, …) answers of a candidate for the training split, from the cache or computed once.
 
     They belong to the unmodified images, so a network that learns from them is trained without augmentation. In a
@@ -134,5 +137,5 @@ def soft_answers(context: Context, framework: Framework, teacher: Artifact) -> n
             with replacing(path) as file:
                 np.save(file, framework.logits(framework.load(folder), split.inputs))
     context.group.broadcast_file(path)
-    answers: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
+    answers: Float32Array = np.load(path, allow_pickle=False)
     return answers

@@ -4,9 +4,7 @@ Pruned weights stay pruned. Metrics, measured on the resulting network: `unique_
 values in one layer), `sparsity`, `nonzero_parameters`, `parameters` and the quality.
 """
 
-from typing import Any
-
-from slipstream.contract import StepInput, StepOutput
+from slipstream.contract import Json, StepInput, StepOutput
 from slipstream.data.user_code import user_code_digest
 from slipstream.frameworks.base import Schedule, toolchain
 from slipstream.runner.context import Context
@@ -14,7 +12,7 @@ from slipstream.spec import Cluster, Spec
 from slipstream.techniques import candidates
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return what determines the result, in addition to the candidate and the data."""
     return {
         "cluster": candidates.settings_of("cluster", spec, inputs),

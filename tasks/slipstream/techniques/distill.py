@@ -5,22 +5,21 @@ belong to the unmodified images, so the student trains without augmentation. Det
 Metrics: `test_NAME` of the student and `teacher_NAME`, where NAME is the metric, `parameters`.
 """
 
-from typing import Any, cast
+from typing import cast
 
-import numpy.typing as npt
-
-from slipstream.contract import StepInput, StepOutput
+from slipstream.contract import Json, StepInput, StepOutput
+from slipstream.contract.arrays import Array
 from slipstream.contract.handover import Distilled
 from slipstream.data.user_code import user_code_digest
 from slipstream.errors import ModelError
-from slipstream.frameworks.base import Schedule, SoftTargets, toolchain, trainer_for
+from slipstream.frameworks.base import Network, Schedule, SoftTargets, toolchain, trainer_for
 from slipstream.plugins import RETRAIN
 from slipstream.runner.context import Context, workers
 from slipstream.spec import Distill, Spec
 from slipstream.techniques import candidates
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return what determines the result, in addition to the teacher and the data."""
     assert inputs.cell is not None, "distill needs a cell"
     section: Distill = spec.section("distill", inputs.cell.recipe)
@@ -52,7 +51,7 @@ def run(context: Context) -> StepOutput:
     return context.output(artifact=artifact, metrics=metrics, details=details)
 
 
-def train(context: Context) -> Any:
+def train(context: Context) -> Network:
     """Return the trained student; every process of the group calls it. The teacher answers in the first one."""
     spec, section = context.spec, cast(Distill, context.section)
     framework = trainer_for(spec.model.framework)
@@ -67,7 +66,7 @@ def train(context: Context) -> Any:
     return student
 
 
-def _require_same_classes(student: npt.NDArray[Any], teacher: npt.NDArray[Any], section: Distill) -> None:
+def _require_same_classes(student: Array, teacher: Array, section: Distill) -> None:
     if student.shape[1:] != teacher.shape[1:]:
         raise ModelError(
             f"distill.student: {section.student.function} answers with {student.shape[1:]} values, but the teacher "

@@ -8,9 +8,8 @@ single weights is one training. Its metrics are `sparsity`, measured on the resu
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
-from slipstream.contract import Artifact, StepInput, StepOutput, handover
+from slipstream.contract import Artifact, Json, StepInput, StepOutput, handover
 from slipstream.data.user_code import user_code_digest
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import Pruner, Schedule, SoftTargets, Trainer, prunes, toolchain, trainer_for
@@ -21,7 +20,7 @@ from slipstream.techniques import candidates
 log = logging.getLogger(__name__)
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return what determines the result, in addition to the candidate and the data."""
     assert inputs.cell is not None, "prune needs a cell"
     distill = spec.section("distill", inputs.cell.recipe)

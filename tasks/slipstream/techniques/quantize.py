@@ -8,14 +8,14 @@ is quantized (onnx/quantize/coverage.py), and how far the answers to the calibra
 import json
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from slipstream import digests
-from slipstream.contract import StepInput, StepOutput, digest
+from slipstream.contract import Json, StepInput, StepOutput, digest
+from slipstream.contract.arrays import Array
 from slipstream.contract.handover import Calibration, Quantized
 from slipstream.data.splits import Data
 from slipstream.data.user_code import user_code_digest
@@ -37,7 +37,7 @@ CALIBRATION = "calibration.npz"
 """The samples themselves (array `inputs`), for engines that do their own quantization."""
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return what determines the result, in addition to the candidate and the data."""
     assert inputs.cell is not None, "quantize needs a cell"
     section: Quantize = spec.section("quantize", inputs.cell.recipe)
@@ -95,7 +95,7 @@ def require_unquantized(candidate: Path) -> None:
         raise ModelError("the model is quantized already; leave `quantize` out, or start from the FP32 model")
 
 
-def draw(context: Context) -> tuple[npt.NDArray[Any], Calibration]:
+def draw(context: Context) -> tuple[Array, Calibration]:
     """Return the calibration samples (N, …), and their identity; the full list is logged as calibration.json.
 
     Raise DataError if there are too few, if all are equal, or if the test split has one of them too.
@@ -124,7 +124,7 @@ def require_unseen(samples: list[str], data: Data) -> None:
         raise DataError(f"calibration: {len(shared)} samples are also in the test split, such as {min(shared)}")
 
 
-def compare(before: onnx.ModelProto, after: onnx.ModelProto, samples: npt.NDArray[Any]) -> dict[str, float]:
+def compare(before: onnx.ModelProto, after: onnx.ModelProto, samples: Array) -> dict[str, float]:
     """Return how far two models' answers to the samples are apart. Raise ModelError if the second is broken."""
     expected, actual = Session(before).answers(samples), Session(after).answers(samples)
     if (problem := explain_mismatch(expected, actual, QUANTIZED)) is not None:

@@ -7,13 +7,12 @@ Engines also optimize graphs, each in its own way; folding here serves all of th
 import json
 import logging
 from dataclasses import dataclass
-from typing import Any
 
-import numpy.typing as npt
 import onnx
 
 from slipstream import digests
-from slipstream.contract import StepInput, StepOutput
+from slipstream.contract import Json, StepInput, StepOutput
+from slipstream.contract.arrays import Array
 from slipstream.errors import ModelError
 from slipstream.frameworks.base import ONNX
 from slipstream.onnx import graph as onnx_graph
@@ -51,7 +50,7 @@ class Row:
         return cls(after, sum(1 for _ in onnx_graph.nodes(model)), model.ByteSize())
 
 
-def settings(spec: Spec, inputs: StepInput) -> dict[str, Any]:
+def settings(spec: Spec, inputs: StepInput) -> Json:
     """Return what determines the result, in addition to the candidate and the data."""
     return {"versions": digests.versions("onnx", "onnxruntime", "onnxslim"), "passes": PASSES}
 
@@ -97,7 +96,7 @@ def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Row]]:
     return model, rows
 
 
-def require_same_answers(before: onnx.ModelProto, after: onnx.ModelProto, samples: npt.NDArray[Any]) -> None:
+def require_same_answers(before: onnx.ModelProto, after: onnx.ModelProto, samples: Array) -> None:
     """Raise ModelError unless both answer the samples (N, …) the same, together and one by one."""
     old, new = Session(before), Session(after)
     for size in (len(samples), 1):

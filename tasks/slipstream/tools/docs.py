@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from slipstream.contract import Json
 from slipstream.plan.settings import Settings
 from slipstream.spec import PATTERNS, json_schema
 
@@ -54,12 +54,12 @@ def settings_markdown() -> str:
     return _page(SETTINGS, schema, ("Resources", "Toleration", "Docker", "Kubernetes", "Serving"))
 
 
-def _page(introduction: str, schema: Mapping[str, Any], order: Sequence[str]) -> str:
+def _page(introduction: str, schema: Json, order: Sequence[str]) -> str:
     sections = {TOP: schema} | {name: schema["$defs"][name] for name in order}
     return "\n".join([introduction, *(_section(name, s, schema["$defs"]) for name, s in sections.items())])
 
 
-def _section(name: str, section: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
+def _section(name: str, section: Json, sections: Json) -> str:
     required = set(section.get("required", ()))
     rows = [
         f"| `{field}` | {_type(shape)} | {_default(shape, field in required)} | {_meaning(shape, sections)} |"
@@ -74,13 +74,13 @@ def _section(name: str, section: Mapping[str, Any], sections: Mapping[str, Any])
     )
 
 
-def _meaning(shape: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
+def _meaning(shape: Json, sections: Json) -> str:
     """Return the field's description; pydantic omits it if it equals the section's."""
     name = shape.get("$ref", "").rpartition("/")[2]
     return _cell(shape.get("description") or sections[name]["description"])
 
 
-def _default(shape: Mapping[str, Any], is_required: bool) -> str:
+def _default(shape: Json, is_required: bool) -> str:
     if is_required:
         return "required"
     default = shape.get("default")
@@ -89,7 +89,7 @@ def _default(shape: Mapping[str, Any], is_required: bool) -> str:
     return "see there" if isinstance(default, dict) and default else f"`{json.dumps(default)}`"
 
 
-def _type(shape: Mapping[str, Any]) -> str:
+def _type(shape: Json) -> str:
     """Return the allowed values in words."""
     for key in ("anyOf", "oneOf"):
         if key in shape:
@@ -104,7 +104,7 @@ def _type(shape: Mapping[str, Any]) -> str:
     return _plain(shape)
 
 
-def _plain(shape: Mapping[str, Any]) -> str:
+def _plain(shape: Json) -> str:
     kind = shape.get("type")
     if kind == "array":
         items = shape.get("prefixItems") or [shape["items"]]
@@ -122,7 +122,7 @@ def _plain(shape: Mapping[str, Any]) -> str:
     return words.get(str(kind), str(kind)) + _bounds(shape)
 
 
-def _bounds(shape: Mapping[str, Any]) -> str:
+def _bounds(shape: Json) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {shape[key]:,}" for key, sign in signs.items() if key in shape]
     return f" {', '.join(bounds)}" if bounds else ""

@@ -5,12 +5,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from slipstream.contract import Release
+from slipstream.contract import Json, Release
+from slipstream.contract.arrays import Float32Array
 from slipstream.data.splits import Split
 from slipstream.errors import DataError
 from slipstream.measure.metrics.base import Metric, Records, finite
@@ -28,7 +28,7 @@ class Answered:
 
     latency_ms: float
     """Inside the server, from request to answer; the sender's value if the server does not report it."""
-    output: npt.NDArray[np.float32]
+    output: Float32Array
     """(…) outputs of the sample, the request's only one."""
 
 
@@ -189,7 +189,7 @@ def records(pairs: Sequence[Pair], split: Split, metric: Metric) -> tuple[Record
     return by_side[0], by_side[1]
 
 
-def _of_shape(output: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def _of_shape(output: Float32Array, shape: tuple[int, ...]) -> Float32Array:
     return output if output.shape == shape else np.full(shape, np.nan, np.float32)
 
 
@@ -205,7 +205,7 @@ def _answered(record: Record | None, other: Record | None) -> Answered | None:
 def _parse(line: bytes) -> tuple[str, Answered] | None:
     """Return None for an incomplete line: a full disk may have truncated one."""
     try:
-        entry: dict[str, Any] = json.loads(line)
+        entry: Json = json.loads(line)
     except ValueError:
         return None
     return str(entry["id"]), Answered(float(entry["latency_ms"]), read_output(entry["output"])[0])

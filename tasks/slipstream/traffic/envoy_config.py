@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from slipstream.contract import Release
+from slipstream.contract import Json, Release
 from slipstream.serving import client
 from slipstream.traffic.base import Routes
-from slipstream.traffic.envoy_listener import ROUTE_CONFIG, TYPE, Json, from_file, listener, overload_manager
+from slipstream.traffic.envoy_listener import ROUTE_CONFIG, TYPE, from_file, listener, overload_manager
 
 RELEASE_HEADER = client.RELEASE
 REQUEST_TIMEOUT = "10s"

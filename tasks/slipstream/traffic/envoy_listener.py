@@ -6,11 +6,9 @@ bodies are buffered completely, so that a body that is sent slowly does not occu
 """
 
 from pathlib import Path
-from typing import Any
 
+from slipstream.contract import Json
 from slipstream.serving.client import MOST_BYTES
-
-Json = dict[str, Any]
 
 TYPE = "type.googleapis.com/"
 ROUTE_CONFIG = "slipstream"
@@ -87,7 +85,7 @@ def _heap_action(name: str, **trigger: Json) -> Json:
     return {"name": f"envoy.overload_actions.{name}", "triggers": [{"name": monitor, **trigger}]}
 
 
-def _filter(name: str, kind: str, **settings: Any) -> Json:
+def _filter(name: str, kind: str, **settings: object) -> Json:
     return {
         "name": f"envoy.filters.http.{name}",
         "typed_config": {"@type": f"{TYPE}envoy.extensions.filters.http.{kind}", **settings},

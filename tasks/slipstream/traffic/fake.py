@@ -14,22 +14,21 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from slipstream.contract import Release
+from slipstream.contract.arrays import Array
 from slipstream.errors import RegistryError, Unavailable
 from slipstream.frameworks.base import OUTPUT
 from slipstream.serving import client
 from slipstream.serving.answers import LIMIT_BYTES, AnswerLog
 from slipstream.traffic.base import Endpoint, Observation, Routes, require_judged
 
-Answer = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+Answer = Callable[[Array], Array]
 
 
-def first_values(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def first_values(batch: Array) -> Array:
     """Return (N, 10) logits for (N, …): the first ten values of each sample."""
     return np.asarray(batch, dtype=np.float32).reshape(len(batch), -1)[:, :10]
 
@@ -181,14 +180,14 @@ class FakeController:
         tensor = {"name": OUTPUT, "shape": list(output.shape), "datatype": "FP32", "data": output.ravel().tolist()}
         return 200, json.dumps({"model_name": release.model, "outputs": [tensor]}).encode()
 
-    def _log(self, release: Release, request_id: str, output: npt.NDArray[Any], latency_ms: float) -> None:
+    def _log(self, release: Release, request_id: str, output: Array, latency_ms: float) -> None:
         with self._lock:
             log = AnswerLog(self.answers(release), release.key, self.log_bytes)
             log.write(request_id, latency_ms, output)
             log.close()
 
 
-def _decode(content: bytes) -> npt.NDArray[Any]:
+def _decode(content: bytes) -> Array:
     tensor = json.loads(content)["inputs"][0]
     return np.asarray(tensor["data"]).reshape(tensor["shape"])
 
@@ -230,5 +229,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Log no requests."""

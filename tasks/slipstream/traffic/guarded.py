@@ -4,11 +4,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from slipstream.contract import Release, Verdict
+from slipstream.contract import Json, Release, Verdict
 from slipstream.data.splits import Split
 from slipstream.errors import Unavailable
 from slipstream.measure import guardrails, pressure, stats
@@ -65,7 +64,7 @@ class Stage:
     challenger: Release
     run_key: str
     progress: Callable[..., None] = lambda done, total, unit, **figures: None
-    timeline: list[dict[str, Any]] = field(default_factory=list)
+    timeline: list[Json] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Adaptations to the machine by `probe`."""
     slowdown: int = 1
@@ -259,7 +258,7 @@ def served_ms(records: Sequence[Record]) -> list[float]:
     return [r.served_ms for r in records if not r.failed]
 
 
-def windows(phase: str, share: int, sent: Sent) -> list[dict[str, Any]]:
+def windows(phase: str, share: int, sent: Sent) -> list[Json]:
     """Return points of the timeline; a percentile is None if there are too few requests for it."""
     ordered = sorted(sent.records, key=lambda r: r.at)
     size = max(WINDOW, -(-len(ordered) // POINTS))

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from slipstream.contract import Verdict
+from slipstream.contract import Json, Verdict
 from slipstream.measure import guardrails, stats
 from slipstream.measure.metrics import base as metrics
 from slipstream.measure.metrics.base import Metric, Records, metric_for
@@ -63,7 +62,7 @@ class Evidence:
             verdicts.append(stage.unless_crowded(verdict))
         return tuple(verdicts)
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> Json:
         """Return numbers for the record."""
         quality = [100 * metrics.value(self.metric, records) for records in self._records()]
         return {

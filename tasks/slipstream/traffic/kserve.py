@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slipstream import storage
-from slipstream.contract import Release
+from slipstream.contract import Json, Release
 from slipstream.engines.base import read_manifest, server_environment
 from slipstream.errors import InputError, RegistryError, SlipstreamError, Unavailable
 from slipstream.home import Home
@@ -35,7 +35,7 @@ from slipstream.plan import settings
 from slipstream.plan.settings import Settings
 from slipstream.traffic import kserve_objects as objects
 from slipstream.traffic.base import Endpoint, Observation, Routes, require_judged
-from slipstream.traffic.kserve_api import GROUP, Api, Conflict, Json
+from slipstream.traffic.kserve_api import GROUP, Api, Conflict
 from slipstream.traffic.kserve_objects import Service
 
 log = logging.getLogger(__name__)

@@ -7,17 +7,15 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import kubernetes
 import urllib3
 from kubernetes.client.exceptions import ApiException
 
+from slipstream.contract import Json
 from slipstream.errors import InputError, Unavailable
 
 log = logging.getLogger(__name__)
-
-Json = dict[str, Any]
 
 GROUP, VERSION, PLURAL = "serving.kserve.io", "v1beta1", "inferenceservices"
 ACCESS: tuple[tuple[str, str, tuple[str, ...]], ...] = (

@@ -13,18 +13,17 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from slipstream.contract import Document, Release
+from slipstream.contract import Document, Json, Release
 from slipstream.engines.base import EngineManifest
 from slipstream.errors import InputError
 from slipstream.plan.settings import Settings
 from slipstream.plugins import SERVE
 from slipstream.spec import Resources
-from slipstream.traffic.kserve_api import GROUP, VERSION, Json
+from slipstream.traffic.kserve_api import GROUP, VERSION
 
 RELEASE = "slipstream/release"
 """Label of the predictor and thus of its pods: the release's name."""
@@ -361,8 +360,8 @@ def _common(release: Release, sha256: str, settings: Settings) -> Json:
 
 
 def _requirements(resources: Resources) -> Json:
-    requests: dict[str, Any] = {"cpu": resources.cpu and f"{resources.cpu:g}", "memory": resources.memory}
-    limits: dict[str, Any] = {"memory": resources.memory, "nvidia.com/gpu": resources.gpu and str(resources.gpu)}
+    requests: dict[str, object] = {"cpu": resources.cpu and f"{resources.cpu:g}", "memory": resources.memory}
+    limits: dict[str, object] = {"memory": resources.memory, "nvidia.com/gpu": resources.gpu and str(resources.gpu)}
     by_kind = {"requests": requests, "limits": limits}
     return {kind: {k: v for k, v in values.items() if v} for kind, values in by_kind.items() if any(values.values())}
 

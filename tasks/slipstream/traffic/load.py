@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import httpx
 import numpy as np
 import numpy.typing as npt
 
+from slipstream.contract.arrays import Float32Array
 from slipstream.data.splits import Split
 from slipstream.errors import Unavailable
 from slipstream.serving import client
@@ -50,7 +50,7 @@ class Record:
     """HTTP status; 0 if there was no answer."""
     release: str | None
     """Name of the release that answered."""
-    output: npt.NDArray[np.float32] | None
+    output: Float32Array | None
     """(1, …) outputs; None unless the status is 200."""
     latency_ms: float
     """From the intended send time to the whole answer."""
@@ -255,11 +255,11 @@ class _Sender:
         return 1000 * sum(max(min(e, end) - max(s, begin), 0.0) for s, e in stalls)
 
 
-def _output(response: httpx.Response) -> npt.NDArray[np.float32] | None:
+def _output(response: httpx.Response) -> Float32Array | None:
     if response.status_code != httpx.codes.OK:
         return None
     try:
-        document: Any = response.json()
+        document = response.json()
         return client.outputs(document)
     except (ValueError, Unavailable):
         return None

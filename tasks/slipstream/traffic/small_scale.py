@@ -6,9 +6,8 @@ times the plan; a rejected or undecided engine never reaches users.
 
 import datetime
 import logging
-from typing import Any
 
-from slipstream.contract import Verdict, combine
+from slipstream.contract import Json, Verdict, combine
 from slipstream.measure.waivers import waive
 from slipstream.traffic.guarded import Phase, Stage
 from slipstream.traffic.judging import Evidence
@@ -19,7 +18,7 @@ ROUNDS = 4
 """Shadow and canary are each repeated while a verdict is inconclusive, at most this often in total."""
 
 
-def measure(stage: Stage) -> tuple[tuple[Verdict, ...], dict[str, Any]]:
+def measure(stage: Stage) -> tuple[tuple[Verdict, ...], Json]:
     """Return verdicts of the small-scale test, and the figures behind them. A breach ends it at once."""
     rate_per_s = stage.spec.small_scale_test.rate_per_s
     stage.probe(rate_per_s)

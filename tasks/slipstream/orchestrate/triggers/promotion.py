@@ -5,11 +5,13 @@ webhook, the reconciler, both at once, or either after a restart.
 """
 
 import logging
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from slipstream.contract import Json
 from slipstream.errors import Unavailable
 from slipstream.plan import catalog
 from slipstream.spec import Spec
@@ -21,9 +23,9 @@ log = logging.getLogger(__name__)
 class Runs(Protocol):
     """The part of Airflow's API that a promotion needs."""
 
-    def dag(self, dag_id: str) -> dict[str, Any] | None: ...
-    def run(self, dag_id: str, run_id: str) -> dict[str, Any] | None: ...
-    def trigger(self, dag_id: str, run_id: str, conf: dict[str, Any]) -> bool: ...
+    def dag(self, dag_id: str) -> Json | None: ...
+    def run(self, dag_id: str, run_id: str) -> Json | None: ...
+    def trigger(self, dag_id: str, run_id: str, conf: Mapping[str, object]) -> bool: ...
 
 
 def run_id(alias: str, version: str) -> str:

@@ -1,12 +1,12 @@
 """Starts a run: publish the spec, wait until Airflow has read it, trigger its DAG."""
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slipstream import spec as specs
+from slipstream.contract import Json
 from slipstream.errors import InputError, SpecError, Unavailable
 from slipstream.home import Home
 from slipstream.plan import catalog, flow
@@ -26,10 +26,10 @@ class Started:
     run_id: str
 
 
-def choices(parameters: Sequence[str]) -> dict[str, Any]:
+def choices(parameters: Sequence[str]) -> Json:
     """Return `KEY=VALUE` pairs as the trigger form's fields; a list is `a,b` or JSON (`["a","b"]`). Raise
     InputError."""
-    chosen: dict[str, Any] = {}
+    chosen: Json = {}
     for pair in parameters:
         key, equals, text = pair.partition("=")
         if not equals or key not in CHOICES:
@@ -57,14 +57,14 @@ def _number(pair: str, text: str) -> float:
         raise InputError(f"--param {pair}: must be a number, in percentage points, such as max_drop=0.5") from None
 
 
-def check_choices(wanted: Spec, chosen: Mapping[str, Any]) -> None:
+def check_choices(wanted: Spec, chosen: Json) -> None:
     """Reject here what Airflow would reject later. Raise InputError."""
     flow.with_choices(wanted, max_drop=chosen.get("max_drop"), recipes=chosen.get("recipes"))
     if chosen.get("stop_after", "none") not in flow.STOP_AFTER:
         raise InputError(f"--param stop_after={chosen['stop_after']}: must be one of {', '.join(flow.STOP_AFTER)}")
 
 
-def start(home: Home, path: Path, chosen: Mapping[str, Any]) -> Started:
+def start(home: Home, path: Path, chosen: Json) -> Started:
     """Publish the spec and start a run of it. Raise SpecError, InputError, Unavailable."""
     spec = specs.load(path)
     check_choices(spec, chosen)
@@ -108,7 +108,7 @@ def _graph(spec: Spec) -> set[flow.Task]:
     return {task for stage in flow.STAGES for task in flow.tasks(spec, stage)}
 
 
-def _promotion(home: Home, spec: Spec, airflow: AirflowApi) -> tuple[str, dict[str, Any]] | None:
+def _promotion(home: Home, spec: Spec, airflow: AirflowApi) -> tuple[str, Json] | None:
     """Return run id and conf of the run that the alias requests, if it has not started yet.
 
     Publishing a spec whose alias points at a version makes the reconciler start that version's run; using its id here
