@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import httpx
@@ -10,6 +10,11 @@ from airflow.sdk import BaseOperatorLink
 
 from slipstream.plan import flow
 from slipstream.reports import urls
+
+if TYPE_CHECKING:  # operators.py imports this module
+    from airflow.models.taskinstancekey import TaskInstanceKey
+
+    from operators import StepOperator
 
 TIMEOUT_S = 3
 """Timeout of a request for a link. Links are a convenience: a slow or missing MLflow must not delay the end of a
@@ -21,7 +26,7 @@ class MlflowRunLink(BaseOperatorLink):
 
     name = "MLflow run"
 
-    def get_link(self, operator: Any, *, ti_key: Any) -> str:
+    def get_link(self, operator: "StepOperator", *, ti_key: "TaskInstanceKey") -> str:
         """Return the address, or an empty string if MLflow does not know the run or does not answer."""
         step, cell = flow.task_of(operator.task_id)
         tags = {"slipstream.step": step} | ({"slipstream.cell": cell.key} if cell else {})
@@ -33,7 +38,7 @@ class ReportLink(BaseOperatorLink):
 
     name = "Report"
 
-    def get_link(self, operator: Any, *, ti_key: Any) -> str:
+    def get_link(self, operator: "StepOperator", *, ti_key: "TaskInstanceKey") -> str:
         """Return the address, or an empty string if MLflow does not know the run or does not answer."""
         return _address(urls.report, operator.model, str(ti_key.run_id), {"slipstream.step": "pipeline"})
 

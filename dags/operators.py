@@ -4,15 +4,14 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
-from airflow.sdk import BaseOperator
+from airflow.sdk import BaseOperator, Context
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 import runtimes
 from links import MlflowRunLink, ReportLink
 from slipstream import spec, storage
-from slipstream.contract import StepInput, StepOutput
+from slipstream.contract import Json, StepInput, StepOutput
 from slipstream.contract.handover import Selection
 from slipstream.errors import InputError
 from slipstream.home import Home
@@ -38,7 +37,7 @@ RETRIES = {
 class PipelineRun:
     """The part of Airflow's context that a task needs of its run."""
 
-    context: Any
+    context: Context
 
     @property
     def key(self) -> str:
@@ -72,7 +71,7 @@ class PipelineRun:
         pulled = self.context["ti"].xcom_pull(task_ids=[task.id for task in tasks], key=OUTPUT)
         return [StepOutput.model_validate(value) for value in pulled if value is not None]
 
-    def choices(self) -> dict[str, Any]:
+    def choices(self) -> Json:
         """Return the run-time choices that a step may need."""
         params = self.context["params"]
         return {k: params.get(k) for k in ("source_version", "recipes")} | {"skip_stages": list(self.skipped)}
@@ -88,13 +87,13 @@ class StepOperator(BaseOperator):
     ui_color = "#e8f0fe"
     operator_extra_links = (MlflowRunLink(), ReportLink())
 
-    def __init__(self, *, model: str = "", **kwargs: Any) -> None:
+    def __init__(self, *, model: str = "", **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.model = model
         self.step, cell = flow.task_of(self.task_id)
         self.cell = cell.key if cell else None
 
-    def execute(self, context: Any) -> None:
+    def execute(self, context: Context) -> None:
         """Run the step and return its output."""
         run = PipelineRun(context)
         try:
@@ -140,13 +139,13 @@ def skip_unless_wanted(run: PipelineRun, step: str, outputs: Sequence[StepOutput
         raise AirflowSkipException("the best engine is the champion already; there is nothing to roll out")
 
 
-def ask_only_if_wanted(context: Any) -> None:
+def ask_only_if_wanted(context: Context) -> None:
     """Hook of the approval task: skip the question if no rollout will follow."""
     run = PipelineRun(context)
     skip_unless_wanted(run, "approval", run.outputs([Task(SELECT)]))
 
 
-def settle(context: Any) -> str:
+def settle(context: Context) -> str:
     """Raise AirflowFailException unless everything expected of the run happened.
 
     Airflow takes a run's state from its leaves, and a leaf that runs after failures would mark the run successful; a

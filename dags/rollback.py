@@ -2,9 +2,8 @@
 
 import logging
 from datetime import datetime
-from typing import Any
 
-from airflow.sdk import DAG, Param
+from airflow.sdk import DAG, Context, Param
 from airflow.sdk.exceptions import AirflowFailException
 
 import runtimes
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 class RollbackOperator(StepOperator):
     """Runs the step `rollback` for the model that the form names."""
 
-    def execute(self, context: Any) -> None:
+    def execute(self, context: Context) -> None:
         """Use any published spec of the model: the step needs only its name and nothing that differs between specs."""
         home, model = Home.from_environment(), context["params"]["model"]
         chosen = next((s for _, s in catalog.published(home) if isinstance(s, Spec) and s.model.name == model), None)

@@ -7,13 +7,13 @@ point to your package.
 
 import importlib
 import json
-from typing import Any
 
+from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowFailException
 
 from runtimes.base import Job, Runtime
 from slipstream import storage
-from slipstream.contract import StepInput
+from slipstream.contract import Json, StepInput
 from slipstream.errors import InputError
 from slipstream.home import Home
 from slipstream.plan import settings
@@ -23,7 +23,7 @@ _running: list[Runtime] = []
 """Runtime of the step that this task process waits for; a task process runs one step."""
 
 
-def run_step(step: str, spec_uri: str, inputs: StepInput, context: Any) -> dict[str, Any]:
+def run_step(step: str, spec_uri: str, inputs: StepInput, context: Context) -> Json:
     """Run a step in the configured runtime and return its OUT document. Raise as `Runtime.run` does."""
     home = Home.from_environment()
     try:

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
+from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from slipstream import errors, spec, storage
@@ -76,7 +77,7 @@ class Job:
 class Runtime(Protocol):
     """A place where steps run."""
 
-    def run(self, job: Job, context: Any) -> None:
+    def run(self, job: Job, context: Context) -> None:
         """Run a step until it has ended and written its OUT document. `context` is Airflow's.
 
         Raise AirflowFailException for a bad input or a failed gate (no retry), AirflowException for all other errors.

@@ -12,11 +12,13 @@ from typing import Any
 
 from airflow.providers.docker.exceptions import DockerContainerFailedException
 from airflow.providers.docker.operators.docker import DockerOperator
+from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException
 from docker.errors import APIError, DockerException, NotFound
 from docker.types import DeviceRequest, Mount
 
 from runtimes.base import Job, message, raise_for
+from slipstream.contract import Json
 from slipstream.platform import addresses
 from slipstream.spec.fields import in_bytes
 
@@ -36,7 +38,7 @@ def runtime() -> "Docker":
 class _Container(DockerOperator):
     """DockerOperator with additions: a locked-down container and a bounded stop."""
 
-    restrictions: dict[str, Any] = {}  # noqa: RUF012 (set for each instance right after it is made)
+    restrictions: dict[str, object] = {}  # noqa: RUF012 (set for each instance right after it is made)
 
     @cached_property
     def hook(self) -> Any:
@@ -58,7 +60,7 @@ class Docker:
     def __init__(self) -> None:
         self._operator: _Container | None = None
 
-    def run(self, job: Job, context: Any) -> None:
+    def run(self, job: Job, context: Context) -> None:
         """See Runtime. A container left by a killed task is removed first; its step resumes in the new one."""
         operator = self._operator = _operator(job, context)
         try:
@@ -105,7 +107,7 @@ def _hint(operator: _Container) -> str:
     return ""
 
 
-def _operator(job: Job, context: Any) -> _Container:
+def _operator(job: Job, context: Context) -> _Container:
     docker, resources, home = job.settings.docker, job.resources, job.home
     owner = home.root.stat()
     operator = _Container(
@@ -146,7 +148,7 @@ def _operator(job: Job, context: Any) -> _Container:
     return operator
 
 
-def _name(job: Job, context: Any) -> str:
+def _name(job: Job, context: Context) -> str:
     """Return the container's name, the same for every attempt at a task, so that a leftover one is found.
 
     It differs between homes: runs started by a schedule or a promotion have the same name in all of them.
@@ -175,7 +177,7 @@ def _gpus(count: int | None) -> list[DeviceRequest] | None:
     return [DeviceRequest(count=count, capabilities=[["gpu"]])] if count else None
 
 
-def _exit_code(state: dict[str, Any]) -> int:
+def _exit_code(state: Json) -> int:
     """Return the exit code in subprocess's form: minus the signal if a signal ended the container's process."""
     code = int(state["ExitCode"])
     return 128 - code if code > 128 else code

@@ -3,11 +3,11 @@ died finds its pod again; its log is streamed; the pod is deleted after success 
 Documents are exchanged through the store (SLIPSTREAM_RUNS), since a pod shares no folder with Airflow."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from airflow.providers.cncf.kubernetes.hooks.kubernetes import KubernetesHook
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.providers.cncf.kubernetes.utils.pod_manager import PodLaunchFailedException
+from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client import ApiException, CoreV1Api
 
@@ -29,7 +29,7 @@ class Kubernetes:
         self._operator: KubernetesPodOperator | None = None
         self._train_job: TrainJob | None = None
 
-    def run(self, job: Job, context: Any) -> None:
+    def run(self, job: Job, context: Context) -> None:
         """See Runtime."""
         require_store(job)
         if trains_together(job):
@@ -48,7 +48,7 @@ class Kubernetes:
                 pods.explain(job, operator.remote_pod)
             raise
 
-    def _train(self, job: Job, context: Any) -> None:
+    def _train(self, job: Job, context: Context) -> None:
         hook = KubernetesHook(conn_id=None, config_file=pods.CONFIGURATION)
         self._train_job = TrainJob(hook.api_client, job, context)
         try:

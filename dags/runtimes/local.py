@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 from collections import deque
-from typing import Any
 
+from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowFailException
 
 from runtimes.base import Job, raise_for
@@ -30,7 +30,7 @@ class Subprocess:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, job: Job, context: Any) -> None:
+    def run(self, job: Job, context: Context) -> None:
         """See Runtime."""
         program = job.home.envs / job.environment / "bin" / "slipstream"
         if not program.exists():

@@ -1,7 +1,6 @@
 """The pod of a step: command, resources, writable volumes, and how its end is interpreted."""
 
 import os
-from typing import Any
 
 from airflow.sdk.exceptions import AirflowException
 from kubernetes.client import models as k8s
@@ -21,7 +20,7 @@ ANY_USER = 10001
 """User and group of the images."""
 
 
-def arguments(job: Job) -> dict[str, Any]:
+def arguments(job: Job) -> dict[str, object]:
     """Return the arguments of the KubernetesPodOperator for a step."""
     settings, resources = job.settings.kubernetes, job.resources
     folders, mounts = volumes(job)

@@ -5,10 +5,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TypeVar
 
+from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException
-from kubernetes.client import ApiClient, ApiException, CoreV1Api, CustomObjectsApi
+from kubernetes.client import ApiClient, ApiException, CoreV1Api, CustomObjectsApi, V1Pod
 
 from runtimes import pods, trainjob
 from runtimes.base import Job
@@ -22,12 +23,14 @@ SET_NAME = "jobset.sigs.k8s.io/jobset-name"
 INDEX = "batch.kubernetes.io/job-completion-index"
 POLL_S = 2.0
 
+T = TypeVar("T")
+
 
 class TrainJob:
     """The TrainJob of a step. Its name is the same for every attempt at a task, so that a running one is found
     again."""
 
-    def __init__(self, client: ApiClient, job: Job, context: Any) -> None:
+    def __init__(self, client: ApiClient, job: Job, context: Context) -> None:
         self.job, self.namespace = job, job.settings.kubernetes.namespace
         self._objects, self._core = CustomObjectsApi(client), CoreV1Api(client)
         task = f"{context['ti'].dag_id} {job.inputs.run_key} {job.name}"
@@ -115,11 +118,11 @@ class TrainJob:
             ),
         )
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> trainjob.Manifest | None:
         resource = _unless_gone(lambda: self._objects.get_namespaced_custom_object(*self._address))
         return None if resource is None else dict(resource)
 
-    def _conditions(self) -> dict[str, dict[str, Any]]:
+    def _conditions(self) -> dict[str, trainjob.Manifest]:
         entries = (self._read() or {}).get("status", {}).get("conditions", [])
         return {c["type"]: c for c in entries if c["status"] == "True"}
 
@@ -131,7 +134,7 @@ class TrainJob:
         failed = self._conditions().get("Failed", {})
         return f"{failed.get('reason')}: {failed.get('message')}"
 
-    def _leader(self) -> Any:
+    def _leader(self) -> V1Pod | None:
         """Return the pod of process 0, or None if there is none."""
         selector = f"{SET_NAME}={self.name},{INDEX}=0"
         leaders = self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
@@ -166,7 +169,7 @@ class TrainJob:
                     yield item["metadata"]["name"]
 
 
-def _reasons(pod: Any) -> Iterator[str]:
+def _reasons(pod: V1Pod | None) -> Iterator[str]:
     """Yield why a pod waits, as reported by the scheduler and the node."""
     if pod is None:
         yield "no pod was made for it; is Kubeflow Trainer running?"
@@ -179,7 +182,7 @@ def _reasons(pod: Any) -> Iterator[str]:
             yield f"{container.state.waiting.reason}: {container.state.waiting.message}"
 
 
-def _unless_gone(call: Callable[[], Any]) -> Any:
+def _unless_gone(call: Callable[[], T]) -> T | None:
     """Return the result of a call, or None if its object does not exist."""
     try:
         return call()

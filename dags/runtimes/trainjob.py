@@ -13,8 +13,8 @@ one that ends all pods when one fails, so that Airflow retries, and supports suc
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from slipstream.contract import Json
 from slipstream.errors import SpecError
 from slipstream.spec import Resources
 from slipstream.spec.fields import in_bytes
@@ -28,8 +28,8 @@ LONGEST = 40
 """Maximum length of a name: Trainer, JobSet and Job append to it, and the pods' host names end at 63."""
 RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 
-Manifest = dict[str, Any]
-Variable = str | Mapping[str, Any]
+Manifest = Json
+Variable = str | Mapping[str, object]
 """A value, or a `valueFrom` such as {"secretKeyRef": {"name": "store", "key": "password"}}."""
 
 
@@ -47,8 +47,8 @@ class Pod:
 
     service_account: str | None = None
     pull_secrets: Sequence[str] = ()
-    volumes: Sequence[Mapping[str, Any]] = ()
-    mounts: Sequence[Mapping[str, Any]] = ()
+    volumes: Sequence[Mapping[str, object]] = ()
+    mounts: Sequence[Mapping[str, object]] = ()
     """Mount paths of the volumes. A claim must be ReadWriteMany, or pods on other nodes never start."""
     user: int = 10001
     """User and group of the images."""
