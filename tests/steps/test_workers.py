@@ -40,7 +40,7 @@ def written(model: str, workers: int = 2, **changes: Any) -> dict[str, Any]:
 
 
 def test_the_number_of_processes_is_in_the_identity_when_it_is_not_one(mlflow_server: str) -> None:
-    given = StepInput(run_key=RUN_KEY)
+    given = StepInput(run_key=RUN_KEY, cell=Cell(recipe="small"))
     for module in (retrain, distill, prune):
         plain, one, two = (
             module.settings(spec_of(d), given)
