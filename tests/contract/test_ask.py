@@ -1,6 +1,8 @@
 """A question to another process gets its reply, whatever else is printed, or an error that says how it ended."""
 
+import io
 import subprocess
+import sys
 
 import pytest
 from tests.conftest import ROOT
@@ -28,3 +30,11 @@ def test_a_process_without_a_reply_is_told_with_its_end(how: str, reason: str) -
 def test_a_process_that_takes_too_long_is_ended() -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         ask(MODULE, Told(how="never"), Doubled, variables=VARIABLES, timeout_s=5)
+
+
+def test_what_is_not_kept_goes_to_stderr_which_need_not_be_a_file(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert ask(MODULE, Told(how="noisily"), Doubled, variables=VARIABLES, quiet=False).how == "noisilynoisily"
+    assert "{}" in capfd.readouterr().err

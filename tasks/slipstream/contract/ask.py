@@ -17,6 +17,8 @@ from pydantic import BaseModel
 
 Question = TypeVar("Question", bound=BaseModel)
 Reply = TypeVar("Reply", bound=BaseModel)
+STDERR = 2
+"""File descriptor: `sys.stderr` need not be a file, as in a notebook."""
 TAIL = 1000
 """Characters at the end of a process's output that an error quotes."""
 
@@ -45,7 +47,7 @@ def ask(
         completed = subprocess.run(
             [str(python), "-m", module, str(path)],
             input=question.model_dump_json(),
-            stdout=subprocess.PIPE if quiet else sys.stderr,
+            stdout=subprocess.PIPE if quiet else STDERR,
             stderr=subprocess.STDOUT if quiet else None,
             text=True,
             errors="replace",
