@@ -91,7 +91,7 @@ report: ## Show the latest run
     "README.md": """\
 # $name
 
-A model that [slipstream](https://pypi.org/project/slipstream/) makes fast and puts into production.
+A model that slipstream makes fast and puts into production.
 
 1. Put your network into `$package/network.py`, and your data into `data/train.npz` and `data/test.npz`, or change
    `$package/dataset.py` to read them from where they are.
@@ -109,7 +109,7 @@ jobs:
       - uses: actions/checkout@v4
       - uses: actions/setup-python@v5
         with: {python-version: "3.11"}
-      - run: pip install slipstream
+      - run: pip install slipstream    # or the wheel that you built
       - run: slipstream validate $name.yaml
 """,
 }
