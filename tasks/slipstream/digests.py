@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import zlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -26,9 +27,14 @@ STORED = ".slipstream.json"
 def folder(path: Path) -> str:
     """Return the sha256 over the relative names and digests of all files below a folder; times and modes do not
     count."""
+    return _combined(path, sorted(p for p in path.rglob("*") if p.is_file() and p != path / STORED))
+
+
+def _combined(base: Path, files: Iterable[Path]) -> str:
+    """Return one sha256 over files, in their order: their names relative to `base`, and their digests."""
     total = hashlib.sha256()
-    for entry in sorted(p for p in path.rglob("*") if p.is_file() and p != path / STORED):
-        total.update(f"{entry.relative_to(path).as_posix()}\0{file(entry)}\n".encode())
+    for path in files:
+        total.update(f"{path.relative_to(base).as_posix()}\0{file(path)}\n".encode())
     return total.hexdigest()
 
 
@@ -52,12 +58,8 @@ def folder_gzip_size(path: Path) -> int:
 @cache
 def source(*parts: str) -> str:
     """Return the digest of this package's own code: files or folders named relative to it, such as `engines`."""
-    total = hashlib.sha256()
-    for part in parts:
-        path = PACKAGE / part
-        for entry in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            total.update(f"{entry.relative_to(PACKAGE).as_posix()}\0{file(entry)}\n".encode())
-    return total.hexdigest()
+    paths = [PACKAGE / part for part in parts]
+    return _combined(PACKAGE, [f for path in paths for f in (sorted(path.rglob("*.py")) if path.is_dir() else [path])])
 
 
 def code(module: str, *parts: str) -> str:
@@ -78,11 +80,9 @@ def package_source(package: str) -> str:
     if spec is None or spec.origin is None:
         raise ImportError(f"{package}: no such package, or one without an __init__.py")
     origin = Path(spec.origin)
-    files = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
-    total = hashlib.sha256()
-    for entry in files:
-        total.update(f"{entry.relative_to(origin.parent).as_posix()}\0{file(entry)}\n".encode())
-    return total.hexdigest()
+    return _combined(
+        origin.parent, sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
+    )
 
 
 def plugin(module: str) -> dict[str, str]:

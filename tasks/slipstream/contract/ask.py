@@ -63,5 +63,5 @@ def ask(
 
 def answer(question: type[Question], function: Callable[[Question], BaseModel]) -> None:
     """Reply to the question of `ask`, when a module is run as a program."""
-    given = question.model_validate_json(sys.stdin.read())
-    Path(sys.argv[1]).write_text(function(given).model_dump_json())
+    reply = function(question.model_validate_json(sys.stdin.read()))
+    Path(sys.argv[1]).write_text(reply.model_dump_json())

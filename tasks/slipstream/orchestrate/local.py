@@ -25,7 +25,7 @@ from slipstream.spec import Spec, dump
 
 log = logging.getLogger(__name__)
 
-STAGES = ("optimize", "accuracy_validation", "report")
+SKIPPED = flow.skipped_stages("accuracy_validation")
 
 
 def optimize(home: Home, spec: Spec) -> Report:
@@ -37,7 +37,7 @@ def optimize(home: Home, spec: Spec) -> Report:
     home.prepare()
     run = _Run.begin(home, spec)
     outputs: list[StepOutput] = []
-    for task in (task for stage in STAGES for task in flow.tasks(spec, stage)):
+    for task in (t for stage in flow.STAGES if stage not in SKIPPED for t in flow.tasks(spec, stage)):
         try:
             upstream = flow.upstream(task.step, spec, task.cell, outputs)
         except InputError as error:
@@ -73,8 +73,7 @@ class _Run:
         """Return the output of a step, or None if it left none. Its log goes to this process's stderr."""
         environment = self.spec.environment_of(task.step, task.cell.target if task.cell else None)
         program = self.home.require_python(environment, f"step {task.step}").with_name("slipstream")
-        skip = [stage for stage in flow.STAGES if stage not in STAGES]
-        inputs = StepInput(run_key=self.key, cell=task.cell, upstream=upstream, params={"skip_stages": skip})
+        inputs = StepInput(run_key=self.key, cell=task.cell, upstream=upstream, params={"skip_stages": SKIPPED})
         files = {name: storage.join(self.folder, f"{task.id}.{name}.json") for name in ("inputs", "outputs")}
         storage.delete(files["outputs"])
         storage.write_text(files["inputs"], inputs.model_dump_json(indent=2))
