@@ -1,4 +1,4 @@
-"""Quantization of a candidate's ONNX: one module for each family of number formats, found by name in plugins.py.
+"""Quantization of a candidate's ONNX: one module for each family of number formats, found by name in plugins/.
 
 Each has `quantize(model, request)`, which returns another model and leaves the given one unchanged.
 """
