@@ -1,12 +1,10 @@
 """The first layer that departs is found in real engines with a wrong operator in the middle."""
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from tests.engines.candidates import network, quantized, write
+from tests.engines.candidates import network, write
 from tests.engines.images import samples
 from tests.onnx import broken_engine
 
@@ -19,16 +17,6 @@ from slipstream.onnx.agreement.reference import reference, tensors
 from slipstream.plugins import ENGINES, EngineInfo
 from slipstream.spec import Target
 from slipstream.steps import build
-
-
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("fp32") / "candidate", network())
-
-
-@pytest.fixture(scope="module")
-def int8(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("int8") / "candidate", quantized(network()), is_quantized=True)
 
 
 @pytest.fixture

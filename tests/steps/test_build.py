@@ -1,5 +1,4 @@
 import shutil
-from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -18,16 +17,6 @@ from slipstream.runner.run import identity, run_step
 from slipstream.spec import Target
 from slipstream.steps import build
 from slipstream.store.tracking import fetch
-
-
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("fp32") / "candidate", network())
-
-
-@pytest.fixture(scope="module")
-def int8(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("int8") / "candidate", quantized(network()), is_quantized=True)
 
 
 @pytest.mark.parametrize("target", ["server", "portable"])

@@ -109,6 +109,12 @@ class Case:
         return run_step("validate", self.spec, inputs)
 
 
+def evidence_of(output: StepOutput) -> evidence.EngineEvidence:
+    measured = evidence.Validated.of(output).evidence
+    assert measured is not None
+    return measured
+
+
 def keep(home: Home, made: Path, step: str, recipe: str | None) -> StepOutput:
     """What a step that logged this folder hands on; the folder lies in the cache as if it had been fetched."""
     sha256 = digests.folder(made)
@@ -149,7 +155,7 @@ def answers(output: StepOutput) -> dict[str, str]:
 
 def test_a_lighter_engine_with_the_same_answers_passes(case: Case) -> None:
     output = case.validate("light")
-    found = evidence.evidence_of(output)
+    found = evidence_of(output)
     assert answers(output) == {"accuracy": "pass", "latency": "pass", "speedup": "pass"}, output.verdicts
     assert found.samples == 900
     assert found.baseline_quality == found.engine_quality > 80
@@ -171,7 +177,7 @@ def test_a_lighter_engine_with_the_same_answers_passes(case: Case) -> None:
 
 def test_an_engine_that_confuses_two_classes_is_rejected_and_says_which_lost_most(case: Case) -> None:
     output = case.validate("swapped")
-    found = evidence.evidence_of(output)
+    found = evidence_of(output)
     assert answers(output)["accuracy"] == "fail"
     assert found.drop_pp.estimate > 30
     assert found.worst_class in ("boot", "bag") and found.worst_class_drop_pp > 50
@@ -181,7 +187,7 @@ def test_an_engine_that_confuses_two_classes_is_rejected_and_says_which_lost_mos
 def test_an_engine_that_is_the_baseline_again_is_about_as_fast(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate, "PLAN", Plan())  # the real one: short blocks say little while other tests run
     output = case.validate("same")
-    found = evidence.evidence_of(output)
+    found = evidence_of(output)
     assert answers(output)["accuracy"] == "pass"
     assert found.speedup_reference is not None
     crowded = found.speedup_eager is None
@@ -191,7 +197,7 @@ def test_an_engine_that_is_the_baseline_again_is_about_as_fast(case: Case, monke
 
 def test_the_baselines_own_cell_is_the_reference(case: Case) -> None:
     output = case.validate("baseline")
-    found = evidence.evidence_of(output)
+    found = evidence_of(output)
     assert "speedup" not in answers(output)
     assert found.reference is None and found.speedup_reference is None
     assert evidence.row_of("baseline@server", output).status == "reference"
@@ -232,19 +238,19 @@ def test_an_engine_is_scored_once_and_only_its_latency_is_measured_again(
     first, second = (case.validate("baseline", run_key) for run_key in ("week-1", "week-2"))
     assert answers(first) == answers(second) == {"accuracy": "pass", "latency": "inconclusive"}
     assert not second.reused and second.run_id != first.run_id
-    one, two = evidence.evidence_of(first), evidence.evidence_of(second)
+    one, two = evidence_of(first), evidence_of(second)
     assert one.discordance_percent and one.discordance_percent > 2, "the engine is a moody one"
     assert (one.drop_pp, one.engine_quality, one.scores_run) == (two.drop_pp, two.engine_quality, two.scores_run)
     assert one.latency.quantiles_ms != two.latency.quantiles_ms
     alone = case.spec.model_copy(update={"targets": case.spec.targets, "seed": 7})
-    third = evidence.evidence_of(replace(case, spec=alone).validate("baseline", "week-3"))
+    third = evidence_of(replace(case, spec=alone).validate("baseline", "week-3"))
     assert third.drop_pp == one.drop_pp, "nor is a seed a second try"
 
 
 def test_who_names_one_of_several_engines_is_held_to_all_that_were_looked_at(case: Case) -> None:
-    all_three = evidence.evidence_of(case.validate("light"))
+    all_three = evidence_of(case.validate("light"))
     chosen = case.spec.model_copy(update={"recipes": {"light": ("quantize",)}})
-    later = evidence.evidence_of(replace(case, spec=chosen).validate("light", "later"))
+    later = evidence_of(replace(case, spec=chosen).validate("light", "later"))
     assert (all_three.competing, later.competing) == (3, 3)
     assert later.confidence == all_three.confidence == pytest.approx(1 - 0.05 / 3)
     assert "98.33 % upper bound (the best of 3)" in case.validate("light").verdicts[0].reason
@@ -295,7 +301,7 @@ def test_only_what_decides_the_result_is_part_of_its_settings(case: Case) -> Non
 
 def test_a_metric_that_is_no_mean_is_bounded_by_the_bootstrap(case: Case) -> None:
     case = replace(case, spec=with_metric(case.spec, "f1"))
-    light, swapped = (evidence.evidence_of(case.validate(recipe)) for recipe in ("light", "swapped"))
+    light, swapped = (evidence_of(case.validate(recipe)) for recipe in ("light", "swapped"))
     assert light.metric == "f1"
     assert light.drop_pp.estimate == 0 < light.drop_pp.high < 1
     assert light.baseline_quality == light.engine_quality > 80
@@ -307,8 +313,8 @@ def test_a_metric_of_the_users_is_used_in_the_gate(case: Case) -> None:
     case = replace(case, spec=with_metric(case.spec, "validate_case:margin"))
     light, swapped = case.validate("light"), case.validate("swapped")
     assert (answers(light)["accuracy"], answers(swapped)["accuracy"]) == ("pass", "fail")
-    assert evidence.evidence_of(light).metric == "margin"
-    assert light.metrics["margin"] == evidence.evidence_of(light).engine_quality
+    assert evidence_of(light).metric == "margin"
+    assert light.metrics["margin"] == evidence_of(light).engine_quality
 
 
 def with_metric(spec: specs.Spec, metric: str) -> specs.Spec:

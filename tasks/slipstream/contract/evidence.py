@@ -6,7 +6,6 @@ None, never zero.
 
 from slipstream.contract import Document, StepOutput, Verdict, combine
 from slipstream.contract.details import Details
-from slipstream.errors import DataError
 from slipstream.plugins import BASELINE
 
 
@@ -134,14 +133,6 @@ class Validated(Details):
     evidence: EngineEvidence | None = None
     not_loadable: str | None = None
     """Why there is no evidence."""
-
-
-def evidence_of(output: StepOutput) -> EngineEvidence:
-    """Return the evidence in a validate output. Raise DataError if it has none."""
-    evidence = Validated.of(output).evidence
-    if evidence is None:
-        raise DataError(f"output of step {output.step}: details.evidence: there is none")
-    return evidence
 
 
 STATUS = {"pass": "passed", "fail": "rejected", "inconclusive": "inconclusive"}
