@@ -34,8 +34,8 @@ def test_importing_it_loads_nothing() -> None:
     code = (
         "import sys, slipstream; print(*(m for m in sys.modules if m.startswith(('slipstream.', 'numpy', 'pydantic'))))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.split() == []
 
 
 def test_a_spec_is_loaded_as_the_command_line_loads_it() -> None:

@@ -44,8 +44,8 @@ def test_the_dag_has_the_technique_and_steps_run_in_the_runtime(home: Path, airf
     environment = package.environment(site, SLIPSTREAM_ENVS=str(tmp_path / "envs"), SLIPSTREAM_RUNTIME="nice")
     environment["PYTHONPATH"] += os.pathsep + dags
     command = [sys.executable, "-c", f"DAGS = {dags!r}\n{PROGRAM}"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    completed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+    answer = json.loads(completed.stdout.splitlines()[-1])
     assert {"truncate.short", "quantize.short", "build.short.ours"} <= set(answer["tasks"])
     assert answer["nice"] == min(19, os.nice(0) + 10)

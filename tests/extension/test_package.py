@@ -43,9 +43,9 @@ def test_the_spec_knows_the_names_the_options_and_the_settings(site: Path, tmp_p
 
 
 def test_a_whole_accuracy_validation_uses_all_of_it(site: Path, mlflow_server: str, home: Path) -> None:
-    done = run(site, sys.executable, "-m", "tests.extension.whole_run")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    completed = run(site, sys.executable, "-m", "tests.extension.whole_run")
+    assert completed.returncode == 0, completed.stderr
+    result = json.loads(completed.stdout.splitlines()[-1])
     assert result["engine"] == "warp"
     assert 0.9 < result["figures"]["truncate short"]["truncated_share"] <= 1
     assert result["figures"]["quantize short"]["quantized_share"] > 0.9
@@ -67,9 +67,11 @@ def test_the_contract_suites_pass(site: Path, source: Path, tmp_path: Path, whic
         "-c",
         str(package.ROOT / "pyproject.toml"),
     ]
-    done = run(site, *command, "--rootdir", str(package.ROOT), "--basetemp", str(tmp_path / "own"), "-m", which, suite)
-    assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout.splitlines()[-1]
+    completed = run(
+        site, *command, "--rootdir", str(package.ROOT), "--basetemp", str(tmp_path / "own"), "-m", which, suite
+    )
+    assert completed.returncode == 0, completed.stdout
+    assert "skipped" not in completed.stdout.splitlines()[-1]
 
 
 def test_an_entry_that_breaks_or_is_taken_is_left_out_and_all_else_goes_on(source: Path, tmp_path: Path) -> None:
@@ -86,12 +88,12 @@ def test_an_entry_that_breaks_or_is_taken_is_left_out_and_all_else_goes_on(sourc
         "FOLD = TechniqueInfo('broken', section='nowhere:Fold')\n"
     )
     (site / "broken_exit.py").write_text("import sys\nsys.exit(0)\n")
-    done = run(site, SLIPSTREAM, "validate", "examples/fashion.yaml")
-    assert done.returncode == 0, done.stderr
-    said = " ".join(done.stderr.split())
-    assert "openvino = broken:ENGINE of broken is left out, since there is another of that name" in said
-    assert "gone = nowhere:ENGINE of broken is left out, since it cannot be loaded: ModuleNotFoundError" in said
-    assert "exits = broken_exit:ENGINE of broken is left out, since it cannot be loaded: SystemExit" in said
-    assert "odd = os:sep of broken is left out, since it is a str, not a EngineInfo" in said
-    assert "No-Name = os:sep of broken is left out, since its name must match" in said
-    assert "technique fold is left out: nowhere:Fold: ModuleNotFoundError" in said
+    completed = run(site, SLIPSTREAM, "validate", "examples/fashion.yaml")
+    assert completed.returncode == 0, completed.stderr
+    message = " ".join(completed.stderr.split())
+    assert "openvino = broken:ENGINE of broken is left out, since there is another of that name" in message
+    assert "gone = nowhere:ENGINE of broken is left out, since it cannot be loaded: ModuleNotFoundError" in message
+    assert "exits = broken_exit:ENGINE of broken is left out, since it cannot be loaded: SystemExit" in message
+    assert "odd = os:sep of broken is left out, since it is a str, not a EngineInfo" in message
+    assert "No-Name = os:sep of broken is left out, since its name must match" in message
+    assert "technique fold is left out: nowhere:Fold: ModuleNotFoundError" in message

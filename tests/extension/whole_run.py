@@ -26,8 +26,8 @@ def main() -> None:
             if task.step == "select":
                 continue
             upstream = flow.upstream(task.step, spec, task.cell, outputs)
-            given = StepInput(run_key=RUN_KEY, pipeline_run_id="", cell=task.cell, upstream=upstream)
-            output = run_step(task.step, spec, given)
+            step_input = StepInput(run_key=RUN_KEY, pipeline_run_id="", cell=task.cell, upstream=upstream)
+            output = run_step(task.step, spec, step_input)
             assert output is not None
             outputs.append(output)
     built = next(o.artifact for o in outputs if o.step == "build" and o.cell and o.cell.recipe == "short")

@@ -41,11 +41,11 @@ def test_nothing_is_written_over_and_a_name_must_be_a_specs(tmp_path: Path) -> N
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(
+    completed = subprocess.run(
         list(map(str, command)), cwd=cwd, env=PLAIN, capture_output=True, text=True, check=False, timeout=900
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed.stdout + completed.stderr
 
 
 @pytest.mark.slow
