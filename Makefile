@@ -19,7 +19,7 @@ demo: setup ## Optimize and release the example, live, and show its report
 lint: setup ## Lint, spelling and types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
-	@.venv/bin/codespell
+	@git ls-files -z | xargs -0 .venv/bin/codespell
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports --no-logo
 	@.venv/bin/hadolint --no-color containers/*/Dockerfile
